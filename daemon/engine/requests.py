@@ -1,0 +1,151 @@
+"""What crosses the engine's thread boundary: requests in, events out. All frozen.
+
+Owns the types only. Token ids and positions; no text, no tensors, no HTTP.
+"""
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from msgspec import Struct
+
+from daemon.errors import QwendError
+
+PAGE_TOKENS = 64
+"""Tokens of one KV page, of one delta-rule chunk and of one link of the hash chain."""
+
+Reason = Literal[
+    "system",  # end of system prompt and tools
+    "user",  # start of a user message
+    "prompt",  # end of the prompt, before the generation prompt
+    "interval",  # every N tokens of a long prefill
+    "reply",  # end of a reply
+]
+"""Why a checkpoint was taken. Recorded with it."""
+
+Birth = Literal["prompt", "decode"]
+"""How a state was born: by prompt evaluation on the 64-token grid, or by decoding."""
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True):
+    """How to choose the next token. The defaults sample from the model as it is.
+
+    `top_k` 0, `top_p` 1, `min_p` 0 and penalties at their neutral value switch a stage off;
+    temperature 0 is greedy. `logprobs` is the number of alternatives to report (None: none).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+
+
+class Boundary(Struct, frozen=True):
+    """A position of the prompt, in tokens from its start, where a checkpoint has meaning."""
+
+    position: int
+    reason: Reason
+
+
+class GenerationRequest(Struct, frozen=True, kw_only=True):
+    """One prompt to continue. `session` is a client's hint of affinity, never part of a key."""
+
+    id: str
+    tokens: tuple[int, ...]
+    boundaries: tuple[Boundary, ...] = ()
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int
+    stop_tokens: frozenset[int] = frozenset()
+    session: str = ""
+
+
+class Started(Struct, frozen=True, tag=True):
+    """Evaluation begins; `num_cached_tokens` of the prompt are not evaluated again."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
+class Progress(Struct, frozen=True, tag=True):
+    """Prompt evaluation goes on: tokens done (the cached ones included) of all."""
+
+    num_done_tokens: int
+    num_prompt_tokens: int
+
+
+class TokenLogprobs(Struct, frozen=True):
+    """Natural logarithms under the model's own distribution, best alternative first."""
+
+    chosen: float
+    alternatives: tuple[tuple[int, float], ...]
+
+
+class TokenSampled(Struct, frozen=True, tag=True):
+    """One more token. A stop token is never reported."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+class Finished(Struct, frozen=True, tag=True):
+    """The last event of a request that did not fail. `tokens` are all sampled tokens."""
+
+    reason: FinishReason
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    tokens: tuple[int, ...]
+    prompt_ms: float
+    decode_ms: float
+
+
+class Failed(Struct, frozen=True, tag=True):
+    """The last event of a request that failed."""
+
+    error: QwendError
+
+
+Event = Started | Progress | TokenSampled | Finished | Failed
+
+Deliver = Callable[[Event], None]
+"""Takes a request's events in order, on the engine's thread; must return at once, never raise."""
+
+
+class EngineInfo(Struct, frozen=True, kw_only=True):
+    """What a client may ask about the engine."""
+
+    model_name: str
+    context_length: int
+    vocab_size: int
+    num_parameters: int
+    backend: str
+    max_sequences: int
+
+
+class Engine(Protocol):
+    """The front door that api/ sees. Any thread may call it."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is served; constant."""
+        ...
+
+    def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
+        """Queue a request; `deliver` then gets Started … and one Finished or Failed.
+
+        Raises:
+            PromptTooLong: the prompt leaves no room for one token.
+            Overloaded: the queue is full.
+            EngineStopped: no request is taken any more.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request within one step; it ends with Finished("cancelled"). Unknown: ignored."""
+        ...

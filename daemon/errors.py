@@ -1,0 +1,142 @@
+"""Every error that a user, a client or the machine can cause.
+
+    QwendError
+    ├── ConfigError                a flag, a file or a folder that cannot be used
+    │   └── PortInUse
+    ├── ModelError                 the model file
+    │   ├── ModelFileError         missing, truncated, not GGUF, an incomplete split
+    │   ├── UnsupportedModel       another architecture, an unknown quantization
+    │   └── TensorError            a missing tensor or a wrong shape
+    ├── RequestError               what a client sent; the message goes back to it
+    │   ├── InvalidRequest         a value, a role, a schema; names the parameter
+    │   ├── PromptTooLong          more tokens than the context holds
+    │   └── UnknownModel
+    ├── Overloaded                 try again later
+    ├── EngineStopped              the engine is shutting down or has failed
+    ├── StoreError                 the checkpoint store
+    │   ├── StoreVersionError      written by another format version
+    │   ├── StoreInUse             another daemon holds it
+    │   └── StoreFull              the disk or the map is full
+    └── DeviceError                the GPU
+        ├── NoDevice               none, or the driver is too old
+        ├── OutOfDeviceMemory
+        └── KernelCompileError
+
+Messages are one line and say what to do. HTTP statuses are api/app.py's business. Asserts are for
+our own mistakes and never appear here.
+"""
+
+
+class QwendError(Exception):
+    """Base of all errors that qwend raises on purpose."""
+
+
+class ConfigError(QwendError):
+    """A flag, a configuration value or a folder that cannot be used."""
+
+
+class PortInUse(ConfigError):
+    """The address to listen on is taken."""
+
+
+class ModelError(QwendError):
+    """The model file cannot be served."""
+
+
+class ModelFileError(ModelError):
+    """The file is missing, truncated, not GGUF, or a part of a split is absent."""
+
+
+class UnsupportedModel(ModelError):
+    """The file is sound, but its architecture or quantization is not supported."""
+
+
+class TensorError(ModelError):
+    """A tensor is missing or has another shape than the metadata promises."""
+
+
+class RequestError(QwendError):
+    """A request that cannot be served as sent; the client must change it."""
+
+
+class InvalidRequest(RequestError):
+    """A value that is out of range or malformed.
+
+    Args:
+        message: one sentence for the client.
+        param: the name of the offending parameter, as the client wrote it.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class PromptTooLong(RequestError):
+    """The prompt does not fit the context; agents compact when they see this.
+
+    Args:
+        num_prompt_tokens: what the client sent, in tokens.
+        context_length: what the model can hold, in tokens.
+    """
+
+    def __init__(self, num_prompt_tokens: int, context_length: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {context_length} tokens. "
+            f"However, your messages resulted in {num_prompt_tokens} tokens. "
+            "Please reduce the length of the messages."
+        )
+        self.num_prompt_tokens = num_prompt_tokens
+        self.context_length = context_length
+
+
+class UnknownModel(RequestError):
+    """The request names a model that this daemon does not serve."""
+
+
+class Overloaded(QwendError):
+    """Too many requests wait already.
+
+    Args:
+        retry_after_s: when a retry makes sense, in seconds.
+    """
+
+    def __init__(self, message: str, retry_after_s: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineStopped(QwendError):
+    """The engine is shutting down, or has failed and cannot go on."""
+
+
+class StoreError(QwendError):
+    """The checkpoint store cannot be used."""
+
+
+class StoreVersionError(StoreError):
+    """The store was written in another format version."""
+
+
+class StoreInUse(StoreError):
+    """Another process has the store open for writing."""
+
+
+class StoreFull(StoreError):
+    """The disk, or the store's own map, has no room."""
+
+
+class DeviceError(QwendError):
+    """The GPU cannot be used or has failed."""
+
+
+class NoDevice(DeviceError):
+    """No supported GPU, or a driver that is too old."""
+
+
+class OutOfDeviceMemory(DeviceError):
+    """The model, the context or a buffer does not fit the device's memory."""
+
+
+class KernelCompileError(DeviceError):
+    """A kernel did not compile; carries the compiler's log."""
