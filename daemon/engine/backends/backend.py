@@ -1,0 +1,190 @@
+"""What an engine needs of a device: some twenty operations, with their promises.
+
+Two implementations: `numpy_backend` is the reference and the specification, `cuda_backend` the
+fast one. Arrays, weights and runs are opaque handles that belong to the backend which made them.
+Only the engine thread calls. Operations may be asynchronous; what returns host data waits.
+
+**Row invariance.** The bits of every row depend on that row's sequence alone: not on which other
+rows, spans or sequences are in the batch, nor on where a prompt was split, as long as prefill spans
+start on the absolute grid of PAGE_TOKENS. Resumed equals cold and batched equals alone rest on it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from msgspec import Struct
+
+from daemon.engine.batch import Batch
+from daemon.engine.model.shape import ModelShape
+from daemon.engine.model.weights import (
+    AttentionWeights,
+    DeltaNetWeights,
+    ExpertWeights,
+    Handle,
+)
+from daemon.engine.requests import SamplingParams, TokenLogprobs
+from daemon.engine.weights.gguf import Tensor
+
+Array = Any
+"""Activations on the device. Shapes below leave out padding that a backend may add."""
+
+Run = Any
+"""One batch made ready: positions, page tables and places of its spans, on the device."""
+
+
+class SamplingRow(Struct, frozen=True):
+    """How to choose one row's next token.
+
+    `step` counts the tokens sampled before; with the seed it fixes the random number. `counts`
+    maps token ids to (occurrences in prompt and reply, occurrences in the reply alone), empty when
+    no penalty asks for it.
+    """
+
+    params: SamplingParams
+    seed: int
+    step: int
+    counts: dict[int, tuple[int, int]]
+
+
+class Sampled(Struct, frozen=True):
+    """A chosen token, and what was asked about the distribution it came from."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+class Backend(Protocol):
+    """See the module's docstring for threads and row invariance."""
+
+    @property
+    def name(self) -> str:
+        """Device and library, for people."""
+        ...
+
+    @property
+    def numerics(self) -> str:
+        """Identity of the arithmetic: equal strings promise equal bits. Part of every hash."""
+        ...
+
+    # ── weights: read once, kept in whatever form is fastest ──────────────────────────────────
+
+    def matrix(self, parts: Sequence[Tensor]) -> Handle:
+        """Rows of all parts stacked: `[sum of rows, columns]`, for `project`.
+
+        Raises:
+            UnsupportedModel: a format that this backend cannot read.
+            OutOfDeviceMemory: it does not fit.
+        """
+        ...
+
+    def table(self, tensor: Tensor) -> Handle:
+        """`[rows, columns]`, for `embed`, and through `tied_head` for `logits`."""
+        ...
+
+    def tied_head(self, table: Handle) -> Handle:
+        """The embedding as the output matrix, sharing its memory."""
+        ...
+
+    def vector(self, tensor: Tensor) -> Handle:
+        """A small float32 tensor of any shape: norms, gates' constants, convolution taps."""
+        ...
+
+    def experts(self, parts: Sequence[Tensor]) -> Handle:
+        """`[experts, rows, columns]`; the rows of all parts stacked within each expert."""
+        ...
+
+    # ── memory: slots for recurrent states, pages for keys and values ─────────────────────────
+
+    def allocate(self, shape: ModelShape, num_slots: int, num_pages: int) -> None:
+        """Reserve all state and KV memory, once. A page is PAGE_TOKENS tokens of all layers.
+
+        Raises:
+            OutOfDeviceMemory: names what was asked and what would fit.
+        """
+        ...
+
+    def clear_slot(self, slot: int) -> None:
+        """The state before the first token."""
+        ...
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy a recurrent state."""
+        ...
+
+    def read_slot(self, slot: int) -> bytes:
+        """A recurrent state as bytes, all layers; waits for running work."""
+        ...
+
+    def write_slot(self, slot: int, state: bytes | memoryview) -> None:
+        """The inverse of `read_slot`."""
+        ...
+
+    def read_page(self, page: int) -> bytes:
+        """Keys and values of a page as bytes, all layers; waits for running work."""
+        ...
+
+    def write_page(self, page: int, content: bytes | memoryview) -> None:
+        """The inverse of `read_page`."""
+        ...
+
+    # ── one step ──────────────────────────────────────────────────────────────────────────────
+
+    def begin(self, batch: Batch) -> Run:
+        """Make a batch ready. Its operations follow; no other batch begins before they are done."""
+        ...
+
+    def embed(self, run: Run, table: Handle) -> Array:
+        """Rows of the table for the batch's tokens: `[tokens, hidden]`."""
+        ...
+
+    def rms_norm(self, x: Array, weight: Handle) -> Array:
+        """x / sqrt(mean(x²) + eps) * weight, over the last axis."""
+        ...
+
+    def project(self, matrix: Handle, x: Array) -> Array:
+        """x Wᵀ: `[tokens, columns]` to `[tokens, rows]`."""
+        ...
+
+    def add_project(self, matrix: Handle, x: Array, residual: Array) -> Array:
+        """residual + x Wᵀ. The residual must not be used again."""
+        ...
+
+    def delta_net(self, run: Run, layer: int, weights: DeltaNetWeights, x: Array) -> Array:
+        """Gated delta rule from projections `[tokens, qkv | z | beta | alpha]`.
+
+        Convolution, SiLU, norms, gates, recurrence and gated norm of the `layer`-th delta-net
+        layer; gives `[tokens, v_heads * v_dim]`. Advances the spans' slots, fills their captures.
+        """
+        ...
+
+    def attention(self, run: Run, layer: int, weights: AttentionWeights, x: Array) -> Array:
+        """Gated attention from projections `[tokens, (query | gate) per head | key | value]`.
+
+        Norms, rotation, append to the pages, causal attention and output gate of the `layer`-th
+        attention layer; gives `[tokens, heads * head_dim]`.
+        """
+        ...
+
+    def swiglu(self, gate_up: Array) -> Array:
+        """SiLU of the first half of the columns, times the second half."""
+        ...
+
+    def mix_experts(self, weights: ExpertWeights, x: Array, residual: Array) -> Array:
+        """residual + routed experts + shared expert, all from `x` `[tokens, hidden]`."""
+        ...
+
+    def logits(self, run: Run, head: Handle, x: Array, rows: Literal["last", "all"]) -> Array:
+        """`[rows, vocab]`: of each span's last token, or of every token."""
+        ...
+
+    def logits_to_host(self, logits: Array) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Copy out, float32; waits."""
+        ...
+
+    def sample(self, logits: Array, rows: Sequence[SamplingRow], num_tokens: int) -> list[Sampled]:
+        """Choose a token for each row, out of the ids below `num_tokens`; waits.
+
+        The stages and their order are those of `engine/sampler.py`.
+        """
+        ...

@@ -1,0 +1,254 @@
+"""The reference backend: every operation in NumPy, float32, obvious and complete.
+
+Activations are `[blocks, rows, columns]`: a block is one chunk of 64 rows in prefill and one row in
+decode. Each block is one matrix product of a fixed size, which is what makes rows invariant: BLAS
+gives the same bits for the same shape. Engine thread only.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from msgspec import Struct
+
+from daemon.engine import sampler
+from daemon.engine.backends import numpy_attention, numpy_delta_net, numpy_experts
+from daemon.engine.backends.backend import Sampled, SamplingRow
+from daemon.engine.backends.numpy_attention import AttentionConstants, KVPool
+from daemon.engine.backends.numpy_delta_net import DeltaNetConstants, DeltaNetState, Float32
+from daemon.engine.batch import Batch, Span
+from daemon.engine.model.shape import ModelShape
+from daemon.engine.model.weights import AttentionWeights, DeltaNetWeights, ExpertWeights
+from daemon.engine.requests import PAGE_TOKENS
+from daemon.engine.weights.gguf import Tensor
+from daemon.engine.weights.quant_formats import dequantize
+from daemon.errors import OutOfDeviceMemory
+
+Bytes = bytes | memoryview
+
+
+class NumpyRun(Struct, frozen=True):
+    """One batch, padded to whole blocks.
+
+    `tokens` is `[blocks, rows]`; span i owns blocks `blocks[i]`; `rotations[i]` are its sines.
+    """
+
+    batch: Batch
+    tokens: np.ndarray[Any, np.dtype[np.int32]]
+    blocks: tuple[slice, ...]
+    rotations: tuple[tuple[Float32, Float32], ...]
+
+
+class NumpyBackend:
+    """Fulfils `backend.Backend`. Weights are kept as float32, transposed for `x @ w`."""
+
+    def __init__(self, rms_eps: float) -> None:
+        self.rms_eps = rms_eps
+
+    @property
+    def name(self) -> str:
+        """Device and library, for people."""
+        return f"CPU, NumPy {np.__version__}"
+
+    @property
+    def numerics(self) -> str:
+        """NumPy, its BLAS and the vector extensions it found decide the last bits."""
+        config = np.show_config(mode="dicts")
+        assert isinstance(config, dict)
+        blas = config["Build Dependencies"]["blas"]
+        extensions = ",".join(config["SIMD Extensions"]["found"])
+        return f"numpy {np.__version__}; {blas['name']} {blas['version']}; {extensions}; layout 1"
+
+    def matrix(self, parts: Sequence[Tensor]) -> Float32:
+        """`[columns, sum of rows]`."""
+        stacked = [dequantize(part.data, part.format, part.shape) for part in parts]
+        return np.ascontiguousarray(np.concatenate(stacked).T)
+
+    def table(self, tensor: Tensor) -> Float32:
+        """`[rows, columns]`."""
+        return dequantize(tensor.data, tensor.format, tensor.shape)
+
+    def tied_head(self, table: Float32) -> Float32:
+        """`[columns, rows]`, a view."""
+        return table.T
+
+    def vector(self, tensor: Tensor) -> Float32:
+        """As it is in the file."""
+        return dequantize(tensor.data, tensor.format, tensor.shape)
+
+    def experts(self, parts: Sequence[Tensor]) -> Float32:
+        """`[experts, columns, sum of rows]`."""
+        stacked = [dequantize(part.data, part.format, part.shape) for part in parts]
+        return np.ascontiguousarray(np.concatenate(stacked, axis=1).transpose(0, 2, 1))
+
+    def allocate(self, shape: ModelShape, num_slots: int, num_pages: int) -> None:
+        """Slots as `[slots, layers, …]`, pages as `KVPool` has them; untouched memory is free."""
+        sizes = shape.delta_net
+        layers = shape.num_delta_layers
+        try:
+            self.rules = np.zeros(
+                (num_slots, layers, sizes.num_v_heads, sizes.k_dim, sizes.v_dim), np.float32
+            )
+            self.convs = np.zeros(
+                (num_slots, layers, sizes.conv_width - 1, sizes.conv_dim), np.float32
+            )
+            self.pool = KVPool(shape.num_attention_layers, shape.attention, num_pages)
+        except MemoryError as error:
+            raise OutOfDeviceMemory(
+                f"no memory for {num_pages * PAGE_TOKENS} tokens of KV and {num_slots} states; "
+                "ask for a shorter --ctx or fewer --parallel"
+            ) from error
+        self.shape = shape
+
+    def clear_slot(self, slot: int) -> None:
+        """The state before the first token is zero."""
+        self.rules[slot] = 0
+        self.convs[slot] = 0
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy a recurrent state."""
+        self.rules[target] = self.rules[source]
+        self.convs[target] = self.convs[source]
+
+    def read_slot(self, slot: int) -> bytes:
+        """Rule states of all layers, then convolution rows of all layers."""
+        return self.rules[slot].tobytes() + self.convs[slot].tobytes()
+
+    def write_slot(self, slot: int, state: Bytes) -> None:
+        """The inverse of `read_slot`."""
+        values = np.frombuffer(state, np.float32)
+        assert values.size == self.rules[slot].size + self.convs[slot].size
+        rules, convs = np.split(values, [self.rules[slot].size])
+        self.rules[slot] = rules.reshape(self.rules[slot].shape)
+        self.convs[slot] = convs.reshape(self.convs[slot].shape)
+
+    def read_page(self, page: int) -> bytes:
+        """`[layers, 2, PAGE_TOKENS, kv_heads, head_dim]`."""
+        return self.pool.content[:, :, page].tobytes()
+
+    def write_page(self, page: int, content: Bytes) -> None:
+        """The inverse of `read_page`."""
+        target = self.pool.content[:, :, page]
+        target[:] = np.frombuffer(content, np.float32).reshape(target.shape)
+
+    def begin(self, batch: Batch) -> NumpyRun:
+        """Pad spans to whole blocks and compute their rotations."""
+        rows = PAGE_TOKENS if batch.kind == "prefill" else 1
+        tokens, blocks, rotations = [], [], []
+        first = 0
+        for span in batch.spans:
+            num_blocks = -(-len(span.tokens) // rows)
+            padded = np.zeros(num_blocks * rows, np.int32)
+            padded[: len(span.tokens)] = span.tokens
+            tokens.append(padded.reshape(num_blocks, rows))
+            blocks.append(slice(first, first + num_blocks))
+            positions = span.start + np.arange(num_blocks * rows).reshape(num_blocks, rows)
+            rotations.append(numpy_attention.rotation_table(self.shape.rope, positions))
+            first += num_blocks
+        return NumpyRun(batch, np.concatenate(tokens), tuple(blocks), tuple(rotations))
+
+    def embed(self, run: NumpyRun, table: Float32) -> Float32:
+        """`[blocks, rows, hidden]`; padding rows hold token 0."""
+        return table[run.tokens]
+
+    def rms_norm(self, x: Float32, weight: Float32) -> Float32:
+        """Over the last axis."""
+        return numpy_delta_net.rms_norm(x, weight, self.rms_eps)
+
+    def project(self, matrix: Float32, x: Float32) -> Float32:
+        """One product of a fixed size a block."""
+        return np.matmul(x, matrix)
+
+    def add_project(self, matrix: Float32, x: Float32, residual: Float32) -> Float32:
+        """residual + x Wᵀ, in the residual's place."""
+        residual += np.matmul(x, matrix)
+        return residual
+
+    def delta_net(
+        self, run: NumpyRun, layer: int, weights: DeltaNetWeights, x: Float32
+    ) -> Float32:
+        """Chunked on the grid in prefill, one recurrent step in decode."""
+        sizes = self.shape.delta_net
+        constants = DeltaNetConstants(
+            weights.conv.T, weights.decay, weights.dt_bias, weights.gated_norm, self.rms_eps
+        )
+        out = np.empty((*x.shape[:2], sizes.value_size), np.float32)
+        for span, blocks in zip(run.batch.spans, run.blocks, strict=True):
+            state = self._state(span.slot, layer)
+            if run.batch.kind == "decode":
+                row = x[blocks][0, 0]
+                out[blocks] = numpy_delta_net.step(sizes, constants, state, row)
+            else:
+                captured = [(c, self._state(c.slot, layer)) for c in span.captures]
+                rows = x[blocks]
+                out[blocks] = numpy_delta_net.chunks(sizes, constants, state, rows, span, captured)
+        return out
+
+    def attention(
+        self, run: NumpyRun, layer: int, weights: AttentionWeights, x: Float32
+    ) -> Float32:
+        """Block by block over the pages of its own sequence."""
+        sizes = self.shape.attention
+        constants = AttentionConstants(weights.q_norm, weights.k_norm, self.rms_eps)
+        out = np.empty((*x.shape[:2], sizes.num_heads * sizes.head_dim), np.float32)
+        spans = zip(run.batch.spans, run.blocks, run.rotations, strict=True)
+        for span, blocks, rotation in spans:
+            out[blocks] = numpy_attention.attend(
+                sizes, constants, self.pool, layer, span, x[blocks], rotation
+            )
+        return out
+
+    def swiglu(self, gate_up: Float32) -> Float32:
+        """SiLU of the first half of the columns, times the second half."""
+        return numpy_experts.swiglu(gate_up)
+
+    def mix_experts(self, weights: ExpertWeights, x: Float32, residual: Float32) -> Float32:
+        """residual + routed experts + shared expert."""
+        assert self.shape.experts is not None
+        rows = x.reshape(-1, x.shape[-1])
+        scores = np.matmul(x, weights.router).reshape(len(rows), -1)
+        chosen, shares = numpy_experts.route(scores, self.shape.experts.num_used)
+        mixed = numpy_experts.routed(rows, weights.gate_up, weights.down, chosen, shares)
+        residual += mixed.reshape(x.shape)
+        if weights.shared_router is not None:
+            residual += numpy_experts.shared(
+                x, weights.shared_router, weights.shared_gate_up, weights.shared_down
+            )
+        return residual
+
+    def logits(
+        self, run: NumpyRun, head: Float32, x: Float32, rows: Literal["last", "all"]
+    ) -> Float32:
+        """Each row alone, as in decode: a prompt's last row is no special case."""
+        flat = x.reshape(-1, 1, x.shape[-1])
+        chosen = np.concatenate(
+            [
+                self._rows_of(span, blocks, x.shape[1], rows)
+                for span, blocks in zip(run.batch.spans, run.blocks, strict=True)
+            ]
+        )
+        return np.matmul(flat[chosen], head)[:, 0]
+
+    def logits_to_host(self, logits: Float32) -> Float32:
+        """They are there already."""
+        return logits
+
+    def sample(
+        self, logits: Float32, rows: Sequence[SamplingRow], num_tokens: int
+    ) -> list[Sampled]:
+        """Row by row."""
+        return [
+            sampler.sample(row_logits[:num_tokens], row)
+            for row_logits, row in zip(logits, rows, strict=True)
+        ]
+
+    def _state(self, slot: int, layer: int) -> DeltaNetState:
+        return DeltaNetState(self.rules[slot, layer], self.convs[slot, layer])
+
+    @staticmethod
+    def _rows_of(
+        span: Span, blocks: slice, block_rows: int, rows: Literal["last", "all"]
+    ) -> np.ndarray[Any, Any]:
+        first = blocks.start * block_rows
+        count = len(span.tokens)
+        return np.arange(first if rows == "all" else first + count - 1, first + count)
