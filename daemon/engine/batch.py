@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from msgspec import Struct
 
-from daemon.engine.requests import PAGE_TOKENS
+from daemon.checkpoint import PAGE_TOKENS
 
 TokenIds = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -24,7 +24,8 @@ class Span(Struct, frozen=True):
     """Consecutive tokens of one sequence.
 
     `pages` is the sequence's page table, enough for position `start + len(tokens)`. A prefill span
-    starts on the grid, at a multiple of PAGE_TOKENS; a decode span has one token.
+    starts on the grid, at a multiple of PAGE_TOKENS; a decode span has one token. `samples`: the
+    logits of the last token are wanted.
     """
 
     tokens: TokenIds
@@ -32,6 +33,7 @@ class Span(Struct, frozen=True):
     slot: int
     pages: tuple[int, ...]
     captures: tuple[Capture, ...] = ()
+    samples: bool = False
 
     @property
     def end(self) -> int:

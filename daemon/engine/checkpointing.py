@@ -1,4 +1,4 @@
-"""The seam between the engine and whatever keeps checkpoints: promises, and their data.
+"""The seam between the engine and whatever keeps checkpoints: its promises.
 
 `daemon.cache.CheckpointCache` fulfils it without being imported; tests use an in-memory one.
 All calls come from the engine thread. Positions are multiples of PAGE_TOKENS.
@@ -8,32 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
-from msgspec import Struct
-
-from daemon.engine.requests import Birth, Boundary, Reason
-
-HostBytes = bytes | bytearray | memoryview
-
-
-class Found(Struct, frozen=True):
-    """A stored checkpoint that is a prefix of a timeline's tokens."""
-
-    position: int
-    born: Birth
-    reason: Reason
-
-
-class Snapshot(Struct, frozen=True):
-    """All that a sequence is at `position`, as bytes that only the engine can read.
-
-    `pages` holds KV page i under key i; a loaded snapshot has all of [0, position / PAGE_TOKENS),
-    one that is saved only those that `missing_pages` named.
-    """
-
-    position: int
-    born: Birth
-    state: HostBytes
-    pages: Mapping[int, HostBytes]
+from daemon.checkpoint import Boundary, Found, Reason, Snapshot
 
 
 class Timeline(Protocol):
@@ -50,7 +25,7 @@ class Timeline(Protocol):
         """
         ...
 
-    def load(self, found: Found) -> "Future[Snapshot | None]":
+    def load(self, found: Found) -> Future[Snapshot | None]:
         """Read it on another thread; None when it proved damaged or has gone meanwhile."""
         ...
 
@@ -58,8 +33,12 @@ class Timeline(Protocol):
         """Where, in the prompt after `start`, a checkpoint is wanted and not stored yet."""
         ...
 
-    def missing_pages(self, position: int, born: Birth) -> Sequence[int]:
-        """Indices of the pages below `position` that are not stored (or queued) with that birth."""
+    def missing_pages(self, position: int, num_grid_pages: int) -> Sequence[int]:
+        """Indices of the pages below `position` that are not stored (or queued).
+
+        The first `num_grid_pages` are looked for among pages computed on the grid, the later ones
+        among those that were not: their bits differ, so they never stand in for one another.
+        """
         ...
 
     def save(self, snapshot: Snapshot, reason: Reason) -> None:

@@ -8,22 +8,8 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
+from daemon.checkpoint import Boundary
 from daemon.errors import QwendError
-
-PAGE_TOKENS = 64
-"""Tokens of one KV page, of one delta-rule chunk and of one link of the hash chain."""
-
-Reason = Literal[
-    "system",  # end of system prompt and tools
-    "user",  # start of a user message
-    "prompt",  # end of the prompt, before the generation prompt
-    "interval",  # every N tokens of a long prefill
-    "reply",  # end of a reply
-]
-"""Why a checkpoint was taken. Recorded with it."""
-
-Birth = Literal["prompt", "decode"]
-"""How a state was born: by prompt evaluation on the 64-token grid, or by decoding."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -45,13 +31,6 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     seed: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
-
-
-class Boundary(Struct, frozen=True):
-    """A position of the prompt, in tokens from its start, where a checkpoint has meaning."""
-
-    position: int
-    reason: Reason
 
 
 class GenerationRequest(Struct, frozen=True, kw_only=True):
@@ -95,7 +74,7 @@ class TokenSampled(Struct, frozen=True, tag=True):
 
 
 class Finished(Struct, frozen=True, tag=True):
-    """The last event of a request that did not fail. `tokens` are all sampled tokens."""
+    """The last event of a request that did not fail. `tokens` are those that were reported."""
 
     reason: FinishReason
     num_prompt_tokens: int

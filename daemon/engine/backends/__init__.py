@@ -1,0 +1,1 @@
+"""The devices: one interface, the NumPy reference and CUDA."""

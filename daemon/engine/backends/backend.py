@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from msgspec import Struct
 
+from daemon.checkpoint import HostBytes
 from daemon.engine.batch import Batch
 from daemon.engine.model.shape import ModelShape
 from daemon.engine.model.weights import (
@@ -116,7 +117,7 @@ class Backend(Protocol):
         """A recurrent state as bytes, all layers; waits for running work."""
         ...
 
-    def write_slot(self, slot: int, state: bytes | memoryview) -> None:
+    def write_slot(self, slot: int, state: HostBytes) -> None:
         """The inverse of `read_slot`."""
         ...
 
@@ -124,7 +125,7 @@ class Backend(Protocol):
         """Keys and values of a page as bytes, all layers; waits for running work."""
         ...
 
-    def write_page(self, page: int, content: bytes | memoryview) -> None:
+    def write_page(self, page: int, content: HostBytes) -> None:
         """The inverse of `read_page`."""
         ...
 
@@ -175,7 +176,7 @@ class Backend(Protocol):
         ...
 
     def logits(self, run: Run, head: Handle, x: Array, rows: Literal["last", "all"]) -> Array:
-        """`[rows, vocab]`: of each span's last token, or of every token."""
+        """`[rows, vocab]`: of the last token of each span that samples, or of every token."""
         ...
 
     def logits_to_host(self, logits: Array) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from msgspec import Struct
 
+from daemon.checkpoint import PAGE_TOKENS
 from daemon.engine.backends.numpy_delta_net import Float32, rms_norm, sigmoid
 from daemon.engine.batch import Span
 from daemon.engine.model.shape import AttentionShape, RopeShape
-from daemon.engine.requests import PAGE_TOKENS
 
 
 class AttentionConstants(Struct, frozen=True):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from msgspec import Struct
 
+from daemon.checkpoint import PAGE_TOKENS, HostBytes
 from daemon.engine import sampler
 from daemon.engine.backends import numpy_attention, numpy_delta_net, numpy_experts
 from daemon.engine.backends.backend import Sampled, SamplingRow
@@ -19,12 +20,9 @@ from daemon.engine.backends.numpy_delta_net import DeltaNetConstants, DeltaNetSt
 from daemon.engine.batch import Batch, Span
 from daemon.engine.model.shape import ModelShape
 from daemon.engine.model.weights import AttentionWeights, DeltaNetWeights, ExpertWeights
-from daemon.engine.requests import PAGE_TOKENS
 from daemon.engine.weights.gguf import Tensor
 from daemon.engine.weights.quant_formats import dequantize
 from daemon.errors import OutOfDeviceMemory
-
-Bytes = bytes | memoryview
 
 
 class NumpyRun(Struct, frozen=True):
@@ -114,7 +112,7 @@ class NumpyBackend:
         """Rule states of all layers, then convolution rows of all layers."""
         return self.rules[slot].tobytes() + self.convs[slot].tobytes()
 
-    def write_slot(self, slot: int, state: Bytes) -> None:
+    def write_slot(self, slot: int, state: HostBytes) -> None:
         """The inverse of `read_slot`."""
         values = np.frombuffer(state, np.float32)
         assert values.size == self.rules[slot].size + self.convs[slot].size
@@ -126,7 +124,7 @@ class NumpyBackend:
         """`[layers, 2, PAGE_TOKENS, kv_heads, head_dim]`."""
         return self.pool.content[:, :, page].tobytes()
 
-    def write_page(self, page: int, content: Bytes) -> None:
+    def write_page(self, page: int, content: HostBytes) -> None:
         """The inverse of `read_page`."""
         target = self.pool.content[:, :, page]
         target[:] = np.frombuffer(content, np.float32).reshape(target.shape)
@@ -164,9 +162,7 @@ class NumpyBackend:
         residual += np.matmul(x, matrix)
         return residual
 
-    def delta_net(
-        self, run: NumpyRun, layer: int, weights: DeltaNetWeights, x: Float32
-    ) -> Float32:
+    def delta_net(self, run: NumpyRun, layer: int, weights: DeltaNetWeights, x: Float32) -> Float32:
         """Chunked on the grid in prefill, one recurrent step in decode."""
         sizes = self.shape.delta_net
         constants = DeltaNetConstants(
@@ -210,10 +206,8 @@ class NumpyBackend:
         chosen, shares = numpy_experts.route(scores, self.shape.experts.num_used)
         mixed = numpy_experts.routed(rows, weights.gate_up, weights.down, chosen, shares)
         residual += mixed.reshape(x.shape)
-        if weights.shared_router is not None:
-            residual += numpy_experts.shared(
-                x, weights.shared_router, weights.shared_gate_up, weights.shared_down
-            )
+        if weights.shared is not None:
+            residual += numpy_experts.shared(x, *weights.shared)
         return residual
 
     def logits(
@@ -250,5 +244,7 @@ class NumpyBackend:
         span: Span, blocks: slice, block_rows: int, rows: Literal["last", "all"]
     ) -> np.ndarray[Any, Any]:
         first = blocks.start * block_rows
-        count = len(span.tokens)
-        return np.arange(first if rows == "all" else first + count - 1, first + count)
+        end = first + len(span.tokens)
+        if rows == "all":
+            return np.arange(first, end)
+        return np.arange(end - int(span.samples), end)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from msgspec import Struct
 
+from daemon.checkpoint import PAGE_TOKENS
 from daemon.engine.batch import Capture, Span
 from daemon.engine.model.shape import DeltaNetShape
-from daemon.engine.requests import PAGE_TOKENS
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 L2_EPS = np.float32(1e-6)
@@ -247,9 +247,7 @@ def _keep_last_rows(past: Float32, rows: Float32) -> None:
     past[:] = np.concatenate([past, rows[-len(past) :]])[-len(past) :]
 
 
-def _gate(
-    shape: DeltaNetShape, constants: DeltaNetConstants, out: Float32, z: Float32
-) -> Float32:
+def _gate(shape: DeltaNetShape, constants: DeltaNetConstants, out: Float32, z: Float32) -> Float32:
     """RMSNorm per head, times SiLU(z): norm first, then the gate."""
     normed = rms_norm(out, constants.gated_norm, constants.norm_eps)
     return normed.reshape(z.shape) * silu(z)

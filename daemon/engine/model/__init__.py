@@ -1,0 +1,1 @@
+"""The architecture: sizes, weights by role, the forward pass as a description."""

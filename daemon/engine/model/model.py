@@ -28,7 +28,7 @@ class Model(Struct, frozen=True):
     backend: Backend
 
     def logits(self, batch: Batch, rows: Literal["last", "all"] = "last") -> Array:
-        """Evaluate a batch: `[rows, vocab]`, of each span's last token or of every token."""
+        """Evaluate: `[rows, vocab]`, of the last token of spans that sample, or of every token."""
         backend, weights = self.backend, self.weights
         run = backend.begin(batch)
         x = backend.embed(run, weights.embedding)

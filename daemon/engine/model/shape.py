@@ -180,7 +180,9 @@ def _read_layers(keys: _Keys) -> tuple[LayerKind, ...]:
         recurrent = [(layer + 1) % interval != 0 for layer in range(num_layers)]
     if len(recurrent) < num_layers:
         raise ModelFileError(f"attention.recurrent_layers has {len(recurrent)} of {num_layers}")
-    kinds = tuple("delta_net" if recurrent[i] else "attention" for i in range(num_layers))
+    kinds: tuple[LayerKind, ...] = tuple(
+        "delta_net" if recurrent[i] else "attention" for i in range(num_layers)
+    )
     if len(set(kinds)) != 2:
         raise UnsupportedModel("a model needs both delta-net and attention layers")
     return kinds

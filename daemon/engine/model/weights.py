@@ -45,16 +45,14 @@ class ExpertWeights(Struct, frozen=True, kw_only=True):
     """Routed experts and the shared one.
 
     `gate_up` is `[experts, 2 * expert_dim, hidden]`, `down` `[experts, hidden, expert_dim]`;
-    the shared ones are None when the model has no shared expert.
+    `shared` are the shared expert's router, gate_up and down, or None when the model has none.
     """
 
     norm: Handle
     router: Handle
     gate_up: Handle
     down: Handle
-    shared_router: Handle | None
-    shared_gate_up: Handle | None
-    shared_down: Handle | None
+    shared: tuple[Handle, Handle, Handle] | None
 
 
 class LayerWeights(Struct, frozen=True):

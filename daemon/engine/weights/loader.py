@@ -141,7 +141,6 @@ class _Loader:
                 self.tensor(prefix + "ffn_gate_exps.weight", count, width, hidden),
                 self.tensor(prefix + "ffn_up_exps.weight", count, width, hidden),
             ]
-        shared_router, shared_gate_up, shared_down = self.shared_expert(prefix, sizes)
         return ExpertWeights(
             norm=self.vector(prefix + "post_attention_norm.weight", hidden),
             router=self.matrix(prefix + "ffn_gate_inp.weight", count, hidden),
@@ -149,16 +148,10 @@ class _Loader:
             down=self.backend.experts(
                 [self.tensor(prefix + "ffn_down_exps.weight", count, hidden, width)]
             ),
-            shared_router=shared_router,
-            shared_gate_up=shared_gate_up,
-            shared_down=shared_down,
+            shared=self.shared_expert(prefix, sizes) if sizes.shared_dim else None,
         )
 
-    def shared_expert(
-        self, prefix: str, sizes: ExpertsShape
-    ) -> tuple[Handle | None, Handle | None, Handle | None]:
-        if not sizes.shared_dim:
-            return None, None, None
+    def shared_expert(self, prefix: str, sizes: ExpertsShape) -> tuple[Handle, Handle, Handle]:
         hidden, width = self.shape.hidden, sizes.shared_dim
         router = self.any_shape(prefix + "ffn_gate_inp_shexp.weight", [(hidden,), (1, hidden)])
         gate_up = [

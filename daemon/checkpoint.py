@@ -1,0 +1,58 @@
+"""What a checkpoint is, for those who make them and those who keep them.
+
+Owns the data that crosses between engine/ and cache/, which do not import each other; imports
+nothing of ours. Positions are multiples of PAGE_TOKENS.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from msgspec import Struct
+
+PAGE_TOKENS = 64
+"""Tokens of one KV page, of one delta-rule chunk and of one link of the hash chain."""
+
+Reason = Literal[
+    "system",  # end of system prompt and tools
+    "user",  # start of a user message
+    "prompt",  # end of the prompt, before the generation prompt
+    "interval",  # every N tokens of a long prefill, and where a prefill was interrupted
+    "reply",  # end of a reply
+]
+"""Why a checkpoint was taken. Recorded with it."""
+
+Birth = Literal["prompt", "decode"]
+"""How a state was born: by prompt evaluation on the 64-token grid, or by decoding."""
+
+HostBytes = bytes | bytearray | memoryview
+
+
+class Boundary(Struct, frozen=True):
+    """A position of the prompt, in tokens from its start, where a checkpoint has meaning."""
+
+    position: int
+    reason: Reason
+
+
+class Found(Struct, frozen=True):
+    """A stored checkpoint that is a prefix of a timeline's tokens."""
+
+    position: int
+    born: Birth
+    reason: Reason
+
+
+class Snapshot(Struct, frozen=True):
+    """All that a sequence is at `position`, as bytes that only the engine can read.
+
+    The first `num_grid_pages` of its pages were computed by prompt evaluation on the grid from a
+    state so born; the later ones by decoding, or on top of a decoded state. With `born` "prompt"
+    all of them are of the first kind. `pages` holds KV page i under key i: a loaded snapshot has
+    all of [0, position / PAGE_TOKENS), one to save only those that `missing_pages` named.
+    """
+
+    position: int
+    born: Birth
+    num_grid_pages: int
+    state: HostBytes
+    pages: Mapping[int, HostBytes]

@@ -1,0 +1,250 @@
+"""The engine: plan → forward → sample → emit → checkpoint, one step at a time.
+
+Token ids in, token ids out; knows no text, no HTTP and no disk. Owns the sequences and, through the
+scheduler, all places on the device. Runs on one thread, which `engine_thread` provides.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+from daemon.checkpoint import PAGE_TOKENS, Birth, Reason, Snapshot
+from daemon.engine.checkpointing import CheckpointStore
+from daemon.engine.model.model import Model
+from daemon.engine.requests import (
+    Deliver,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Progress,
+    Started,
+    TokenSampled,
+)
+from daemon.engine.scheduler import Scheduler, Work
+from daemon.engine.sequence import Phase, Sequence
+from daemon.errors import DeviceError, QwendError
+
+logger = logging.getLogger(__name__)
+
+
+class StepEngine:
+    """Runs sequences to their end.
+
+    Args:
+        model: on its backend, whose memory is already allocated for `scheduler.limits`.
+        store: where checkpoints are found and kept.
+        context_length: tokens of prompt and reply together.
+        num_tokens: ids that may be sampled; the vocabulary without its padding.
+        strict: restore only states that were born by prompt evaluation.
+        wake: called from another thread when a checkpoint has been read.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        scheduler: Scheduler,
+        store: CheckpointStore,
+        *,
+        context_length: int,
+        num_tokens: int,
+        strict: bool,
+        wake: Callable[[], None],
+    ) -> None:
+        self.model = model
+        self.backend = model.backend
+        self.scheduler = scheduler
+        self.store = store
+        self.context_length = context_length
+        self.num_tokens = num_tokens
+        self.strict = strict
+        self.wake = wake
+        self.sequences: dict[str, Sequence] = {}
+
+    # ── commands ──────────────────────────────────────────────────────────────────────────────
+
+    def add(self, request: GenerationRequest, deliver: Deliver) -> None:
+        """Queue a request."""
+        timeline = self.store.timeline(request.tokens, request.session)
+        sequence = Sequence(request, deliver, timeline)
+        self.sequences[request.id] = sequence
+        self.scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request now; what was evaluated for it is kept. Unknown ids are ignored."""
+        sequence = self.sequences.get(request_id)
+        if sequence is not None:
+            self._keep_interrupted(sequence)
+            self._finish(sequence, "cancelled")
+
+    def fail(self, sequences: tuple[Sequence, ...], error: QwendError) -> None:
+        """End sequences with an error and free their places."""
+        for sequence in sequences:
+            self._close(sequence, Failed(error))
+
+    # ── the main loop ─────────────────────────────────────────────────────────────────────────
+
+    def step(self) -> bool:
+        """Advance every sequence that can be advanced; False when there was nothing to do."""
+        for sequence in self.scheduler.admit():
+            self._restore_or_start(sequence)
+        num_restored = self._finish_restores()
+        decode = self.scheduler.plan_decode()
+        if decode is not None:
+            self._run(decode)
+        prefill = self.scheduler.plan_prefill()
+        if prefill is not None:
+            self._run(prefill)
+        return bool(decode or prefill or num_restored)
+
+    def _run(self, work: Work) -> None:
+        began = time.perf_counter()
+        try:
+            logits = self.model.logits(work.batch)
+            self._advance(work)
+            sampling = tuple(s for s in work.sequences if s.num_evaluated == s.num_known)
+            rows = [sequence.sampling_row() for sequence in sampling]
+            sampled = self.backend.sample(logits, rows, self.num_tokens) if rows else []
+        except DeviceError as error:
+            self._release_captures(work)
+            self.fail(work.sequences, error)
+            return
+        self._checkpoint(work)
+        self._account(work, (time.perf_counter() - began) * 1e3)
+        for sequence, choice in zip(sampling, sampled, strict=True):
+            sequence.append(choice.token)
+            sequence.phase = Phase.DECODE
+            reason = sequence.finish_reason(self.context_length)
+            if reason != "stop":
+                sequence.deliver(TokenSampled(choice.token, choice.logprobs))
+            if reason is not None:
+                self._save_reply(sequence)
+                self._finish(sequence, reason)
+
+    def _advance(self, work: Work) -> None:
+        """Record what has been evaluated, and mark the grid positions that decoding passed."""
+        for sequence, span in zip(work.sequences, work.batch.spans, strict=True):
+            sequence.num_evaluated = span.end
+            if work.batch.kind == "prefill":
+                if sequence.born == "prompt":
+                    sequence.num_grid_pages = span.end // PAGE_TOKENS
+                continue
+            sequence.born = "decode"
+            if span.end % PAGE_TOKENS == 0:
+                self.backend.copy_slot(sequence.slot, sequence.mark_slot)
+                sequence.mark = span.end
+
+    def _account(self, work: Work, elapsed_ms: float) -> None:
+        for sequence in work.sequences:
+            if work.batch.kind == "decode":
+                sequence.decode_ms += elapsed_ms
+                continue
+            sequence.prompt_ms += elapsed_ms
+            sequence.deliver(Progress(min(sequence.num_evaluated, sequence.num_prompt),
+                                      sequence.num_prompt))  # fmt: skip
+
+    # ── checkpoints ───────────────────────────────────────────────────────────────────────────
+
+    def _restore_or_start(self, sequence: Sequence) -> None:
+        """Begin to read the best checkpoint, or begin at token 0 when there is none."""
+        found = sequence.timeline.find(sequence.num_known - 1, self.strict)
+        sequence.found = found
+        if found is None:
+            self.backend.clear_slot(sequence.slot)
+            sequence.born, sequence.num_grid_pages = "prompt", 0
+            self._start(sequence, 0)
+            return
+        sequence.phase = Phase.RESTORING
+        sequence.restoring = sequence.timeline.load(found)
+        sequence.restoring.add_done_callback(lambda _: self.wake())
+
+    def _finish_restores(self) -> int:
+        """Put checkpoints that have been read onto the device; counts them."""
+        restored = [s for s in self.scheduler.running if s.restoring and s.restoring.done()]
+        for sequence in restored:
+            assert sequence.restoring is not None
+            future, sequence.restoring = sequence.restoring, None
+            error = future.exception()
+            if error is not None:
+                logger.error("a checkpoint could not be read: %s", error)
+                self.backend.clear_slot(sequence.slot)
+                self._start(sequence, 0)
+            elif (snapshot := future.result()) is not None:
+                self._restore(sequence, snapshot)
+            else:
+                self._restore_or_start(sequence)
+        return len(restored)
+
+    def _restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
+        for page, content in snapshot.pages.items():
+            self.backend.write_page(sequence.pages[page], content)
+        self.backend.write_slot(sequence.slot, snapshot.state)
+        sequence.born = snapshot.born
+        sequence.num_grid_pages = snapshot.num_grid_pages
+        self._start(sequence, snapshot.position)
+
+    def _start(self, sequence: Sequence, position: int) -> None:
+        sequence.num_evaluated = position
+        sequence.phase = Phase.PREFILL
+        sequence.positions = sequence.timeline.positions(sequence.request.boundaries, position)
+        if not sequence.was_started:
+            sequence.was_started = True
+            sequence.num_cached = position
+            sequence.deliver(Started(sequence.num_prompt, position))
+
+    def _checkpoint(self, work: Work) -> None:
+        """Save what the batch captured on its way."""
+        for sequence, span in zip(work.sequences, work.batch.spans, strict=True):
+            for capture in span.captures:
+                reason = sequence.positions[capture.position]
+                self._save(sequence, capture.position, capture.slot, sequence.born, reason)
+        self._release_captures(work)
+
+    def _release_captures(self, work: Work) -> None:
+        for span in work.batch.spans:
+            self.scheduler.give_back(span.captures)
+
+    def _save_reply(self, sequence: Sequence) -> None:
+        """Save the last place on the grid that decoding passed."""
+        if sequence.mark > 0:
+            self._save(sequence, sequence.mark, sequence.mark_slot, "decode", "reply")
+
+    def _keep_interrupted(self, sequence: Sequence) -> None:
+        """A retry sends the same prompt: let it go on from here."""
+        done = sequence.num_evaluated
+        if sequence.phase is Phase.PREFILL and done % PAGE_TOKENS == 0 and done > 0:
+            self._save(sequence, done, sequence.slot, sequence.born, "interval")
+        elif sequence.phase is Phase.DECODE:
+            self._save_reply(sequence)
+
+    def _save(
+        self, sequence: Sequence, position: int, slot: int, born: Birth, reason: Reason
+    ) -> None:
+        num_grid_pages = min(sequence.num_grid_pages, position // PAGE_TOKENS)
+        missing = sequence.timeline.missing_pages(position, num_grid_pages)
+        pages = {index: self.backend.read_page(sequence.pages[index]) for index in missing}
+        state = self.backend.read_slot(slot)
+        snapshot = Snapshot(position, born, num_grid_pages, state, pages)
+        sequence.timeline.save(snapshot, reason)
+
+    # ── the end of a sequence ─────────────────────────────────────────────────────────────────
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        reply = sequence.reply
+        if reason == "stop":
+            reply.pop()
+        event = Finished(
+            reason=reason,
+            num_prompt_tokens=sequence.num_prompt,
+            num_cached_tokens=sequence.num_cached,
+            tokens=tuple(reply),
+            prompt_ms=sequence.prompt_ms,
+            decode_ms=sequence.decode_ms,
+        )
+        self._close(sequence, event)
+
+    def _close(self, sequence: Sequence, event: Event) -> None:
+        self.scheduler.remove(sequence)
+        del self.sequences[sequence.request.id]
+        sequence.deliver(event)

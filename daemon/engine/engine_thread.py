@@ -1,0 +1,168 @@
+"""The only thread that touches the device: takes commands, steps the engine, delivers events.
+
+Owns the command queue and the thread. Fulfils the `Engine` Protocol for any other thread.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+from msgspec import Struct
+
+from daemon.engine.engine import StepEngine
+from daemon.engine.requests import (
+    Deliver,
+    EngineInfo,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+)
+from daemon.errors import EngineStopped, Overloaded, PromptTooLong, QwendError
+
+logger = logging.getLogger(__name__)
+
+
+class Submit(Struct, frozen=True):
+    """Queue a request."""
+
+    request: GenerationRequest
+    deliver: Deliver
+
+
+class Cancel(Struct, frozen=True):
+    """End a request."""
+
+    request_id: str
+
+
+class Wake(Struct, frozen=True):
+    """Something that the engine waits for has happened."""
+
+
+class Stop(Struct, frozen=True):
+    """End all requests and the thread."""
+
+
+Command = Submit | Cancel | Wake | Stop
+
+
+class EngineThread:
+    """Runs a StepEngine, which `build` makes on the thread that will own it.
+
+    Args:
+        build: gets the `wake` callback for the engine; runs on the engine's thread.
+        info: what is served.
+        max_requests: running and waiting together; more are refused as Overloaded.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Callable[[], None]], StepEngine],
+        info: EngineInfo,
+        max_requests: int,
+    ) -> None:
+        self._build = build
+        self._info = info
+        self._max_requests = max_requests
+        self._commands: SimpleQueue[Command] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._num_open = 0
+        self._failure: QwendError | None = None
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is served; constant."""
+        return self._info
+
+    @property
+    def failure(self) -> QwendError | None:
+        """Why no request is taken any more, or None while all is well."""
+        return self._failure
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """End all requests (their work is kept) and the thread; waits for it."""
+        self._commands.put(Stop())
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
+        """See `Engine.submit`."""
+        if len(request.tokens) >= self._info.context_length:
+            raise PromptTooLong(len(request.tokens), self._info.context_length)
+        assert request.tokens, "an empty prompt has nothing to continue"
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            if self._num_open >= self._max_requests:
+                raise Overloaded(f"{self._num_open} requests are running or waiting already")
+            self._num_open += 1
+        self._commands.put(Submit(request, self._counted(deliver)))
+
+    def cancel(self, request_id: str) -> None:
+        """See `Engine.cancel`."""
+        self._commands.put(Cancel(request_id))
+
+    def _counted(self, deliver: Deliver) -> Deliver:
+        def count_and_deliver(event: Event) -> None:
+            if isinstance(event, Finished | Failed):
+                with self._lock:
+                    self._num_open -= 1
+            deliver(event)
+
+        return count_and_deliver
+
+    # ── on the engine's thread ────────────────────────────────────────────────────────────────
+
+    def _main(self) -> None:
+        engine: StepEngine | None = None
+        try:
+            engine = self._build(lambda: self._commands.put(Wake()))
+            self._loop(engine)
+            failure = EngineStopped("qwend is shutting down")
+        except QwendError as error:
+            logger.error("the engine stopped: %s", error)
+            failure = EngineStopped(f"the engine stopped: {error}")
+        except Exception:
+            logger.exception("the engine failed")
+            failure = EngineStopped("the engine failed; see the log")
+        self._refuse_all(engine, failure)
+
+    def _loop(self, engine: StepEngine) -> None:
+        worked = False
+        while True:
+            for command in self._take_commands(wait=not worked):
+                match command:
+                    case Submit(request, deliver):
+                        engine.add(request, deliver)
+                    case Cancel(request_id):
+                        engine.cancel(request_id)
+                    case Stop():
+                        for request_id in list(engine.sequences):
+                            engine.cancel(request_id)
+                        return
+            worked = engine.step()
+
+    def _take_commands(self, wait: bool) -> list[Command]:
+        commands = [self._commands.get()] if wait else []
+        try:
+            while True:
+                commands.append(self._commands.get_nowait())
+        except Empty:
+            return commands
+
+    def _refuse_all(self, engine: StepEngine | None, failure: QwendError) -> None:
+        """Answer what is open and what is still queued; nothing comes in after this."""
+        with self._lock:
+            self._failure = failure
+        if engine is not None:
+            engine.fail(tuple(engine.sequences.values()), failure)
+        for command in self._take_commands(wait=False):
+            if isinstance(command, Submit):
+                command.deliver(Failed(failure))

@@ -1,0 +1,167 @@
+"""Who is evaluated in the next step. Pure host code: no device, no clock, no I/O.
+
+Decoding sequences come first, one token each; the rest of the token budget goes to prompts, to the
+one that has waited longest first, with a share for each further one so that none starves. Owns the
+order of sequences and the free lists. Engine thread only.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+
+from msgspec import Struct
+
+from daemon.checkpoint import PAGE_TOKENS
+from daemon.engine.batch import Batch, Capture, Span
+from daemon.engine.memory.kv_pages import KVPages
+from daemon.engine.memory.slots import Slots
+from daemon.engine.sequence import Phase, Sequence
+
+
+class Limits(Struct, frozen=True):
+    """`prefill_tokens` is the budget of one step for prompts, a multiple of PAGE_TOKENS."""
+
+    max_sequences: int
+    max_waiting: int
+    prefill_tokens: int
+    num_pages: int
+    num_capture_slots: int
+
+    @property
+    def num_slots(self) -> int:
+        """Two for each sequence (its state, and its mark), and those that captures fill."""
+        return 2 * self.max_sequences + self.num_capture_slots
+
+
+class Work(Struct, frozen=True):
+    """A batch and the sequences of its spans, in the same order."""
+
+    batch: Batch
+    sequences: tuple[Sequence, ...]
+
+
+class Scheduler:
+    """Admits, plans, preempts. A sequence is either waiting or holds two slots and its pages."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.pages = KVPages(limits.num_pages)
+        self.slots = Slots(limits.num_slots)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the queue takes no more."""
+        return len(self.waiting) >= self.limits.max_waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        self.waiting.append(sequence)
+
+    def admit(self) -> list[Sequence]:
+        """Give places to waiting sequences, in order, while there are any."""
+        admitted = []
+        while self.waiting and len(self.running) < self.limits.max_sequences:
+            sequence = self.waiting[0]
+            # One page beyond the prompt, so that the first decoded page never preempts at once.
+            pages = self.pages.take(sequence.num_pages_needed + 1)
+            if pages is None:
+                break
+            sequence.pages = pages
+            sequence.slot, sequence.mark_slot = self._take_slot(), self._take_slot()
+            self.running.append(self.waiting.popleft())
+            admitted.append(sequence)
+        return admitted
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its places."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._free_places(sequence)
+
+    def plan_decode(self) -> Work | None:
+        """One token of every decoding sequence; may preempt the youngest to find a page."""
+        for sequence in self._in_phase(Phase.DECODE):
+            if sequence in self.running:
+                self._make_room(sequence)
+        sequences = tuple(self._in_phase(Phase.DECODE))
+        if not sequences:
+            return None
+        spans = tuple(
+            Span(seq.unevaluated(1), seq.num_evaluated, seq.slot, seq.pages, samples=True)
+            for seq in sequences
+        )
+        return Work(Batch("decode", spans), sequences)
+
+    def plan_prefill(self) -> Work | None:
+        """Chunks of prompts within the budget; the captures' slots are taken here."""
+        waiting = self._in_phase(Phase.PREFILL)
+        budget = self.limits.prefill_tokens
+        spans, sequences = [], []
+        for index, sequence in enumerate(waiting):
+            num_others = len(waiting) - index - 1
+            span = self._prefill_span(sequence, max(budget - num_others * PAGE_TOKENS, PAGE_TOKENS))
+            if len(span.tokens):
+                spans.append(span)
+                sequences.append(sequence)
+                budget -= span.num_chunks * PAGE_TOKENS
+            if budget <= 0:
+                break
+        return Work(Batch("prefill", tuple(spans)), tuple(sequences)) if spans else None
+
+    def give_back(self, captures: Iterable[Capture]) -> None:
+        """Free the slots of captures that have been read."""
+        for capture in captures:
+            self.slots.give_back(capture.slot)
+
+    def _prefill_span(self, sequence: Sequence, limit: int) -> Span:
+        """At most `limit` tokens; ends before a position to capture for which no slot is free."""
+        start = sequence.num_evaluated
+        end = min(start + limit, sequence.num_known)
+        captures = []
+        for position in sorted(p for p in sequence.positions if start < p <= end):
+            slot = self.slots.take()
+            if slot is None:
+                end = position - PAGE_TOKENS
+                break
+            captures.append(Capture(position, slot))
+        tokens = sequence.unevaluated(end - start)
+        return Span(
+            tokens, start, sequence.slot, sequence.pages, tuple(captures), end == sequence.num_known
+        )
+
+    def _make_room(self, sequence: Sequence) -> None:
+        while len(sequence.pages) < sequence.num_pages_needed:
+            more = self.pages.take(1, after=sequence.pages)
+            if more is not None:
+                sequence.pages += more
+            elif self.preempt(self.running[-1]) is sequence:
+                return
+
+    def preempt(self, sequence: Sequence) -> Sequence:
+        """Send a sequence back to the head of the queue; its reply becomes part of the prompt."""
+        self._free_places(sequence)
+        self.running.remove(sequence)
+        sequence.phase = Phase.WAITING
+        sequence.num_evaluated = 0
+        sequence.mark = 0
+        sequence.restoring = None
+        self.waiting.appendleft(sequence)
+        return sequence
+
+    def _in_phase(self, phase: Phase) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.phase is phase]
+
+    def _take_slot(self) -> int:
+        slot = self.slots.take()
+        assert slot is not None, "slots are reserved for max_sequences"
+        return slot
+
+    def _free_places(self, sequence: Sequence) -> None:
+        self.pages.give_back(sequence.pages)
+        sequence.pages = ()
+        for slot in (sequence.slot, sequence.mark_slot):
+            self.slots.give_back(slot)
+        sequence.slot = sequence.mark_slot = -1

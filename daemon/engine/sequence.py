@@ -1,0 +1,121 @@
+"""One token timeline inside the engine: its tokens, its places on the device, when it ends.
+
+Owns no device memory, only the numbers of its slots and pages. Engine thread only.
+"""
+
+import enum
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from daemon.checkpoint import PAGE_TOKENS, Birth, Found, Reason, Snapshot
+from daemon.engine.backends.backend import SamplingRow
+from daemon.engine.checkpointing import Timeline
+from daemon.engine.requests import Deliver, FinishReason, GenerationRequest
+
+
+class Phase(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"  # no places on the device
+    RESTORING = "restoring"  # a checkpoint is being read
+    PREFILL = "prefill"  # tokens are known that have not been evaluated
+    DECODE = "decode"  # exactly the last sampled token has not been evaluated
+
+
+class Sequence:
+    """`tokens` are prompt and reply; the first `num_evaluated` are in state and pages.
+
+    `mark` is the position (a multiple of PAGE_TOKENS, 0: none) whose state lies in `mark_slot`:
+    the last place on the grid that decoding passed, where a reply's checkpoint is cut.
+    """
+
+    def __init__(self, request: GenerationRequest, deliver: Deliver, timeline: Timeline) -> None:
+        self.request = request
+        self.deliver = deliver
+        self.timeline = timeline
+        self.phase = Phase.WAITING
+        self.tokens = list(request.tokens)
+        self.num_evaluated = 0
+        self.num_cached = 0
+        self.num_grid_pages = 0
+        self.born: Birth = "prompt"
+        self.pages: tuple[int, ...] = ()
+        self.slot = -1
+        self.mark_slot = -1
+        self.mark = 0
+        self.positions: Mapping[int, Reason] = {}
+        self.found: Found | None = None
+        self.restoring: Future[Snapshot | None] | None = None
+        self.was_started = False
+        self.prompt_ms = 0.0
+        self.decode_ms = 0.0
+        self.seed = _seed_of(request)
+        self._counts: dict[int, tuple[int, int]] | None = None
+        if _has_penalty(request):
+            self._counts = {token: (n, 0) for token, n in Counter(request.tokens).items()}
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens that the client sent."""
+        return len(self.request.tokens)
+
+    @property
+    def reply(self) -> list[int]:
+        """Tokens sampled so far."""
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_known(self) -> int:
+        """Tokens of prompt and reply."""
+        return len(self.tokens)
+
+    @property
+    def num_pages_needed(self) -> int:
+        """Pages for all known tokens."""
+        return -(-self.num_known // PAGE_TOKENS)
+
+    def unevaluated(self, limit: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """The next tokens to evaluate, `[<= limit]`."""
+        first = self.num_evaluated
+        return np.asarray(self.tokens[first : first + limit], np.int32)
+
+    def append(self, token: int) -> None:
+        """Add a sampled token."""
+        self.tokens.append(token)
+        self.timeline.extend([token])
+        if self._counts is not None:
+            total, replied = self._counts.get(token, (0, 0))
+            self._counts[token] = (total + 1, replied + 1)
+
+    def finish_reason(self, context_length: int) -> FinishReason | None:
+        """Whether the last sampled token ends the reply, and why."""
+        if self.tokens[-1] in self.request.stop_tokens:
+            return "stop"
+        if self.num_known - self.num_prompt >= self.request.max_tokens:
+            return "length"
+        return "length" if self.num_known >= context_length else None
+
+    def sampling_row(self) -> SamplingRow:
+        """How to choose this sequence's next token."""
+        step = self.num_known - self.num_prompt
+        return SamplingRow(self.request.sampling, self.seed, step, self._counts or {})
+
+
+def _seed_of(request: GenerationRequest) -> int:
+    if request.sampling.seed is not None:
+        return request.sampling.seed
+    return int.from_bytes(np.random.default_rng().bytes(8), "little")
+
+
+def _has_penalty(request: GenerationRequest) -> bool:
+    sampling = request.sampling
+    neutral = (
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+    ) == (1.0, 0.0, 0.0)
+    return not neutral
