@@ -1,0 +1,286 @@
+"""The one path inside, whatever the dialect: messages → prompt → engine → deltas.
+
+Owns a request from its decoded form to its last delta: the prompt thread, the hand-over from the
+engine, cancellation, the record in metrics and log. Knows no wire format. Event loop; prompts are
+built on one thread of their own, so that a long one delays no stream.
+"""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from daemon.api.mailbox import Mailbox
+from daemon.api.reply import Reply, ReplyRules, joined
+from daemon.api.service import Service
+from daemon.engine.requests import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Progress,
+    SamplingParams,
+    Started,
+    TokenSampled,
+)
+from daemon.errors import EngineStopped, Overloaded, PromptTooLong
+from daemon.logs import log_request
+from daemon.metrics import RequestRecord
+from daemon.text.messages import Message, ToolSpec
+from daemon.text.prompt import Prompt, replay_entries
+from daemon.text.reply_parser import Delta
+from daemon.text.tool_calls import CALL_OPEN
+
+T = TypeVar("T")
+
+EndReason = Literal["stop", "length", "tool_calls"]
+
+BAN = -1000.0
+"""Added to a logit, it leaves the token no chance."""
+
+
+class Conversation(Struct, frozen=True, kw_only=True):
+    """What is to be answered. `template_options` go to the chat template."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[ToolSpec, ...] = ()
+    template_options: dict[str, Any] = {}
+    session: str = ""
+
+
+class Piece(Struct, frozen=True):
+    """What is new in a reply. Without deltas: a sign of life after a long silence.
+
+    `tokens` are those with log-probabilities sampled since the last piece, if asked for.
+    """
+
+    deltas: tuple[Delta, ...] = ()
+    tokens: tuple[TokenSampled, ...] = ()
+
+
+class Outcome(Struct, frozen=True, kw_only=True):
+    """How a reply ended, in tokens."""
+
+    reason: EndReason
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_reply_tokens: int
+    num_reasoning_tokens: int
+
+
+class Generations:
+    """All replies being generated. One object a daemon; `close` ends them all."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="prompt")
+        self._live: set[Generation] = set()
+        self._closed = False
+
+    async def on_prompt_thread(self, function: Callable[..., T], *args: object) -> T:
+        """Run what takes long for long inputs, off the event loop and one at a time.
+
+        Raises:
+            EngineStopped: the server is shutting down.
+        """
+        if self._closed:
+            raise EngineStopped("The server is shutting down.")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._prompt_thread, function, *args)
+
+    async def start(self, conversation: Conversation, rules: ReplyRules) -> "Generation":
+        """Build the prompt and queue it. The caller must `close` what it gets.
+
+        Raises:
+            InvalidRequest: the template refuses the messages.
+            PromptTooLong: the context leaves no room for one token.
+            Overloaded: too many requests wait.
+            EngineStopped: no request is taken any more.
+        """
+        prompt = await self.on_prompt_thread(
+            self._service.prompts.build,
+            conversation.messages,
+            conversation.tools,
+            conversation.template_options,
+        )
+        generation = Generation(self._service, prompt, conversation, rules, self)
+        generation.submit()
+        self._live.add(generation)
+        return generation
+
+    def discard(self, generation: "Generation") -> None:
+        """Forget a generation that has been closed."""
+        self._live.discard(generation)
+
+    def close(self) -> None:
+        """Take no more, and cancel all: their streams end with an error that says so."""
+        self._closed = True
+        for generation in list(self._live):
+            generation.cancel()
+        self._prompt_thread.shutdown(wait=False, cancel_futures=True)
+
+
+class Generation:
+    """One reply, from its prompt to its outcome.
+
+    Attributes:
+        id: the request's id, in the engine and for the client.
+        outcome: how it ended; set once `pieces` is exhausted.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        prompt: Prompt,
+        conversation: Conversation,
+        rules: ReplyRules,
+        owner: Generations,
+    ) -> None:
+        self.id = uuid.uuid4().hex
+        self.outcome: Outcome | None = None
+        self._service = service
+        self._prompt = prompt
+        self._session = conversation.session
+        self._rules = rules
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._reply = Reply(service.tokenizer, prompt, conversation.tools, rules)
+        self._mailbox = Mailbox(self._loop, service.limits.max_pending_events, self.cancel)
+        self._num_cached = 0
+        self._num_done = 0
+        self._finished: Finished | None = None
+        self._finish = "cancelled"
+        self._closed = False
+        self._last_sign_s = self._loop.time()
+
+    def submit(self) -> None:
+        """Hand the prompt to the engine."""
+        context_length = self._service.engine.info.context_length
+        num_prompt = len(self._prompt.tokens)
+        room = context_length - num_prompt
+        if room < 1:
+            raise PromptTooLong(num_prompt, context_length)
+        wanted = self._rules.max_tokens
+        request = GenerationRequest(
+            id=self.id,
+            tokens=self._prompt.tokens,
+            boundaries=self._prompt.boundaries,
+            sampling=self._sampling(),
+            max_tokens=room if wanted is None else min(wanted, room),
+            stop_tokens=self._service.tokenizer.stop_tokens,
+            session=self._session,
+        )
+        self._service.engine.submit(request, self._mailbox.put)
+        self._service.metrics.request_started()
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The reply as it comes; at least one piece in every `sign_of_life_s` seconds.
+
+        Raises:
+            QwendError: the engine failed or stopped, or the client reads too slowly.
+        """
+        while self._finished is None:
+            due_s = self._last_sign_s + self._service.limits.sign_of_life_s
+            piece = self._digest(await self._mailbox.take(due_s - self._loop.time()))
+            if piece.deltas or piece.tokens or self._loop.time() >= due_s:
+                self._last_sign_s = self._loop.time()
+                yield piece
+        await self._settle(self._finished)
+
+    def cancel(self) -> None:
+        """Stop the engine's work; does no harm when it has ended."""
+        self._service.engine.cancel(self.id)
+
+    def close(self) -> None:
+        """Cancel what still runs, and record how the request ended. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._owner.discard(self)
+        if self._finished is None:
+            self.cancel()
+        record = self._record()
+        self._service.metrics.request_ended(record)
+        log_request(record)
+
+    def _sampling(self) -> SamplingParams:
+        sampling = self._rules.sampling
+        if not self._rules.forbid_calls:
+            return sampling
+        opening = self._service.tokenizer.encode(CALL_OPEN)[0]
+        bias = (*sampling.logit_bias, (opening, BAN))
+        return msgspec.structs.replace(sampling, logit_bias=bias)
+
+    def _digest(self, events: Sequence[Event]) -> Piece:
+        if self._mailbox.overflowed:
+            self._finish = "unread"
+            raise Overloaded("The client reads too slowly; the request was ended.")
+        deltas: list[Delta] = []
+        tokens: list[TokenSampled] = []
+        for event in events:
+            match event:
+                case TokenSampled():
+                    deltas += self._sampled(event, tokens)
+                case Started():
+                    self._num_cached = self._num_done = event.num_cached_tokens
+                case Progress():
+                    self._num_done = event.num_done_tokens
+                case Finished():
+                    deltas += self._reply.finish()
+                    self._finished = event
+                case Failed(error):
+                    self._finish = "failed"
+                    raise error
+        return Piece(tuple(joined(deltas)), tuple(tokens))
+
+    def _sampled(self, event: TokenSampled, tokens: list[TokenSampled]) -> list[Delta]:
+        if self._reply.is_cut:
+            return []
+        deltas = self._reply.feed(event.token)
+        if event.logprobs is not None:
+            tokens.append(event)
+        if self._reply.is_cut:
+            self.cancel()
+        return deltas
+
+    async def _settle(self, finished: Finished) -> None:
+        """Decide how it ended, and remember the reply before the client can send it back."""
+        reply = self._reply
+        if finished.reason == "cancelled" and not reply.is_cut:
+            raise EngineStopped("The request was cancelled by the server.")
+        if finished.reason == "stop" and not reply.is_cut:
+            await self._owner.on_prompt_thread(self._remember, finished.tokens)
+        reason: EndReason = "length" if finished.reason == "length" else "stop"
+        if reason == "stop" and reply.num_calls:
+            reason = "tool_calls"
+        self._finish = reason
+        self.outcome = Outcome(
+            reason=reason,
+            num_prompt_tokens=finished.num_prompt_tokens,
+            num_cached_tokens=finished.num_cached_tokens,
+            num_reply_tokens=reply.num_tokens,
+            num_reasoning_tokens=reply.num_reasoning_tokens,
+        )
+
+    def _remember(self, tokens: tuple[int, ...]) -> None:
+        self._service.remember(replay_entries(self._prompt, tokens))
+
+    def _record(self) -> RequestRecord:
+        finished = self._finished
+        num_done = self._num_done if finished is None else finished.num_prompt_tokens
+        return RequestRecord(
+            id=self.id,
+            model=self._service.engine.info.model_name,
+            session=self._session,
+            num_prompt_tokens=len(self._prompt.tokens),
+            num_cached_tokens=self._num_cached,
+            num_evaluated_tokens=num_done - self._num_cached,
+            num_generated_tokens=self._reply.num_tokens,
+            prompt_ms=0.0 if finished is None else finished.prompt_ms,
+            decode_ms=0.0 if finished is None else finished.decode_ms,
+            finish=self._finish,
+        )

@@ -1,0 +1,131 @@
+"""One reply as it grows: sampled tokens in, deltas of reasoning, content and tool calls out.
+
+Owns decoding, parsing and stop strings of one reply. Knows no engine and no dialect; event loop.
+"""
+
+import uuid
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from daemon.api.stop_strings import StopStrings
+from daemon.engine.requests import SamplingParams
+from daemon.text.messages import ToolSpec
+from daemon.text.prompt import Prompt
+from daemon.text.reply_parser import (
+    ContentDelta,
+    Delta,
+    ReasoningDelta,
+    ReplyParser,
+    ToolCallDelta,
+)
+from daemon.text.tokenizer import Tokenizer
+
+
+class ReplyRules(Struct, frozen=True, kw_only=True):
+    """How to answer.
+
+    `max_tokens` None is all that the context leaves. `forbid_calls` keeps the tools in the
+    prompt, whose prefix stays the same, and bans the token that opens a call. `single_call` ends
+    the reply after its first tool call.
+    """
+
+    sampling: SamplingParams
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    forbid_calls: bool = False
+    single_call: bool = False
+
+
+class Reply:
+    """Feeds tokens through decoder, parser and stop strings.
+
+    Stop strings are looked for in the content alone: one that occurs in reasoning or in a tool
+    call would end an answer that the client has not seen.
+
+    Attributes:
+        num_tokens: sampled tokens that belong to the reply.
+        num_reasoning_tokens: those of them before the thinking was closed.
+        num_calls: tool calls given out.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Prompt, tools: Sequence[ToolSpec], rules: ReplyRules
+    ) -> None:
+        self.num_tokens = 0
+        self.num_reasoning_tokens = 0
+        self.num_calls = 0
+        self._decoder = tokenizer.decoder()
+        self._parser = ReplyParser(
+            tools, thinking_open=prompt.thinking_open, new_call_id=_new_call_id
+        )
+        self._stop = StopStrings(rules.stop)
+        self._single_call = rules.single_call
+        self._is_cut = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the reply ended before the model said so; further tokens are ignored."""
+        return self._is_cut
+
+    def feed(self, token: int) -> list[Delta]:
+        """The deltas that `token` makes certain; may be none."""
+        if self._is_cut:
+            return []
+        self.num_tokens += 1
+        deltas = self._pass(self._parser.feed(self._decoder.feed(token)))
+        self.num_reasoning_tokens += self._parser.in_reasoning
+        return deltas
+
+    def finish(self) -> list[Delta]:
+        """What was held back, once no token can follow."""
+        if self._is_cut:
+            return []
+        deltas = self._pass(self._parser.feed(self._decoder.finish()))
+        deltas += self._pass(self._parser.finish())
+        if not self._is_cut and (rest := self._stop.finish()):
+            deltas.append(ContentDelta(rest))
+        return deltas
+
+    def _pass(self, deltas: Sequence[Delta]) -> list[Delta]:
+        passed: list[Delta] = []
+        for delta in deltas:
+            if self._is_cut:
+                break
+            match delta:
+                case ContentDelta(text):
+                    passed += self._content(text)
+                case ToolCallDelta():
+                    passed += self._call(delta)
+                case ReasoningDelta():
+                    passed.append(delta)
+        return passed
+
+    def _content(self, text: str) -> list[Delta]:
+        certain = self._stop.feed(text)
+        self._is_cut = self._stop.found
+        return [ContentDelta(certain)] if certain else []
+
+    def _call(self, call: ToolCallDelta) -> list[Delta]:
+        held = self._stop.finish()
+        self.num_calls += 1
+        self._is_cut = self._single_call
+        return [ContentDelta(held), call] if held else [call]
+
+
+def joined(deltas: Sequence[Delta]) -> list[Delta]:
+    """The same deltas, neighbours of one kind put together."""
+    out: list[Delta] = []
+    for delta in deltas:
+        match (out[-1] if out else None), delta:
+            case ContentDelta(before), ContentDelta(text):
+                out[-1] = ContentDelta(before + text)
+            case ReasoningDelta(before), ReasoningDelta(text):
+                out[-1] = ReasoningDelta(before + text)
+            case _:
+                out.append(delta)
+    return out
+
+
+def _new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"

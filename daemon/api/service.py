@@ -1,0 +1,54 @@
+"""What the HTTP side is given to work with. Built once by assemble, read by every route.
+
+Owns nothing; knows the engine by its front door and the store only as functions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from daemon.engine.requests import Engine, SamplingParams
+from daemon.metrics import Metrics
+from daemon.text.prompt import PromptBuilder
+from daemon.text.tokenizer import Tokenizer
+
+EngineState = Literal["loading", "ok", "stopped"]
+
+Remember = Callable[[Sequence[tuple[str, tuple[int, ...]]]], None]
+"""Keeps (frame text, sampled tokens) of replies, so that history coming back matches again."""
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """Bounds of the HTTP side.
+
+    `max_pending_events` are the tokens that may wait for a client that does not read;
+    `sign_of_life_s` the longest silence of a stream, in seconds.
+    """
+
+    max_body_bytes: int = 64 * 2**20
+    max_pending_events: int = 16_384
+    sign_of_life_s: float = 5.0
+
+
+class Service(Struct, frozen=True, kw_only=True):
+    """One served model and all that a request to it needs.
+
+    `sampling` are the model's own recommended values, which a request's override one by one.
+    `aliases` are further names that the model answers to. `fingerprint` names build and weights
+    in answers. `cache_stats` gives the store's own figures; it must be quick and thread-safe.
+    """
+
+    engine: Engine
+    engine_state: Callable[[], EngineState]
+    tokenizer: Tokenizer
+    prompts: PromptBuilder
+    remember: Remember
+    cache_stats: Callable[[], Mapping[str, Any]]
+    metrics: Metrics
+    sampling: SamplingParams = SamplingParams()
+    limits: Limits = Limits()
+    aliases: tuple[str, ...] = ()
+    fingerprint: str = "qwend"
+    version: str = ""
+    created: int = 0

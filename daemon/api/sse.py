@@ -1,0 +1,57 @@
+"""Server-sent events: framing, and a response that stops its source when the client goes.
+
+Owns the wire form. Knows no dialect; an event's data is bytes already. Event loop.
+"""
+
+from collections.abc import AsyncIterator, Callable
+
+from starlette.types import Receive, Scope, Send
+
+from daemon.api.disconnect import until_disconnect
+
+DONE = b"data: [DONE]\n\n"
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # or a reverse proxy holds the stream back
+]
+
+
+def frame(data: bytes) -> bytes:
+    """One event. `data` is JSON on a single line."""
+    assert b"\n" not in data
+    return b"data: " + data + b"\n\n"
+
+
+class EventStream:
+    """An ASGI response that sends frames as they come.
+
+    Headers go out before the first frame is asked for. `close` is called in every case: end,
+    error, disconnect, cancellation; also when no frame was ever sent.
+    """
+
+    def __init__(
+        self,
+        frames: AsyncIterator[bytes],
+        close: Callable[[], None],
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self._frames = frames
+        self._close = close
+        extra = (headers or {}).items()
+        self._headers = _HEADERS + [(k.encode("latin-1"), v.encode("latin-1")) for k, v in extra]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all frames, or as many as the client waits for."""
+        try:
+            await until_disconnect(receive, self._send_all(send))
+        finally:
+            self._close()
+
+    async def _send_all(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self._headers}
+        await send(start)
+        async for chunk in self._frames:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,54 @@
+"""Finds a client's stop strings in streamed text, however the text is cut.
+
+Owns the text that could still become a stop string. Pure; runs on the event loop.
+"""
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Passes text on up to, and without, the first stop string that occurs in it."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self._found = False
+
+    @property
+    def found(self) -> bool:
+        """Whether a stop string has occurred; nothing is passed on after it."""
+        return self._found
+
+    def feed(self, text: str) -> str:
+        """What of all text so far is certainly before any stop string, and not given out yet."""
+        if self._found:
+            return ""
+        self._held += text
+        start = self._first_stop()
+        if start is not None:
+            self._found = True
+            return self._held[:start]
+        keep = self._num_possible()
+        cut = len(self._held) - keep
+        passed, self._held = self._held[:cut], self._held[cut:]
+        return passed
+
+    def finish(self) -> str:
+        """The text held back, once no more can follow."""
+        held, self._held = ("" if self._found else self._held), ""
+        return held
+
+    def _first_stop(self) -> int | None:
+        """Where the stop string begins that is complete first."""
+        found = ((self._held.find(stop), len(stop)) for stop in self._stops)
+        ends = [(start + size, start) for start, size in found if start >= 0]
+        return min(ends)[1] if ends else None
+
+    def _num_possible(self) -> int:
+        """Characters at the end that begin a stop string."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            tail = self._held[-size:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return size
+        return 0

@@ -1,0 +1,48 @@
+"""The form of the log: one line an event, one line a request, no text of any prompt.
+
+Owns the format and who may speak. Knows nothing of HTTP or the engine; any thread may log.
+"""
+
+import logging
+import sys
+from typing import TextIO
+
+from daemon.metrics import RequestRecord
+
+_requests = logging.getLogger("daemon.requests")
+
+
+def configure_logs(level: int = logging.INFO, stream: TextIO | None = None) -> None:
+    """Send every record, uvicorn's too, to one handler. Call once, before serving.
+
+    Other libraries are heard from WARNING on.
+    """
+    handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("daemon").setLevel(level)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.WARNING)
+
+
+def request_line(record: RequestRecord) -> str:
+    """A request in one line: what was asked in tokens, what was reused, how fast, how it ended."""
+    seconds = record.decode_ms / 1000
+    speed = f"{record.num_generated_tokens / seconds:.1f}" if seconds > 0 else "-"
+    return (
+        f"{record.id} {record.model} prompt={record.num_prompt_tokens}"
+        f" cached={record.num_cached_tokens} generated={record.num_generated_tokens}"
+        f" prompt_ms={record.prompt_ms:.0f} tok/s={speed} finish={record.finish}"
+    )
+
+
+def log_request(record: RequestRecord) -> None:
+    """Log a request that has ended."""
+    _requests.info("%s", request_line(record))

@@ -1,0 +1,176 @@
+"""Counts what the daemon did: requests, tokens reused, evaluated and generated, per session too.
+
+Owns the counters. Knows no HTTP, no engine and no store; any thread may call it. Memory is
+bounded: one bucket a second for a quarter of an hour, and the sessions used last.
+"""
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from msgspec import Struct
+
+WINDOWS_S = (60, 300, 900)
+"""Spans of the sliding rates, in seconds."""
+
+
+class RequestRecord(Struct, frozen=True, kw_only=True):
+    """One request that has ended, in tokens and milliseconds; nothing of its text.
+
+    Of a request that was cancelled or failed, fewer prompt tokens may have been evaluated than
+    were not cached.
+    """
+
+    id: str
+    model: str
+    session: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_evaluated_tokens: int
+    num_generated_tokens: int
+    prompt_ms: float
+    decode_ms: float
+    finish: str
+
+
+class Tally(Struct, frozen=True):
+    """Sums over some requests. Reused plus evaluated are the prompts' tokens."""
+
+    num_requests: int = 0
+    num_reused_tokens: int = 0
+    num_evaluated_tokens: int = 0
+    num_generated_tokens: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Reused share of the prompts' tokens, 0 when there were none."""
+        total = self.num_reused_tokens + self.num_evaluated_tokens
+        return self.num_reused_tokens / total if total else 0.0
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(
+            self.num_requests + other.num_requests,
+            self.num_reused_tokens + other.num_reused_tokens,
+            self.num_evaluated_tokens + other.num_evaluated_tokens,
+            self.num_generated_tokens + other.num_generated_tokens,
+        )
+
+
+class SessionTally(Struct, frozen=True):
+    """A session's sums; `idle_s` since its last request ended."""
+
+    session: str
+    tally: Tally
+    last_prompt_tokens: int
+    last_cached_tokens: int
+    idle_s: float
+
+
+class MetricsSnapshot(Struct, frozen=True, kw_only=True):
+    """All counters at one moment; `windows` by their span in seconds, sessions newest first."""
+
+    uptime_s: float
+    num_running: int
+    finishes: dict[str, int]
+    total: Tally
+    windows: dict[int, Tally]
+    sessions: tuple[SessionTally, ...]
+
+
+@dataclass
+class _Session:
+    tally: Tally = field(default_factory=Tally)
+    last: RequestRecord | None = None
+    last_s: float = 0.0
+
+
+class Metrics:
+    """The counters of one daemon.
+
+    Args:
+        clock: monotonic seconds.
+        max_sessions: rows kept; the session unused for longest goes first.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, max_sessions: int = 256
+    ) -> None:
+        self._clock = clock
+        self._max_sessions = max_sessions
+        self._lock = threading.Lock()
+        self._started_s = clock()
+        self._num_running = 0
+        self._total = Tally()
+        self._finishes: dict[str, int] = {}
+        self._seconds: deque[tuple[int, Tally]] = deque()
+        self._sessions: OrderedDict[str, _Session] = OrderedDict()
+
+    def request_started(self) -> None:
+        """Count a request as running until `request_ended`."""
+        with self._lock:
+            self._num_running += 1
+
+    def request_ended(self, record: RequestRecord) -> None:
+        """Count a request that has finished, failed or been cancelled."""
+        tally = Tally(
+            1,
+            record.num_cached_tokens,
+            record.num_evaluated_tokens,
+            record.num_generated_tokens,
+        )
+        with self._lock:
+            self._num_running -= 1
+            self._total += tally
+            self._finishes[record.finish] = self._finishes.get(record.finish, 0) + 1
+            self._count_second(tally)
+            self._count_session(record, tally)
+
+    def snapshot(self) -> MetricsSnapshot:
+        """All counters, consistent with one another."""
+        with self._lock:
+            now = self._clock()
+            return MetricsSnapshot(
+                uptime_s=now - self._started_s,
+                num_running=self._num_running,
+                finishes=dict(self._finishes),
+                total=self._total,
+                windows={span: self._window(span, now) for span in WINDOWS_S},
+                sessions=tuple(self._session_rows(now)),
+            )
+
+    def _count_second(self, tally: Tally) -> None:
+        second = int(self._clock())
+        if self._seconds and self._seconds[-1][0] == second:
+            self._seconds[-1] = (second, self._seconds[-1][1] + tally)
+        else:
+            self._seconds.append((second, tally))
+        while self._seconds[0][0] <= second - WINDOWS_S[-1]:
+            self._seconds.popleft()
+
+    def _count_session(self, record: RequestRecord, tally: Tally) -> None:
+        session = self._sessions.setdefault(record.session, _Session())
+        session.tally += tally
+        session.last = record
+        session.last_s = self._clock()
+        self._sessions.move_to_end(record.session)
+        if len(self._sessions) > self._max_sessions:
+            self._sessions.popitem(last=False)
+
+    def _window(self, span_s: int, now: float) -> Tally:
+        oldest = int(now) - span_s
+        return sum((tally for second, tally in self._seconds if second > oldest), Tally())
+
+    def _session_rows(self, now: float) -> list[SessionTally]:
+        return [
+            SessionTally(
+                name,
+                session.tally,
+                session.last.num_prompt_tokens,
+                session.last.num_cached_tokens,
+                now - session.last_s,
+            )
+            for name, session in reversed(self._sessions.items())
+            if session.last is not None
+        ]
