@@ -1,0 +1,120 @@
+"""Messages → the prompt's token ids and the positions where a checkpoint has meaning.
+
+Joins template, tokenizer and remembered replies. Knows nothing of the engine or the store; its
+reasons are spelled as the engine's. A PromptBuilder is safe on any thread.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import dropwhile
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from daemon.errors import InvalidRequest
+from daemon.text.encoded_frames import EncodedFrames
+from daemon.text.messages import Message, ToolSpec
+from daemon.text.replay import ReplayEntry, SampledTokens, is_faithful, replay_entries
+from daemon.text.template import ChatTemplate, Frame
+from daemon.text.tokenizer import Tokenizer
+
+BoundaryReason = Literal["system", "user", "prompt"]
+
+
+class Prompt(Struct, frozen=True, kw_only=True):
+    """What to generate from.
+
+    `boundaries` are (position, reason) in rising order, one a position and none at 0: "system" is
+    the end of system prompt and tools, "user" the start of a user message (tool results are none),
+    "prompt" the start of the generation prompt. `generation` are the generation prompt's tokens,
+    the last of `tokens`; with `thinking_open` it ends inside `<think>`.
+    """
+
+    tokens: tuple[int, ...]
+    boundaries: tuple[tuple[int, BoundaryReason], ...]
+    generation: tuple[int, ...]
+    thinking_open: bool
+
+
+class PromptBuilder:
+    """Builds prompts frame by frame; equal to encoding the whole text at once.
+
+    Args:
+        sampled: the exact tokens of earlier replies.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, sampled: SampledTokens
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._sampled = sampled
+        self._encoded = EncodedFrames()
+
+    def build(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[ToolSpec] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """Render and encode a conversation.
+
+        Args:
+            options: variables for the template, such as `enable_thinking`.
+
+        Raises:
+            InvalidRequest: no messages, or the template refuses them.
+        """
+        if not messages:
+            raise InvalidRequest("At least one message is needed.", "messages")
+        frames = self._template.render(messages, tools, options)
+        tokens: list[int] = []
+        starts = []
+        for frame in frames:
+            starts.append(len(tokens))
+            tokens.extend(self._encode(frame))
+        return Prompt(
+            tokens=tuple(tokens),
+            boundaries=_boundaries(frames, starts),
+            generation=tuple(tokens[starts[-1] :]),
+            thinking_open=_is_thinking_open(frames[-1].text),
+        )
+
+    def replay_entries(self, prompt: Prompt, reply_tokens: Sequence[int]) -> list[ReplayEntry]:
+        """What to remember when a reply to `prompt` ends: (frame text, exact tokens) pairs."""
+        return replay_entries(self._tokenizer, prompt.generation, reply_tokens)
+
+    def _encode(self, frame: Frame) -> Sequence[int]:
+        sampled = self._sampled.recall(frame.text) if frame.kind == "assistant" else None
+
+        def encode() -> Iterable[int]:
+            canonical = self._encode_segments(frame)
+            if sampled and is_faithful(self._tokenizer, frame.text, canonical, sampled):
+                return sampled
+            return canonical
+
+        return self._encoded.get_or_encode((frame.segments, sampled), encode)
+
+    def _encode_segments(self, frame: Frame) -> list[int]:
+        return [
+            token
+            for segment in frame.segments
+            for token in self._tokenizer.encode(segment.text, special=not segment.literal)
+        ]
+
+
+def _boundaries(
+    frames: Sequence[Frame], starts: Sequence[int]
+) -> tuple[tuple[int, BoundaryReason], ...]:
+    after_system = next(
+        dropwhile(lambda pair: pair[0].kind == "system", zip(frames, starts, strict=True))
+    )
+    reasons: dict[int, BoundaryReason] = {
+        start: "user" for frame, start in zip(frames, starts, strict=True) if frame.kind == "user"
+    }
+    reasons |= {after_system[1]: "system", starts[-1]: "prompt"}
+    reasons.pop(0, None)
+    return tuple(sorted(reasons.items()))
+
+
+def _is_thinking_open(generation: str) -> bool:
+    return generation.rfind("<think>") > generation.rfind("</think>")
