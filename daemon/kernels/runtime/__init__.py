@@ -1,0 +1,1 @@
+"""The card, its memory, and compiled kernels, through cuda-python."""
