@@ -17,6 +17,7 @@ from msgspec import Struct
 from daemon.api.mailbox import Mailbox
 from daemon.api.reply import Reply, ReplyRules, joined
 from daemon.api.service import Service
+from daemon.checkpoint import Boundary
 from daemon.engine.requests import (
     Event,
     Failed,
@@ -31,9 +32,9 @@ from daemon.errors import EngineStopped, Overloaded, PromptTooLong
 from daemon.logs import log_request
 from daemon.metrics import RequestRecord
 from daemon.text.messages import Message, ToolSpec
-from daemon.text.prompt import Prompt, replay_entries
+from daemon.text.prompt import Prompt
 from daemon.text.reply_parser import Delta
-from daemon.text.tool_calls import CALL_OPEN
+from daemon.text.tool_calls import OPENING
 
 T = TypeVar("T")
 
@@ -168,7 +169,7 @@ class Generation:
         request = GenerationRequest(
             id=self.id,
             tokens=self._prompt.tokens,
-            boundaries=self._prompt.boundaries,
+            boundaries=tuple(Boundary(*boundary) for boundary in self._prompt.boundaries),
             sampling=self._sampling(),
             max_tokens=room if wanted is None else min(wanted, room),
             stop_tokens=self._service.tokenizer.stop_tokens,
@@ -211,7 +212,7 @@ class Generation:
         sampling = self._rules.sampling
         if not self._rules.forbid_calls:
             return sampling
-        opening = self._service.tokenizer.encode(CALL_OPEN)[0]
+        opening = self._service.tokenizer.encode(OPENING)[0]
         bias = (*sampling.logit_bias, (opening, BAN))
         return msgspec.structs.replace(sampling, logit_bias=bias)
 
@@ -267,7 +268,7 @@ class Generation:
         )
 
     def _remember(self, tokens: tuple[int, ...]) -> None:
-        self._service.remember(replay_entries(self._prompt, tokens))
+        self._service.remember(self._service.prompts.replay_entries(self._prompt, tokens))
 
     def _record(self) -> RequestRecord:
         finished = self._finished

@@ -45,7 +45,7 @@ class Reply:
 
     Attributes:
         num_tokens: sampled tokens that belong to the reply.
-        num_reasoning_tokens: those of them before the thinking was closed.
+        num_reasoning_tokens: those of them that think, with the one that closes the thinking.
         num_calls: tool calls given out.
     """
 
@@ -59,6 +59,8 @@ class Reply:
         self._parser = ReplyParser(
             tools, thinking_open=prompt.thinking_open, new_call_id=_new_call_id
         )
+        self._thinking = prompt.thinking_open
+        self._think_tags = (tokenizer.encode("<think>"), tokenizer.encode("</think>"))
         self._stop = StopStrings(rules.stop)
         self._single_call = rules.single_call
         self._is_cut = False
@@ -73,9 +75,8 @@ class Reply:
         if self._is_cut:
             return []
         self.num_tokens += 1
-        deltas = self._pass(self._parser.feed(self._decoder.feed(token)))
-        self.num_reasoning_tokens += self._parser.in_reasoning
-        return deltas
+        self._count_reasoning(token)
+        return self._pass(self._parser.feed(self._decoder.feed(token)))
 
     def finish(self) -> list[Delta]:
         """What was held back, once no token can follow."""
@@ -86,6 +87,12 @@ class Reply:
         if not self._is_cut and (rest := self._stop.finish()):
             deltas.append(ContentDelta(rest))
         return deltas
+
+    def _count_reasoning(self, token: int) -> None:
+        opening, closing = self._think_tags
+        self.num_reasoning_tokens += self._thinking
+        if [token] in (opening, closing):
+            self._thinking = [token] == opening
 
     def _pass(self, deltas: Sequence[Delta]) -> list[Delta]:
         passed: list[Delta] = []

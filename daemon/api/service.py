@@ -9,6 +9,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from daemon.engine.requests import Engine, SamplingParams
+from daemon.errors import UnknownModel
 from daemon.metrics import Metrics
 from daemon.text.prompt import PromptBuilder
 from daemon.text.tokenizer import Tokenizer
@@ -36,7 +37,8 @@ class Service(Struct, frozen=True, kw_only=True):
 
     `sampling` are the model's own recommended values, which a request's override one by one.
     `aliases` are further names that the model answers to. `fingerprint` names build and weights
-    in answers. `cache_stats` gives the store's own figures; it must be quick and thread-safe.
+    in answers, `created` is when the model was loaded, in Unix seconds. `cache_stats` gives the
+    store's own figures; it must be quick and thread-safe.
     """
 
     engine: Engine
@@ -50,5 +52,22 @@ class Service(Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     aliases: tuple[str, ...] = ()
     fingerprint: str = "qwend"
-    version: str = ""
+    version: str = "0"
     created: int = 0
+
+    @property
+    def model_name(self) -> str:
+        """The name that answers give."""
+        return self.engine.info.model_name
+
+    def check_model(self, name: str | None) -> None:
+        """Accept the model's name, an alias, or no name at all.
+
+        Raises:
+            UnknownModel: any other name.
+        """
+        known = (self.model_name, *self.aliases)
+        if name and name.casefold() not in map(str.casefold, known):
+            raise UnknownModel(
+                f"The model {name!r} does not exist here. This server serves {', '.join(known)}."
+            )

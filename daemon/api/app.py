@@ -1,0 +1,52 @@
+"""The ASGI application: every route, every error's answer, start and end.
+
+Owns the wiring of HTTP; what a route does is in its own file. Event loop.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from daemon.api.errors import http_error_response, qwend_error_response, unexpected_error_response
+from daemon.api.generation import Generations
+from daemon.api.openai_chat import ChatCompletions
+from daemon.api.service import Service
+from daemon.api.status import Status
+from daemon.errors import QwendError
+
+
+def create_app(service: Service) -> Starlette:
+    """The application for one served model.
+
+    `app.state.generations.close()` ends all running replies, as a server does when it stops.
+    """
+    generations = Generations(service)
+    status = Status(service)
+    chat = ChatCompletions(service, generations)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        generations.close()
+
+    app = Starlette(
+        routes=[
+            Route("/", status.root),
+            Route("/health", status.health),
+            Route("/v1/models", status.models),
+            Route("/v1/models/{model:path}", status.model),
+            Route("/v1/cache/stats", status.cache_stats),
+            Route("/v1/chat/completions", chat.answer, methods=["POST"]),
+        ],
+        exception_handlers={
+            QwendError: qwend_error_response,
+            HTTPException: http_error_response,
+            Exception: unexpected_error_response,
+        },
+        lifespan=lifespan,
+    )
+    app.state.generations = generations
+    return app

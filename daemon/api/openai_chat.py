@@ -1,0 +1,114 @@
+"""POST /v1/chat/completions: OpenAI's chat dialect, streamed or in one piece.
+
+Owns the endpoint. The request's meaning is openai_chat_request's, the generation generation's,
+the response's form openai_chat_response's. Event loop.
+"""
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import closing
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from daemon.api.disconnect import until_disconnect
+from daemon.api.errors import error_envelope, unexpected_envelope
+from daemon.api.generation import Generation, Generations
+from daemon.api.openai_chat_request import Ask, read_ask
+from daemon.api.openai_chat_response import ChunkWriter, Head, completion_body
+from daemon.api.request_body import read_body
+from daemon.api.service import Service
+from daemon.api.sse import DONE, EventStream, frame
+from daemon.errors import QwendError
+
+logger = logging.getLogger(__name__)
+
+IGNORED_HEADER = "x-qwend-ignored"
+"""Names the body's keys that mean nothing to this server."""
+
+
+class ChatCompletions:
+    """The endpoint, with what it needs."""
+
+    def __init__(self, service: Service, generations: Generations) -> None:
+        self._service = service
+        self._generations = generations
+
+    async def answer(self, request: Request) -> "EventStream | WholeAnswer":
+        """Answer one request.
+
+        Raises:
+            QwendError: before anything has been sent.
+        """
+        service = self._service
+        body = await read_body(request, service.limits.max_body_bytes)
+        ask = await self._generations.on_prompt_thread(
+            read_ask, body, request.headers, service.sampling, service.engine.info
+        )
+        service.check_model(ask.model)
+        generation = await self._generations.start(ask.conversation, ask.rules)
+        headers = {IGNORED_HEADER: _printable(ask.ignored)} if ask.ignored else {}
+        head = self._head(generation)
+        if ask.stream:
+            writer = ChunkWriter(head, service.tokenizer, ask.include_usage)
+            return EventStream(_frames(generation, writer, ask), generation.close, headers)
+        return WholeAnswer(generation, head, service, headers)
+
+    def _head(self, generation: Generation) -> Head:
+        model = self._service.engine.info.model_name
+        created = int(time.time())
+        return Head(f"chatcmpl-{generation.id}", created, model, self._service.fingerprint)
+
+
+class WholeAnswer:
+    """An ASGI response that waits for the reply's end, and cancels it when the client goes."""
+
+    def __init__(
+        self, generation: Generation, head: Head, service: Service, headers: dict[str, str]
+    ) -> None:
+        self._generation = generation
+        self._head = head
+        self._service = service
+        self._headers = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer; errors are raised before anything is sent."""
+        with closing(self._generation):
+            await until_disconnect(receive, self._answer(scope, receive, send))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pieces = [piece async for piece in self._generation.pieces()]
+        assert self._generation.outcome is not None
+        body = completion_body(
+            self._head, pieces, self._generation.outcome, self._service.tokenizer
+        )
+        response = Response(body, headers=self._headers, media_type="application/json")
+        await response(scope, receive, send)
+
+
+async def _frames(generation: Generation, writer: ChunkWriter, ask: Ask) -> AsyncIterator[bytes]:
+    yield frame(writer.first())
+    try:
+        async for piece in generation.pieces():
+            yield b"".join(map(frame, writer.piece(piece)))
+    except QwendError as error:
+        yield frame(msgspec.json.encode(error_envelope(error)))
+        return
+    except Exception:
+        logger.exception("request %s failed", generation.id)
+        yield frame(msgspec.json.encode(unexpected_envelope()))
+        return
+    assert generation.outcome is not None
+    yield frame(writer.last(generation.outcome.reason))
+    if ask.include_usage:
+        yield frame(writer.usage(generation.outcome))
+    yield DONE
+
+
+def _printable(names: tuple[str, ...]) -> str:
+    return ", ".join(name if name.isascii() and name.isprintable() else "?" for name in names)[
+        :1000
+    ]

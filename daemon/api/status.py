@@ -1,0 +1,197 @@
+"""What people and programs may ask about the server: health, model, reuse of prompts.
+
+Owns the read-only routes. Event loop.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from daemon.api.service import EngineState, Service
+from daemon.metrics import MetricsSnapshot, SessionTally, Tally
+
+
+class Health(Struct):
+    """`status` is ok only when requests are taken."""
+
+    status: EngineState
+    model: str
+    backend: str
+    running: int
+    uptime_s: float
+    version: str
+
+
+class ModelMeta(Struct):
+    """Facts of the model file; `n_ctx` and its like are llama-server's names."""
+
+    n_ctx: int
+    n_vocab: int
+    n_params: int
+    backend: str
+    max_sequences: int
+
+
+class Model(Struct):
+    """One entry of /v1/models. The context length in tokens, under both names clients look for."""
+
+    id: str
+    created: int
+    context_length: int
+    max_model_len: int
+    aliases: tuple[str, ...]
+    meta: ModelMeta
+    object: str = "model"
+    owned_by: str = "qwend"
+
+
+class ModelList(Struct):
+    """The body of /v1/models."""
+
+    data: tuple[Model, ...]
+    object: str = "list"
+
+
+class TallyOut(Struct):
+    """Sums over requests; reused plus evaluated are the prompts' tokens."""
+
+    requests: int
+    tokens_reused: int
+    tokens_evaluated: int
+    tokens_generated: int
+    hit_rate: float
+
+
+class SessionOut(Struct):
+    """One session's sums, and what its last request found."""
+
+    session: str
+    requests: int
+    tokens_reused: int
+    tokens_evaluated: int
+    tokens_generated: int
+    hit_rate: float
+    last_prompt_tokens: int
+    last_cached_tokens: int
+    idle_s: float
+
+
+class CacheStats(Struct):
+    """The body of /v1/cache/stats. `windows` by their span in seconds; `store` is the store's."""
+
+    uptime_s: float
+    running: int
+    finished: dict[str, int]
+    total: TallyOut
+    windows: dict[str, TallyOut]
+    sessions: list[SessionOut]
+    store: Mapping[str, Any]
+
+
+class Status:
+    """The endpoints, with what they read."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def root(self, _: Request) -> Response:
+        """Say who answers; clients probe it with GET or HEAD."""
+        served = {"name": "qwend", "version": self._service.version}
+        return _json(served | {"model": self._service.model_name, "api": "/v1"})
+
+    async def health(self, _: Request) -> Response:
+        """200 when requests are taken, 503 before and after."""
+        state = self._service.engine_state()
+        metrics = self._service.metrics.snapshot()
+        info = self._service.engine.info
+        body = Health(
+            state,
+            info.model_name,
+            info.backend,
+            metrics.num_running,
+            round(metrics.uptime_s, 3),
+            self._service.version,
+        )
+        return _json(body, 200 if state == "ok" else 503)
+
+    async def models(self, _: Request) -> Response:
+        """The one model that is served."""
+        return _json(ModelList((self._model(),)))
+
+    async def model(self, request: Request) -> Response:
+        """The model, by its name or an alias.
+
+        Raises:
+            UnknownModel: another name.
+        """
+        self._service.check_model(request.path_params["model"])
+        return _json(self._model())
+
+    async def cache_stats(self, _: Request) -> Response:
+        """How much of the prompts was not evaluated again, and what the store holds."""
+        body = stats_out(self._service.metrics.snapshot(), self._service.cache_stats())
+        return _json(body)
+
+    def _model(self) -> Model:
+        info = self._service.engine.info
+        meta = ModelMeta(
+            info.context_length,
+            info.vocab_size,
+            info.num_parameters,
+            info.backend,
+            info.max_sequences,
+        )
+        return Model(
+            info.model_name,
+            self._service.created,
+            info.context_length,
+            info.context_length,
+            self._service.aliases,
+            meta,
+        )
+
+
+def stats_out(metrics: MetricsSnapshot, store: Mapping[str, Any]) -> CacheStats:
+    """The statistics' body."""
+    return CacheStats(
+        uptime_s=round(metrics.uptime_s, 3),
+        running=metrics.num_running,
+        finished=metrics.finishes,
+        total=_tally_out(metrics.total),
+        windows={str(span): _tally_out(tally) for span, tally in metrics.windows.items()},
+        sessions=[_session_out(row) for row in metrics.sessions],
+        store=store,
+    )
+
+
+def _tally_out(tally: Tally) -> TallyOut:
+    return TallyOut(
+        tally.num_requests,
+        tally.num_reused_tokens,
+        tally.num_evaluated_tokens,
+        tally.num_generated_tokens,
+        round(tally.hit_rate, 4),
+    )
+
+
+def _session_out(row: SessionTally) -> SessionOut:
+    tally = row.tally
+    return SessionOut(
+        row.session,
+        tally.num_requests,
+        tally.num_reused_tokens,
+        tally.num_evaluated_tokens,
+        tally.num_generated_tokens,
+        round(tally.hit_rate, 4),
+        row.last_prompt_tokens,
+        row.last_cached_tokens,
+        round(row.idle_s, 3),
+    )
+
+
+def _json(body: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type="application/json")

@@ -1,0 +1,124 @@
+"""The tools that a client offers: from its JSON to ToolSpecs, refusing what is no schema.
+
+Owns the checks, so that parsing a call's arguments by the schema can rely on its form. Pure.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from daemon.api.request_body import invalid
+from daemon.errors import InvalidRequest
+from daemon.text.messages import ToolSpec
+
+MAX_DEPTH = 64
+
+_TYPES = {"array", "boolean", "integer", "null", "number", "object", "string"}
+_ONE = ("additionalProperties", "contains", "else", "if", "not", "propertyNames", "then")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_MAPS = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
+
+
+class _Function(Struct):
+    name: Annotated[str, Meta(pattern=r"^[^\s<>]{1,256}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _Tool(Struct):
+    function: _Function
+    type: Literal["function"] = "function"
+
+
+def tool_specs(definitions: Sequence[dict[str, Any]]) -> tuple[ToolSpec, ...]:
+    """Check and convert the value of `tools`.
+
+    Raises:
+        InvalidRequest: not a function tool, a name twice, or parameters that are no JSON schema.
+    """
+    specs: dict[str, ToolSpec] = {}
+    for index, definition in enumerate(definitions):
+        path = f"tools[{index}]"
+        spec = _spec(definition, path)
+        if spec.name in specs:
+            raise InvalidRequest(f"{path}: there are two tools named {spec.name!r}.", path)
+        specs[spec.name] = spec
+    return tuple(specs.values())
+
+
+def _spec(definition: dict[str, Any], path: str) -> ToolSpec:
+    try:
+        function = msgspec.convert(definition, _Tool).function
+    except msgspec.ValidationError as error:
+        raise invalid(error, path) from error
+    where = f"{path}.function.parameters"
+    if function.strict:
+        raise InvalidRequest(
+            f"{path}.function.strict: strict tools are not supported; send false.",
+            f"{path}.function.strict",
+        )
+    parameters = function.parameters or {}
+    check_schema(parameters, where)
+    if parameters.get("type", "object") != "object":
+        raise _no_schema(f"{where}.type", 'must be "object"')
+    return ToolSpec(function.name, parameters, definition)
+
+
+def check_schema(schema: object, path: str, depth: int = 0) -> None:
+    """Check the form of a JSON schema as far as it matters to typing a call's arguments.
+
+    Raises:
+        InvalidRequest: names the place below `path`.
+    """
+    if isinstance(schema, bool):
+        return
+    if not isinstance(schema, Mapping):
+        raise _no_schema(path, "must be an object or a boolean")
+    if depth > MAX_DEPTH:
+        raise _no_schema(path, f"is nested deeper than {MAX_DEPTH}")
+    _check_type(schema.get("type"), f"{path}.type")
+    _check_keywords(schema, path)
+    for place, child in _children(schema, path):
+        check_schema(child, place, depth + 1)
+
+
+def _check_type(value: object, path: str) -> None:
+    names = value if isinstance(value, list) else [value]
+    if value is None:
+        return
+    if not names or not all(isinstance(name, str) and name in _TYPES for name in names):
+        raise _no_schema(path, f"{value!r} is not one of {', '.join(sorted(_TYPES))}")
+
+
+def _check_keywords(schema: Mapping[str, Any], path: str) -> None:
+    for key, kind, what in (
+        ("enum", list, "a list"),
+        ("required", list, "a list of names"),
+        ("$ref", str, "a string"),
+        *((key, list, "a list of schemas") for key in _LISTS),
+        *((key, dict, "an object of schemas") for key in _MAPS),
+    ):
+        if key in schema and not isinstance(schema[key], kind):
+            raise _no_schema(f"{path}.{key}", f"must be {what}")
+    if not all(isinstance(name, str) for name in schema.get("required", ())):
+        raise _no_schema(f"{path}.required", "must be a list of names")
+
+
+def _children(schema: Mapping[str, Any], path: str) -> list[tuple[str, Any]]:
+    found = [(f"{path}.{key}", schema[key]) for key in _ONE if key in schema]
+    items = schema.get("items", True)
+    lists = [(key, schema[key]) for key in _LISTS if key in schema]
+    lists += [("items", items)] if isinstance(items, list) else []
+    found += [] if isinstance(items, list) else [(f"{path}.items", items)]
+    for key, members in lists:
+        found += [(f"{path}.{key}[{index}]", member) for index, member in enumerate(members)]
+    for key in _MAPS:
+        found += [(f"{path}.{key}.{name}", child) for name, child in schema.get(key, {}).items()]
+    return found
+
+
+def _no_schema(path: str, what: str) -> InvalidRequest:
+    return InvalidRequest(f"{path} {what}: this is no JSON schema.", path)
