@@ -1,0 +1,83 @@
+"""tiny-coder's tokenizer and template, and a service around a scripted engine."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fakes import RememberedReplies, Script, ScriptedEngine
+from http_harness import ApiHarness, running_server
+
+from daemon.api.app import create_app
+from daemon.api.service import Limits, Service
+from daemon.engine.requests import SamplingParams
+from daemon.engine.weights.gguf import open_gguf
+from daemon.metrics import Metrics
+from daemon.text.prompt import PromptBuilder
+from daemon.text.template import ChatTemplate
+from daemon.text.tokenizer import Tokenizer
+
+MODEL = Path(__file__).parents[2] / "daemon" / "embedded" / "tiny-coder-Q4_K_M.gguf"
+
+MakeApi = Callable[..., ApiHarness]
+
+
+@pytest.fixture(scope="session")
+def metadata() -> dict[str, object]:
+    return dict(open_gguf(MODEL).metadata)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(metadata: dict[str, object]) -> Tokenizer:
+    return Tokenizer.from_metadata(metadata)
+
+
+@pytest.fixture(scope="session")
+def template(metadata: dict[str, object], tokenizer: Tokenizer) -> ChatTemplate:
+    return ChatTemplate(str(metadata["tokenizer.chat_template"]), tokenizer.control_tokens)
+
+
+@pytest.fixture
+def make_api(tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[MakeApi]:
+    """Makes an app whose model answers with `reply` (text, a Script, or a function to one)."""
+    engines = []
+
+    def make(
+        reply: object = "\n</think>\n\nHello!",
+        *,
+        limits: Limits = Limits(sign_of_life_s=5.0),
+        **engine_options: int,
+    ) -> ApiHarness:
+        def script(request: object) -> Script:
+            chosen = reply(request) if callable(reply) else reply
+            if isinstance(chosen, Script):
+                return chosen
+            assert isinstance(chosen, str)
+            return Script(tokenizer.encode(chosen), num_cached=3)
+
+        engine = ScriptedEngine(script, **engine_options)
+        engines.append(engine)
+        replies = RememberedReplies()
+        service = Service(
+            engine=engine,
+            engine_state=lambda: "ok",
+            tokenizer=tokenizer,
+            prompts=PromptBuilder(tokenizer, template, replies),
+            remember=replies.remember,
+            cache_stats=lambda: {"checkpoints": 0},
+            metrics=Metrics(),
+            sampling=SamplingParams(temperature=0.6, top_k=20, top_p=0.95),
+            limits=limits,
+            aliases=("qwen3.5-local",),
+        )
+        return ApiHarness(create_app(service), service, engine, replies)
+
+    yield make
+    for engine in engines:
+        engine.stop()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[ApiHarness], str]]:
+    """Serves an app on loopback; gives its URL."""
+    with running_server() as start:
+        yield start
