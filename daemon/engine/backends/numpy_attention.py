@@ -122,10 +122,13 @@ def _causal(
     Query head h uses KV head h // group.
     """
     num_rows, num_keys = q.shape[0], keys.shape[0]
-    grouped = q.reshape(num_rows, shape.num_kv_heads, shape.group, shape.head_dim)
-    stacked = grouped.transpose(1, 2, 0, 3).reshape(shape.num_kv_heads, -1, shape.head_dim)
-    scale = np.float32(shape.head_dim**-0.5)
-    scores = np.matmul(stacked * scale, keys.transpose(1, 2, 0))
+    scaled = q * np.float32(shape.head_dim**-0.5)
+    stacked = scaled.reshape(num_rows, shape.num_kv_heads, shape.group, shape.head_dim)
+    # Queries as columns: the keys, by far the larger operand, are then read in memory order.
+    columns = np.ascontiguousarray(stacked.transpose(1, 3, 2, 0)).reshape(
+        shape.num_kv_heads, shape.head_dim, -1
+    )
+    scores = np.ascontiguousarray(np.matmul(keys.transpose(1, 0, 2), columns).swapaxes(-1, -2))
     if num_rows > 1:
         late = np.arange(num_keys) > (first + np.arange(num_rows))[:, None]
         by_row = scores.reshape(shape.num_kv_heads, shape.group, num_rows, num_keys)
@@ -134,5 +137,5 @@ def _causal(
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=-1, keepdims=True)
     mixed = np.matmul(scores, values.transpose(1, 0, 2))
-    by_head = mixed.reshape(shape.num_kv_heads, shape.group, num_rows, shape.head_dim)
-    return by_head.transpose(2, 0, 1, 3).reshape(q.shape)
+    grouped = mixed.reshape(shape.num_kv_heads, shape.group, num_rows, shape.head_dim)
+    return grouped.transpose(2, 0, 1, 3).reshape(q.shape)

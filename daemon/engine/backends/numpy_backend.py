@@ -172,12 +172,15 @@ class NumpyBackend:
         for span, blocks in zip(run.batch.spans, run.blocks, strict=True):
             state = self._state(span.slot, layer)
             if run.batch.kind == "decode":
-                row = x[blocks][0, 0]
-                out[blocks] = numpy_delta_net.step(sizes, constants, state, row)
-            else:
-                captured = [(c, self._state(c.slot, layer)) for c in span.captures]
-                rows = x[blocks]
-                out[blocks] = numpy_delta_net.chunks(sizes, constants, state, rows, span, captured)
+                out[blocks] = numpy_delta_net.step(sizes, constants, state, x[blocks][0, 0])
+                continue
+            for index, rows in enumerate(x[blocks]):
+                done = index * PAGE_TOKENS
+                count = min(len(span.tokens) - done, PAGE_TOKENS)
+                out[blocks.start + index] = numpy_delta_net.chunk(
+                    sizes, constants, state, rows, count
+                )
+                self._capture(span, span.start + done + count, layer)
         return out
 
     def attention(
@@ -235,6 +238,12 @@ class NumpyBackend:
             sampler.sample(row_logits[:num_tokens], row)
             for row_logits, row in zip(logits, rows, strict=True)
         ]
+
+    def _capture(self, span: Span, position: int, layer: int) -> None:
+        for capture in span.captures:
+            if capture.position == position:
+                self.rules[capture.slot, layer] = self.rules[span.slot, layer]
+                self.convs[capture.slot, layer] = self.convs[span.slot, layer]
 
     def _state(self, slot: int, layer: int) -> DeltaNetState:
         return DeltaNetState(self.rules[slot, layer], self.convs[slot, layer])

@@ -5,14 +5,12 @@ Owns the mathematics of one layer, from projected rows to gated, normed values. 
 Source: Gated Delta Networks, arXiv 2412.06464; the chunked form is its WY representation.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS
-from daemon.engine.batch import Capture, Span
 from daemon.engine.model.shape import DeltaNetShape
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
@@ -42,13 +40,19 @@ class DeltaNetState(Struct, frozen=True):
 
 
 def sigmoid(x: Float32) -> Float32:
-    """1 / (1 + exp(-x)); held where exp would overflow, at a value below the smallest normal."""
-    return np.float32(1.0) / (np.float32(1.0) + np.exp(-np.maximum(x, np.float32(-88.0))))
+    """1 / (1 + exp(-x)), written as (1 + tanh(x / 2)) / 2, which cannot overflow."""
+    half = np.float32(0.5)
+    result: Float32 = np.tanh(half * x)
+    result *= half
+    result += half
+    return result
 
 
 def silu(x: Float32) -> Float32:
     """x * sigmoid(x)."""
-    return x * sigmoid(x)
+    result = sigmoid(x)
+    result *= x
+    return result
 
 
 def softplus(x: Float32) -> Float32:
@@ -59,13 +63,15 @@ def softplus(x: Float32) -> Float32:
 
 def rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
     """x / sqrt(mean(x²) + eps) * weight, over the last axis."""
-    mean = np.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1])
-    return x * (np.float32(1.0) / np.sqrt(mean + np.float32(eps))) * weight
+    mean = np.vecdot(x, x)[..., None] / np.float32(x.shape[-1])
+    result = x / np.sqrt(mean + np.float32(eps))
+    result *= weight
+    return result
 
 
 def l2_norm(x: Float32) -> Float32:
     """x / sqrt(sum(x²) + 1e-6), over the last axis; the epsilon is beside the sum."""
-    return x / np.sqrt(np.einsum("...i,...i->...", x, x)[..., None] + L2_EPS)
+    return x / np.sqrt(np.vecdot(x, x)[..., None] + L2_EPS)
 
 
 def step(
@@ -73,104 +79,82 @@ def step(
 ) -> Float32:
     """One token: `row` `[qkv | z | beta | alpha]` to `[v_heads * v_dim]`; advances the state.
 
-    M ← e^g M;  d = β (v - Mᵀk);  M ← M + k dᵀ;  o = Mᵀq  with the updated M.
+    M ← e^g M;  d = β (v - Mᵀk);  M ← M + k dᵀ;  o = Mᵀq, which is (Mᵀq before) + (k·q) d.
     """
-    qkv, z, beta, log_decay = _split(shape, constants, row)
-    taps = constants.conv
-    mixed = taps[-1] * qkv
-    for tap, past in zip(taps[:-1], state.conv, strict=True):
-        mixed += tap * past
-    state.conv[:-1] = state.conv[1:]
-    state.conv[-1] = qkv
-    q, k, v = _heads(shape, silu(mixed))
-    repeat = shape.num_v_heads // shape.num_k_heads
-    q, k = np.tile(q, (repeat, 1)), np.tile(k, (repeat, 1))
-    rule = state.rule
-    rule *= np.exp(log_decay)[:, None, None]
-    error = beta[:, None] * (v - np.matmul(k[:, None, :], rule)[:, 0])
-    rule += k[:, :, None] * error[:, None, :]
-    out = np.matmul(q[:, None, :], rule)[:, 0]
-    return _gate(shape, constants, out, z)
+    parts = _split(shape, constants, row[None])
+    history = np.concatenate([state.conv, parts.qkv])
+    q, k, v = _heads(shape, _convolve(constants.conv, history))
+    state.conv[:] = history[1:]
+    rule = _grouped(shape, state.rule)
+    rule *= np.exp(parts.log_decay)[..., None]
+    keys_and_queries = np.concatenate([k, q], axis=-2)
+    read = np.matmul(keys_and_queries, rule)
+    error = parts.beta[..., None] * (v - read[..., :1, :])
+    # NumPy multiplies outer products eight times slower than BLAS: q rides along, times zero.
+    added = np.concatenate([error, np.zeros_like(error)], axis=-2)
+    rule += np.matmul(keys_and_queries.swapaxes(-1, -2), added)
+    out = read[..., 1:, :] + np.vecdot(q, k)[..., None] * error
+    return _gate(shape, constants, out, parts.z)[0]
 
 
-def chunks(
+def chunk(
     shape: DeltaNetShape,
     constants: DeltaNetConstants,
     state: DeltaNetState,
     rows: Float32,
-    span: Span,
-    captured: Sequence[tuple[Capture, DeltaNetState]],
+    num_tokens: int,
 ) -> Float32:
-    """A span on the grid: rows `[chunks, CHUNK, qkv | z | beta | alpha]` to values.
+    """A chunk of the grid: rows `[CHUNK, qkv | z | beta | alpha]` to `[CHUNK, v_heads * v_dim]`.
 
-    Rows past the span's end are padding: their keys, values, β and g count as zero, which leaves
-    the state as it is. Gives `[chunks, CHUNK, v_heads * v_dim]`; advances the state, and copies it
-    at each captured position.
+    Advances the state by the first `num_tokens` rows. The others are padding: their keys, values,
+    β and g count as zero, which leaves the state as it is.
     """
-    qkv, z, beta, log_decay = _split(shape, constants, rows)
-    is_token = (np.arange(rows.shape[0] * CHUNK) < len(span.tokens)).reshape(-1, CHUNK, 1)
-    q, k, v = _heads(shape, silu(_convolve(constants.conv, state.conv, qkv)) * is_token)
-    work = _ChunkWork.prepare(shape, q, k, v, beta * is_token, log_decay * is_token)
-    tails = {span.start + (i + 1) * CHUNK: i for i in range(rows.shape[0])}
-    copies = {tails[capture.position]: target for capture, target in captured}
-    out = np.empty_like(v)
-    for chunk in range(rows.shape[0]):
-        out[chunk] = work.scan(chunk, state.rule).transpose(1, 0, 2)
-        if chunk in copies:
-            copies[chunk].rule[:] = state.rule
-            copies[chunk].conv[:] = qkv[chunk, CHUNK - len(state.conv) :]
-    _keep_last_rows(state.conv, qkv.reshape(-1, shape.conv_dim)[: len(span.tokens)])
-    return _gate(shape, constants, out, z)
+    parts = _split(shape, constants, rows)
+    history = np.concatenate([state.conv, parts.qkv])
+    q, k, v = _heads(shape, _convolve(constants.conv, history))
+    state.conv[:] = history[num_tokens : num_tokens + len(state.conv)]
+    for padded in (k, v):
+        padded[..., num_tokens:, :] = 0
+    for padded in (parts.beta, parts.log_decay):
+        padded[..., num_tokens:] = 0
+    rule = _grouped(shape, state.rule)
+    out = _chunk_rule(rule, q, k, v, parts.beta[..., None], parts.log_decay)
+    return _gate(shape, constants, out, parts.z)
 
 
-class _ChunkWork(Struct, frozen=True):
-    """What of a chunk does not depend on the state; leading axes `[chunks, v_heads]`."""
+def _chunk_rule(
+    rule: Float32, q: Float32, k: Float32, v: Float32, beta: Float32, log_decay: Float32
+) -> Float32:
+    """The delta rule over one chunk in matrix form; advances `rule` `[r, k_heads, k_dim, v_dim]`.
 
-    values: Float32  # U = T (β V)
-    keys: Float32  # W = T (β e^G K)
-    queries: Float32  # e^G Q
-    scores: Float32  # lower triangle of Q Kᵀ ∘ L
-    carry: Float32  # e^(G_end - G) K
-    end_decay: Float32  # e^(G_end), [chunks, v_heads]
+    q and k are `[k_heads, CHUNK, k_dim]`, v `[r, k_heads, CHUNK, v_dim]`, β `[r, k_heads, CHUNK,
+    1]` and g the same without the last axis. With G the running sum of g, L[i, j] = e^(G_i - G_j)
+    for j ≤ i and T = (I + strict lower part of β K Kᵀ ∘ L)⁻¹:
 
-    @classmethod
-    def prepare(
-        cls,
-        shape: DeltaNetShape,
-        q: Float32,
-        k: Float32,
-        v: Float32,
-        beta: Float32,
-        log_decay: Float32,
-    ) -> "_ChunkWork":
-        repeat = shape.num_v_heads // shape.num_k_heads
-        q, k, v = (np.ascontiguousarray(x.transpose(0, 2, 1, 3)) for x in (q, k, v))
-        key_scores = np.tile(np.matmul(k, k.swapaxes(-1, -2)), (1, repeat, 1, 1))
-        scores = np.tile(np.matmul(q, k.swapaxes(-1, -2)), (1, repeat, 1, 1))
-        q, k = np.tile(q, (1, repeat, 1, 1)), np.tile(k, (1, repeat, 1, 1))
-        beta = beta.transpose(0, 2, 1)[..., None]
-        total = np.cumsum(log_decay.transpose(0, 2, 1), axis=-1, dtype=np.float32)
-        # Above the diagonal the difference is positive and may overflow: mask before exp.
-        gap = total[..., :, None] - total[..., None, :]
-        decay = np.exp(np.where(np.tri(CHUNK, dtype=bool), gap, np.float32(-np.inf)))
-        inverse = invert_unit_lower(beta * key_scores * decay)
-        growth = np.exp(total)[..., None]
-        return cls(
-            values=np.matmul(inverse, beta * v),
-            keys=np.matmul(inverse, beta * growth * k),
-            queries=growth * q,
-            scores=scores * decay,
-            carry=np.exp(total[..., -1:] - total)[..., None] * k,
-            end_decay=np.exp(total[..., -1]),
-        )
-
-    def scan(self, chunk: int, rule: Float32) -> Float32:
-        """Output `[v_heads, CHUNK, v_dim]` of one chunk; the state `rule` moves to its end."""
-        fresh = self.values[chunk] - np.matmul(self.keys[chunk], rule)
-        out: Float32 = np.matmul(self.queries[chunk], rule) + np.matmul(self.scores[chunk], fresh)
-        rule *= self.end_decay[chunk][:, None, None]
-        rule += np.matmul(self.carry[chunk].swapaxes(-1, -2), fresh)
-        return out
+        new = T (β V) - T (β e^G K) M
+        out = e^G Q M + (Q Kᵀ ∘ L) new
+        M ← e^(G_end) M + (e^(G_end - G) K)ᵀ new
+    """
+    v_dim = v.shape[-1]
+    total = np.cumsum(log_decay, axis=-1, dtype=np.float32)
+    growth = np.exp(total)[..., None]
+    # Above the diagonal the difference is positive and may overflow: mask before exp.
+    gap = total[..., :, None] - total[..., None, :]
+    decay = np.exp(np.where(np.tri(CHUNK, dtype=bool), gap, np.float32(-np.inf)))
+    keys_turned = k.swapaxes(-1, -2)
+    inverse = invert_unit_lower(beta * np.matmul(k, keys_turned) * decay)
+    targets = np.concatenate([beta * v, (beta * growth) * k], axis=-1)
+    solved = np.matmul(inverse, targets)
+    # Products with the same right-hand side are joined: half as many calls, each twice as large.
+    seen = np.matmul(np.concatenate([solved[..., v_dim:], growth * q], axis=-2), rule)
+    new = solved[..., :v_dim] - seen[..., :CHUNK, :]
+    scores = np.matmul(q, keys_turned) * decay
+    carry = keys_turned * np.exp(total[..., -1:] - total)[..., None, :]
+    added = np.matmul(np.concatenate([scores, carry], axis=-2), new)
+    rule *= growth[..., -1:, :]
+    rule += added[..., CHUNK:, :]
+    out: Float32 = seen[..., CHUNK:, :] + added[..., :CHUNK, :]
+    return out
 
 
 def invert_unit_lower(a: Float32) -> Float32:
@@ -183,11 +167,12 @@ def invert_unit_lower(a: Float32) -> Float32:
     inverse = np.broadcast_to(np.eye(size, dtype=np.float32), a.shape).copy()
     width = 1
     while width < size:
-        lower = _diagonal_blocks(a, width, below=True)
-        first = _diagonal_blocks(inverse, width, below=False, offset=0)
-        second = _diagonal_blocks(inverse, width, below=False, offset=1)
-        joined = -np.matmul(np.matmul(second, lower), first)
-        _diagonal_blocks(inverse, width, below=True)[...] = joined
+        joined = _diagonal_blocks(a, width, below=True)
+        if width > 1:
+            first = _diagonal_blocks(inverse, width, below=False, offset=0)
+            second = _diagonal_blocks(inverse, width, below=False, offset=1)
+            joined = np.matmul(np.matmul(second, joined), first)
+        np.negative(joined, out=_diagonal_blocks(inverse, width, below=True))
         width *= 2
     return inverse
 
@@ -214,40 +199,59 @@ def _diagonal_blocks(matrix: Float32, width: int, *, below: bool, offset: int = 
     )
 
 
-def _split(
-    shape: DeltaNetShape, constants: DeltaNetConstants, rows: Float32
-) -> tuple[Float32, Float32, Float32, Float32]:
-    """Projected rows to qkv, z, β = σ(b) and g = A softplus(a + dt), the logarithm of decay."""
-    edges = np.cumsum([shape.conv_dim, shape.value_size, shape.num_v_heads])
-    qkv, z, b, a = np.split(rows, edges, axis=-1)
-    return qkv, z, sigmoid(b), constants.decay * softplus(a + constants.dt_bias)
+class _Parts(Struct, frozen=True):
+    """Projected rows, split: `qkv` and `z` `[rows, columns]`, gates `[r, k_heads, rows]`."""
+
+    qkv: Float32
+    z: Float32
+    beta: Float32
+    log_decay: Float32
+
+
+def _split(shape: DeltaNetShape, constants: DeltaNetConstants, rows: Float32) -> _Parts:
+    """β = σ(b), and g = A softplus(a + dt), the logarithm of the decay."""
+    z_from = shape.conv_dim
+    b_from = z_from + shape.value_size
+    a_from = b_from + shape.num_v_heads
+    beta = sigmoid(rows[:, b_from:a_from])
+    log_decay = constants.decay * softplus(rows[:, a_from:] + constants.dt_bias)
+    return _Parts(
+        rows[:, :z_from],
+        rows[:, z_from:b_from],
+        _grouped(shape, np.ascontiguousarray(beta.T)),
+        _grouped(shape, np.ascontiguousarray(log_decay.T)),
+    )
+
+
+def _grouped(shape: DeltaNetShape, by_v_head: Float32) -> Float32:
+    """A view with the first axis split: value head h is (h // k_heads, h mod k_heads)."""
+    return by_v_head.reshape(-1, shape.num_k_heads, *by_v_head.shape[1:])
+
+
+def _convolve(taps: Float32, history: Float32) -> Float32:
+    """Causal depthwise convolution, then SiLU. `history` begins `width - 1` rows earlier."""
+    num_rows = len(history) - len(taps) + 1
+    mixed = taps[-1] * history[-num_rows:]
+    term = np.empty_like(mixed)
+    for j, tap in enumerate(taps[:-1]):
+        mixed += np.multiply(tap, history[j : j + num_rows], out=term)
+    return silu(mixed)
 
 
 def _heads(shape: DeltaNetShape, mixed: Float32) -> tuple[Float32, Float32, Float32]:
-    """Convolved channels to heads `[..., heads, dim]`; q and k of length one, q scaled."""
-    q, k, v = np.split(mixed, [shape.key_size, 2 * shape.key_size], axis=-1)
-    lead = mixed.shape[:-1]
-    q = l2_norm(q.reshape(*lead, shape.num_k_heads, shape.k_dim))
-    k = l2_norm(k.reshape(*lead, shape.num_k_heads, shape.k_dim))
-    scale = np.float32(shape.k_dim**-0.5)
-    return q * scale, k, v.reshape(*lead, shape.num_v_heads, shape.v_dim)
-
-
-def _convolve(taps: Float32, past: Float32, qkv: Float32) -> Float32:
-    """Causal depthwise convolution over `[chunks, CHUNK, channels]`, after the `past` rows."""
-    rows = qkv.reshape(-1, qkv.shape[-1])
-    padded = np.concatenate([past, rows])
-    mixed = taps[-1] * rows
-    for j, tap in enumerate(taps[:-1]):
-        mixed += tap * padded[j : j + len(rows)]
-    return mixed.reshape(qkv.shape)
-
-
-def _keep_last_rows(past: Float32, rows: Float32) -> None:
-    past[:] = np.concatenate([past, rows[-len(past) :]])[-len(past) :]
+    """Channels to q, k `[k_heads, rows, k_dim]` of length one (q scaled) and v, grouped."""
+    num_rows = len(mixed)
+    num_keys = 2 * shape.num_k_heads
+    qk = mixed[:, : 2 * shape.key_size].reshape(num_rows, num_keys, shape.k_dim)
+    qk = l2_norm(np.ascontiguousarray(qk.transpose(1, 0, 2)))
+    q, k = qk[: shape.num_k_heads], qk[shape.num_k_heads :]
+    q *= np.float32(shape.k_dim**-0.5)
+    v = mixed[:, 2 * shape.key_size :].reshape(num_rows, shape.num_v_heads, shape.v_dim)
+    return q, k, _grouped(shape, np.ascontiguousarray(v.transpose(1, 0, 2)))
 
 
 def _gate(shape: DeltaNetShape, constants: DeltaNetConstants, out: Float32, z: Float32) -> Float32:
-    """RMSNorm per head, times SiLU(z): norm first, then the gate."""
+    """RMSNorm per head, times SiLU(z): norm first, then the gate; `[rows, v_heads * v_dim]`."""
     normed = rms_norm(out, constants.gated_norm, constants.norm_eps)
-    return normed.reshape(z.shape) * silu(z)
+    by_row = normed.reshape(shape.num_v_heads, -1, shape.v_dim).transpose(1, 0, 2)
+    return silu(z) * by_row.reshape(z.shape)
