@@ -1,0 +1,129 @@
+"""Launches `attention_decode.cu`: one new token of each sequence attends to its pages."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from daemon.kernels.kv_format import HEAD_DIM, KvLayout
+from daemon.kernels.runtime.compiler import Compiler
+from daemon.kernels.runtime.device import Device
+from daemon.kernels.runtime.device_array import DeviceArray, ElementType
+from daemon.kernels.runtime.kernel import Module
+
+SOURCE = Path(__file__).with_suffix(".cu")
+PARAMETERS = ("pointer",) * 8 + ("int32",) * 3 + ("int64",) * 2
+STRIP_TOKENS = 16
+MAX_GROUP = 16
+
+
+class DecodeShape(NamedTuple):
+    """Constants of the kernel that follow from the card: warps, ring depth, splits, bytes."""
+
+    warps: int
+    stages: int
+    max_splits: int
+    shared_bytes: int
+
+
+def choose_shape(
+    layout: KvLayout, group: int, num_sms: int, shared_bytes_per_block: int
+) -> DecodeShape:
+    """As many bytes in flight as shared memory holds; splits that fill the card once.
+
+    The number of splits is a constant of card and model, so that bits do not depend on the batch.
+    """
+    slot = max(layout.k_format.block_bytes, layout.v_format.block_bytes) // 64 * STRIP_TOKENS
+    warps = 8 if shared_bytes_per_block >= 160 * 1024 and group <= 8 else 4
+    ring = shared_bytes_per_block - 4096
+    stages = min(6, ring // (warps * slot))
+    merge = warps * group * HEAD_DIM * 4
+    return DecodeShape(
+        warps, stages, max(1, num_sms // layout.kv_heads), max(warps * stages * slot, merge)
+    )
+
+
+def defines(
+    layout: KvLayout, group: int, shape: DecodeShape, projection: ElementType, output: ElementType
+) -> dict[str, str | int]:
+    """Macros of one variant."""
+    return {
+        **layout.defines,
+        "GROUP": group,
+        "WARPS": shape.warps,
+        "STAGES": shape.stages,
+        "PROJECTION_BF16": int(projection is ElementType.BF16),
+        "OUTPUT_BF16": int(output is ElementType.BF16),
+    }
+
+
+class AttentionDecode:
+    """The kernel for one layout of pages, with its scratch memory for `max_sequences`."""
+
+    def __init__(
+        self,
+        device: Device,
+        compiler: Compiler,
+        layout: KvLayout,
+        q_heads: int,
+        max_sequences: int,
+        projection: ElementType,
+        output: ElementType,
+        shape: DecodeShape | None = None,
+    ) -> None:
+        group, rest = divmod(q_heads, layout.kv_heads)
+        assert rest == 0
+        assert 1 <= group <= MAX_GROUP
+        self._shape = shape or choose_shape(
+            layout, group, device.num_sms, device.shared_bytes_per_block
+        )
+        cubin = compiler.cubin(SOURCE, defines(layout, group, self._shape, projection, output))
+        shared = self._shape.shared_bytes
+        self._kernel = Module(cubin).kernel("attention_decode", PARAMETERS, shared)
+        lines = (max_sequences, layout.kv_heads)
+        floats = group * (HEAD_DIM + 2)
+        self._partials = device.allocate((*lines, self._shape.max_splits, floats), ElementType.F32)
+        self._arrivals = device.allocate(lines, ElementType.U32)
+        device.fill(self._arrivals, 0)
+        self._stream = device.stream
+        self._layout = layout
+
+    def __call__(
+        self,
+        queries: DeviceArray,
+        projections: DeviceArray,
+        positions: DeviceArray,
+        page_table: DeviceArray,
+        pool: DeviceArray,
+        layer: int,
+        output: DeviceArray,
+        dependent: bool = False,
+    ) -> None:
+        """Gated attention of row i over the pages of line i of `page_table`.
+
+        Args:
+            queries: 16-bit `[sequences, q_heads, 256]` from `KvAppend`.
+            projections: the rows that `KvAppend` read; gates are taken from them.
+            positions: i32 `[sequences]` of the new tokens; negative rows become zero.
+            output: `[sequences, q_heads, 256]`, written.
+        """
+        num_sequences = positions.shape[0]
+        assert num_sequences <= self._arrivals.shape[0]
+        self._kernel.launch(
+            self._stream,
+            (self._shape.max_splits, self._layout.kv_heads, num_sequences),
+            (self._shape.warps * 32, 1, 1),
+            queries,
+            projections,
+            positions,
+            page_table,
+            pool,
+            self._partials,
+            self._arrivals,
+            output,
+            projections.shape[1],
+            page_table.shape[1],
+            self._shape.max_splits,
+            self._layout.page_bytes,
+            self._layout.layer_offset(layer),
+            shared_bytes=self._shape.shared_bytes,
+            dependent=dependent,
+        )

@@ -1,0 +1,220 @@
+// Prompt tokens attend to their pages, causally: flash attention on mma.sync, for every card.
+//
+// A block takes one tile of 64 positions (an absolute multiple of 64) for HEADS query heads of one KV
+// head; a warp takes 16 rows of one head and keeps its 16 x 256 outputs in registers. Keys come page
+// by page from position 0, through one K and one V tile in shared memory; K of the next page loads
+// while V is multiplied, V while K is. The output gate is applied at the end.
+//
+// A row's sums run over the pages in order, each on its own: its bits depend on its position and its
+// sequence, not on the span, the tile's other rows or the launch.
+// 4 x 256 x keys x rows x heads flops against the tensor cores' rate: bound by arithmetic.
+//
+// Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head), HEADS (of a block:
+// 1 or 2, a divisor of GROUP), PROJECTION_BF16, OUTPUT_BF16 (0: f32, 1: bf16).
+#include "attention_output.cuh"
+#include "attention_tile.cuh"
+
+constexpr int WARPS = HEADS * 4;
+constexpr int THREADS = WARPS * 32;
+constexpr bool K_BF16 = K_FORMAT == KV_BF16, V_BF16 = V_FORMAT == KV_BF16;
+constexpr int HEAD_BLOCKS = GROUP / HEADS;
+
+// Moves pages of one plane into one tile: as they are, or through registers.
+template <int FORMAT>
+struct PageLoader {
+    const u8* plane;
+    const int* pages;
+    long long page_bytes;
+    u8* tile;
+    PageInFlight<FORMAT, THREADS> in_flight;
+
+    __device__ __forceinline__ void start(int index, int valid) {
+        const u8* block = plane + pages[index] * page_bytes;
+        if constexpr (FORMAT == KV_BF16) {
+            copy_page<THREADS>(tile, block, valid, threadIdx.x);
+            copy_async_commit();
+        } else {
+            in_flight.load(block, valid, threadIdx.x);
+        }
+    }
+
+    // After the block's next barrier the tile can be read.
+    __device__ __forceinline__ void finish() {
+        if constexpr (FORMAT == KV_BF16) {
+            copy_async_wait<0>();
+        } else {
+            in_flight.store(tile, threadIdx.x);
+        }
+    }
+};
+
+// Rows of a tile [HEADS][64] x 256 to shared memory; rows that the span lacks become zero.
+__device__ __forceinline__ void load_queries(u8* tiles, const u16* queries, const QueryTile& tile,
+                                             int first_head, int q_heads) {
+    for (int i = threadIdx.x; i < HEADS * PAGE * 32; i += THREADS) {
+        const int head = i / (PAGE * 32), row = i / 32 % PAGE, chunk = i % 32;
+        const size_t source = size_t(tile.source_row(row)) * q_heads + first_head + head;
+        const u32 target = shared_address(tiles) + head * TILE_BYTES +
+                           kv_chunk_offset<KV_BF16>(row, chunk);
+        const bool exists = tile.has(row);
+        copy_async_16_or_zero(target, exists ? queries + source * HEAD_DIM + chunk * 8 : queries,
+                              exists);
+    }
+    copy_async_commit();
+}
+
+struct Rows {
+    float out[32][4];
+    float maximum[2], sum[2];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < 128; ++i) out[i >> 2][i & 3] = 0;
+        maximum[0] = maximum[1] = NEGATIVE_INFINITY;
+        sum[0] = sum[1] = 0;
+    }
+
+    // score[n]: rows g and g + 8 of 16 query rows, keys 8 n + 2 j and 8 n + 2 j + 1.
+    __device__ __forceinline__ void score_page(float (&score)[8][4], u32 query_tile, u32 key_tile,
+                                               int first_row, int lane) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) score[i >> 2][i & 3] = 0;
+        const int query_row = first_row + (lane & 15);
+        const int key_row = (lane & 7) + ((lane >> 4) << 3);
+#pragma unroll
+        for (int step = 0; step < 16; ++step) {
+            u32 a[4];
+            load_matrix(a, query_tile +
+                               kv_chunk_offset<KV_BF16>(query_row, 2 * step + (lane >> 4)));
+#pragma unroll
+            for (int pair = 0; pair < 4; ++pair) {
+                u32 b[4];
+                load_matrix(b, key_tile + kv_chunk_offset<KV_BF16>(
+                                              pair * 16 + key_row, 2 * step + ((lane >> 3) & 1)));
+                mma_16816<K_BF16>(score[2 * pair], a, b[0], b[1]);
+                mma_16816<K_BF16>(score[2 * pair + 1], a, b[2], b[3]);
+            }
+        }
+    }
+
+    // Scores to shares of the running maximum; `first_row` counts within the diagonal page.
+    __device__ __forceinline__ void soften(float (&score)[8][4], bool diagonal, int first_row,
+                                           int lane) {
+        float best[2] = {maximum[0], maximum[1]};
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            const int n = i >> 2, c = i & 3;
+            const int key = 8 * n + 2 * (lane & 3) + (c & 1);
+            const int row = first_row + (lane >> 2) + 8 * (c >> 1);
+            const float scaled = score[n][c] * LOG2_SCALE;
+            score[n][c] = diagonal && key > row ? NEGATIVE_INFINITY : scaled;
+            best[c >> 1] = fmaxf(best[c >> 1], score[n][c]);
+        }
+        float factor[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            best[h] = fmaxf(best[h], __shfl_xor_sync(~0u, best[h], 1));
+            best[h] = fmaxf(best[h], __shfl_xor_sync(~0u, best[h], 2));
+            factor[h] = exp2_approx(maximum[h] - best[h]);
+            maximum[h] = best[h];
+            sum[h] *= factor[h];
+        }
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            const int n = i >> 2, c = i & 3;
+            score[n][c] = exp2_approx(score[n][c] - best[c >> 1]);
+            sum[c >> 1] += score[n][c];
+        }
+        // Multiplying by one changes no bit, so the vote is free to skip it.
+        if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+            for (int i = 0; i < 128; ++i) out[i >> 2][i & 3] *= factor[(i >> 1) & 1];
+        }
+    }
+
+    __device__ __forceinline__ void mix_page(const float (&score)[8][4], u32 value_tile, int lane) {
+        const int value_row = lane & 15;
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+            const u32 a[4] = {pack_16<V_BF16>(score[2 * step][0], score[2 * step][1]),
+                              pack_16<V_BF16>(score[2 * step][2], score[2 * step][3]),
+                              pack_16<V_BF16>(score[2 * step + 1][0], score[2 * step + 1][1]),
+                              pack_16<V_BF16>(score[2 * step + 1][2], score[2 * step + 1][3])};
+#pragma unroll
+            for (int pair = 0; pair < 16; ++pair) {
+                u32 b[4];
+                load_matrix_transposed(
+                    b, value_tile + kv_chunk_offset<KV_BF16>(step * 16 + value_row,
+                                                             2 * pair + (lane >> 4)));
+                mma_16816<V_BF16>(out[2 * pair], a, b[0], b[1]);
+                mma_16816<V_BF16>(out[2 * pair + 1], a, b[2], b[3]);
+            }
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill(
+    const u16* __restrict__ queries,       // bf16 or f16 [rows, q_heads, 256], as kv_append
+    const void* __restrict__ projections,  // f32 or bf16 [rows, row_stride]
+    const int4* __restrict__ tiles,        // i32 [tiles, 4]: first row, first position, rows,
+                                           // sequence; heaviest last
+    const int* __restrict__ page_table,    // i32 [sequences, table_stride]
+    const u8* __restrict__ pool,           // u8 [pages, page_bytes]
+    void* __restrict__ output,             // f32 or bf16 [rows, q_heads, 256]
+    int row_stride,                        // in elements
+    int table_stride, int kv_heads, long long page_bytes,
+    long long layer_offset)                // bytes from a page's start to this layer's K plane
+{
+    extern __shared__ __align__(128) u8 shared[];  // queries, keys, values: TILE_BYTES each
+    wait_for_previous_kernel();
+    allow_next_kernel();
+    const QueryTile tile(tiles[gridDim.x - 1 - blockIdx.x]);
+    if (tile.num_rows == 0) return;
+    const int kv_head = blockIdx.y / HEAD_BLOCKS;
+    const int first_head = kv_head * GROUP + blockIdx.y % HEAD_BLOCKS * HEADS;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int first_row = (warp & 3) * 16;
+
+    u8 *key_tile = shared + HEADS * TILE_BYTES, *value_tile = key_tile + TILE_BYTES;
+    const u8* k_planes = pool + layer_offset;
+    const u8* v_planes = k_planes + size_t(kv_heads) * kv_block_bytes(K_FORMAT);
+    const int* pages = page_table + size_t(tile.sequence) * table_stride;
+    PageLoader<K_FORMAT> keys = {k_planes + size_t(kv_head) * kv_block_bytes(K_FORMAT), pages,
+                                 page_bytes, key_tile};
+    PageLoader<V_FORMAT> values = {v_planes + size_t(kv_head) * kv_block_bytes(V_FORMAT), pages,
+                                   page_bytes, value_tile};
+    load_queries(shared, queries, tile, first_head, kv_heads * GROUP);
+    keys.start(0, tile.valid_keys(0));
+
+    Rows rows;
+    rows.clear();
+    const u32 query_tile = shared_address(shared) + (warp >> 2) * TILE_BYTES;
+    for (int page = 0; page <= tile.last_page; ++page) {
+        float score[8][4];
+        keys.finish();
+        if (page == 0) copy_async_wait<0>();
+        __syncthreads();
+        values.start(page, tile.valid_keys(page));
+        rows.score_page(score, query_tile, shared_address(key_tile), first_row, lane);
+        rows.soften(score, page == tile.last_page, first_row, lane);
+        values.finish();
+        __syncthreads();
+        if (page < tile.last_page) keys.start(page + 1, tile.valid_keys(page + 1));
+        rows.mix_page(score, shared_address(value_tile), lane);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        rows.sum[h] += __shfl_xor_sync(~0u, rows.sum[h], 1);
+        rows.sum[h] += __shfl_xor_sync(~0u, rows.sum[h], 2);
+        const int row = first_row + (lane >> 2) + 8 * h;
+        if (!tile.has(row)) continue;
+        const GatedRow target(projections, output, tile.source_row(row), row_stride,
+                              first_head + (warp >> 2), kv_heads * GROUP);
+        const float inverse = 1.0f / rows.sum[h];
+#pragma unroll
+        for (int n = 0; n < 32; ++n) {
+            target.write(8 * n + 2 * (lane & 3), rows.out[n][2 * h] * inverse,
+                         rows.out[n][2 * h + 1] * inverse);
+        }
+    }
+}

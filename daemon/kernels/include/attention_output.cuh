@@ -1,0 +1,61 @@
+// What the attention kernels share besides the pages: the tiles of a prompt, and the gated output.
+// Needs PROJECTION_BF16 and OUTPUT_BF16 (0: f32, 1: bf16).
+#pragma once
+#include "kv_format.cuh"
+
+constexpr float LOG2_SCALE = 0.0625f * 1.44269504088896f;  // 1 / sqrt(256), base 2
+
+// Consecutive tokens of one sequence within one page-sized tile of positions.
+struct QueryTile {
+    int first_row, first_token, num_rows, sequence, last_page;
+
+    // packed: first row of the batch, first position, rows, sequence.
+    __device__ explicit QueryTile(int4 packed)
+        : first_row(packed.x), first_token(packed.y % PAGE), num_rows(packed.z),
+          sequence(packed.w), last_page(packed.y / PAGE) {}
+
+    // `row` counts positions from the tile's start.
+    __device__ bool has(int row) const {
+        return row >= first_token && row < first_token + num_rows;
+    }
+
+    __device__ int source_row(int row) const { return first_row + row - first_token; }
+
+    __device__ int valid_keys(int page) const {
+        return page < last_page ? PAGE : first_token + num_rows;
+    }
+};
+
+// One head of one row: its gate in the projections, where a head is 256 queries and 256 gates, and
+// its place in the output.
+struct GatedRow {
+    const void* projections;
+    void* output;
+    size_t gate, target;
+
+    __device__ GatedRow(const void* projections, void* output, int row, int row_stride, int head,
+                        int q_heads)
+        : projections(projections), output(output),
+          gate(size_t(row) * row_stride + size_t(head) * 2 * HEAD_DIM + HEAD_DIM),
+          target((size_t(row) * q_heads + head) * HEAD_DIM) {}
+
+    // Two adjacent dims, of which `dim` is even.
+    __device__ __forceinline__ void write(int dim, float low, float high) const {
+#if PROJECTION_BF16
+        const u32 gates = *reinterpret_cast<const u32*>(
+            static_cast<const u16*>(projections) + gate + dim);
+        low *= sigmoid(__uint_as_float(gates << 16));
+        high *= sigmoid(__uint_as_float(gates & 0xffff0000u));
+#else
+        const float2 gates =
+            *reinterpret_cast<const float2*>(static_cast<const float*>(projections) + gate + dim);
+        low *= sigmoid(gates.x);
+        high *= sigmoid(gates.y);
+#endif
+#if OUTPUT_BF16
+        *reinterpret_cast<u32*>(static_cast<u16*>(output) + target + dim) = pack_bf16(low, high);
+#else
+        *reinterpret_cast<float2*>(static_cast<float*>(output) + target + dim) = {low, high};
+#endif
+    }
+};
