@@ -18,10 +18,10 @@ class EncodedFrames:
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self._max_tokens = max_tokens
         self._num_tokens = 0
-        self._frames: OrderedDict[Hashable, array[int]] = OrderedDict()
+        self._frames: OrderedDict[Hashable, "array[int]"] = OrderedDict()
         self._lock = Lock()
 
-    def get_or_encode(self, key: Hashable, encode: Callable[[], Iterable[int]]) -> array[int]:
+    def get_or_encode(self, key: Hashable, encode: Callable[[], Iterable[int]]) -> "array[int]":
         """The tokens kept under `key`, or those that `encode` returns now."""
         with self._lock:
             if key in self._frames:
@@ -37,7 +37,7 @@ class EncodedFrames:
         """Token ids held now."""
         return self._num_tokens
 
-    def _keep(self, key: Hashable, tokens: array[int]) -> None:
+    def _keep(self, key: Hashable, tokens: "array[int]") -> None:
         self._num_tokens += len(tokens) - len(self._frames.pop(key, ()))
         self._frames[key] = tokens
         while self._num_tokens > self._max_tokens:

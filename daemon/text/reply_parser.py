@@ -13,12 +13,12 @@ from enum import Enum, auto
 from msgspec import Struct
 
 from daemon.text.messages import ToolSpec
-from daemon.text.tool_calls import OPENING, ParsedCall, scan_call
+from daemon.text.tool_calls import CLOSING, OPENING, ParsedCall, scan_call
 
 THINK_END = "</think>"
 CALL = r"<tool_call>\s*<function="
 LATER_CALL = re.compile(rf"(?<=\n){CALL}")
-FIRST_CALL = re.compile(rf"(?:\A\s*|(?<=\n)){CALL}")
+FIRST_CALL = re.compile(rf"(?:\A|(?<=\n)){CALL}")
 LATER_TAG = re.compile(rf"(?<=\n)<think>|{CALL}")
 FIRST_TAG = re.compile(rf"(?:\A\s*|(?<=\n))<think>|{CALL}")
 
@@ -126,12 +126,13 @@ class ReplyParser:
             self._emit_reasoning(text.removesuffix("\n"))
             self._begin_content(rest, newlines_to_skip=2)
             return True
-        call = (FIRST_CALL if self._at_start else LATER_CALL).search(self._buffer)
-        if call and final and self._is_call(self._buffer[call.start() :].lstrip()):
-            self._emit_reasoning(self._buffer[: call.start()].rstrip("\n"))
-            self._begin_content(self._buffer[call.start() :], newlines_to_skip=0)
+        calls = FIRST_CALL if self._at_start else LATER_CALL
+        if final and (start := self._last_words(calls)) is not None:
+            self._emit_reasoning(self._buffer[:start].rstrip("\n"))
+            self._begin_content(self._buffer[start:], newlines_to_skip=0)
             return True
-        self._emit_reasoning(self._take(len(self._buffer) if final else self._held_from(call)))
+        cut = len(self._buffer) if final else self._held_from(calls.search(self._buffer))
+        self._emit_reasoning(self._take(cut))
         return False
 
     def _read_content(self, final: bool) -> bool:
@@ -184,12 +185,25 @@ class ReplyParser:
 
     def _skip_newlines(self) -> None:
         while self._newlines_to_skip and self._buffer:
-            present = self._buffer[0] == "\n"
-            self._buffer = self._buffer[present:]
-            self._newlines_to_skip = present * (self._newlines_to_skip - 1)
+            if self._take_if("\n"):
+                self._newlines_to_skip -= 1
+            else:
+                self._newlines_to_skip = 0
+
+    def _last_words(self, calls: re.Pattern[str]) -> int | None:
+        """Where the call begins that ends the reply, if one does."""
+        if not self._buffer.rstrip().endswith(CLOSING):
+            return None
+        starts = (found.start() for found in calls.finditer(self._buffer))
+        return next((start for start in starts if self._is_call(self._buffer[start:])), None)
 
     def _is_call(self, text: str) -> bool:
         return scan_call(text, 0, self._tools, final=True).status == "call"
+
+    def _take_if(self, text: str) -> bool:
+        present = self._buffer.startswith(text)
+        self._buffer = self._buffer.removeprefix(text)
+        return present
 
     def _take(self, size: int) -> str:
         text, self._buffer = self._buffer[:size], self._buffer[size:]

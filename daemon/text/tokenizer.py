@@ -84,7 +84,7 @@ class Tokenizer:
         encoder = self._special if special else self._ordinary
         try:
             ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError:
+        except (TypeError, UnicodeEncodeError):  # how the library refuses a str it cannot read
             raise InvalidRequest("The text holds a lone surrogate; send valid Unicode.") from None
         return ids
 
