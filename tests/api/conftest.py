@@ -44,7 +44,7 @@ def make_api(tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[MakeApi]:
     def make(
         reply: object = "\n</think>\n\nHello!",
         *,
-        limits: Limits = Limits(sign_of_life_s=5.0),
+        limits: Limits | None = None,
         **engine_options: int,
     ) -> ApiHarness:
         def script(request: object) -> Script:
@@ -66,7 +66,7 @@ def make_api(tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[MakeApi]:
             cache_stats=lambda: {"checkpoints": 0},
             metrics=Metrics(),
             sampling=SamplingParams(temperature=0.6, top_k=20, top_p=0.95),
-            limits=limits,
+            limits=limits or Limits(),
             aliases=("qwen3.5-local",),
         )
         return ApiHarness(create_app(service), service, engine, replies)
