@@ -18,7 +18,7 @@ class EncodedFrames:
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self._max_tokens = max_tokens
         self._num_tokens = 0
-        self._frames: OrderedDict[Hashable, "array[int]"] = OrderedDict()
+        self._frames: OrderedDict[Hashable, array[int]] = OrderedDict()
         self._lock = Lock()
 
     def get_or_encode(self, key: Hashable, encode: Callable[[], Iterable[int]]) -> "array[int]":

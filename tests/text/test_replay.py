@@ -1,0 +1,51 @@
+import pytest
+
+from daemon.text.replay import replay_entries
+from daemon.text.tokenizer import Tokenizer
+
+OPEN = "<|im_start|>assistant\n<think>\n"
+SHUT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+def entries(tokenizer: Tokenizer, generation: str, reply: str) -> list[str]:
+    tokens = tokenizer.encode(reply)
+    found = replay_entries(tokenizer, tokenizer.encode(generation), tokens)
+    assert all(tokenizer.decode(kept) == text for text, kept in found)
+    return [text for text, _ in found]
+
+
+@pytest.mark.parametrize(
+    ("generation", "reply", "texts"),
+    [
+        (
+            OPEN,
+            "Hm.\n</think>\n\nYes.",
+            [f"{OPEN}Hm.\n</think>\n\nYes.<|im_end|>\n", "<|im_start|>assistant\nYes.<|im_end|>\n"],
+        ),
+        (SHUT, "Yes.", [f"{SHUT}Yes.<|im_end|>\n", "<|im_start|>assistant\nYes.<|im_end|>\n"]),
+        (OPEN, "cut off", [f"{OPEN}cut off<|im_end|>\n"]),
+        (OPEN, "Hm.</think>Yes.", [f"{OPEN}Hm.</think>Yes.<|im_end|>\n"]),
+        ("<|im_start|>assistant\n", "Yes.", ["<|im_start|>assistant\nYes.<|im_end|>\n"]),
+    ],
+)
+def test_what_is_remembered(qwen: Tokenizer, generation: str, reply: str, texts: list[str]) -> None:
+    assert entries(qwen, generation, reply) == texts
+
+
+def test_the_stop_token_makes_no_difference(qwen: Tokenizer) -> None:
+    assert entries(qwen, OPEN, "a\n</think>\n\nb<|im_end|>") == entries(
+        qwen, OPEN, "a\n</think>\n\nb"
+    )
+
+
+def test_a_reply_with_control_tokens_is_not_remembered(qwen: Tokenizer) -> None:
+    assert entries(qwen, OPEN, "a<|fim_prefix|>b") == []
+
+
+def test_a_reply_of_broken_bytes_is_not_remembered(qwen: Tokenizer) -> None:
+    broken = qwen.encode("🙂")[:-1] or [next(i for i in range(256) if _is_lead(qwen, i))]
+    assert replay_entries(qwen, qwen.encode(OPEN), broken) == []
+
+
+def _is_lead(tokenizer: Tokenizer, token: int) -> bool:
+    return tokenizer.token_bytes(token) == b"\xf0"
