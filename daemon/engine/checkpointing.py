@@ -52,3 +52,37 @@ class CheckpointStore(Protocol):
     def timeline(self, tokens: Sequence[int], session: str) -> Timeline:
         """Begin with a prompt; `session` groups checkpoints for people, not for look-up."""
         ...
+
+
+class NoCheckpoints:
+    """A store that keeps nothing, for those who ask for none."""
+
+    def timeline(self, tokens: Sequence[int], session: str) -> "NoTimeline":
+        """The same for every prompt."""
+        return NoTimeline()
+
+
+class NoTimeline:
+    """Finds nothing and wants nothing."""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Nothing to extend."""
+
+    def find(self, limit: int, strict: bool) -> Found | None:
+        """Always a miss."""
+        return None
+
+    def load(self, found: Found) -> Future[Snapshot | None]:
+        """Never called, since nothing is found."""
+        raise AssertionError("nothing was found")
+
+    def positions(self, boundaries: Sequence[Boundary], start: int) -> Mapping[int, Reason]:
+        """No position is wanted."""
+        return {}
+
+    def missing_pages(self, position: int, num_grid_pages: int) -> Sequence[int]:
+        """No page is wanted."""
+        return ()
+
+    def save(self, snapshot: Snapshot, reason: Reason) -> None:
+        """Dropped."""

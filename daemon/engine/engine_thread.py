@@ -6,6 +6,7 @@ Owns the command queue and the thread. Fulfils the `Engine` Protocol for any oth
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 
 from msgspec import Struct
@@ -70,6 +71,7 @@ class EngineThread:
         self._lock = threading.Lock()
         self._num_open = 0
         self._failure: QwendError | None = None
+        self._built: Future[None] = Future()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     @property
@@ -83,8 +85,13 @@ class EngineThread:
         return self._failure
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread and wait until the engine is built.
+
+        Raises:
+            QwendError: whatever building it raised.
+        """
         self._thread.start()
+        self._built.result()
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """End all requests (their work is kept) and the thread; waits for it."""
@@ -121,18 +128,25 @@ class EngineThread:
     # ── on the engine's thread ────────────────────────────────────────────────────────────────
 
     def _main(self) -> None:
-        engine: StepEngine | None = None
         try:
             engine = self._build(lambda: self._commands.put(Wake()))
+        except BaseException as error:
+            self._built.set_exception(error)
+            return
+        self._built.set_result(None)
+        self._refuse_all(engine, self._serve(engine))
+
+    def _serve(self, engine: StepEngine) -> EngineStopped:
+        """Run until told to stop or until a step fails; what to tell those who still ask."""
+        try:
             self._loop(engine)
-            failure = EngineStopped("qwend is shutting down")
         except QwendError as error:
             logger.error("the engine stopped: %s", error)
-            failure = EngineStopped(f"the engine stopped: {error}")
+            return EngineStopped(f"the engine stopped: {error}")
         except Exception:
             logger.exception("the engine failed")
-            failure = EngineStopped("the engine failed; see the log")
-        self._refuse_all(engine, failure)
+            return EngineStopped("the engine failed; see the log")
+        return EngineStopped("qwend is shutting down")
 
     def _loop(self, engine: StepEngine) -> None:
         worked = False
@@ -157,12 +171,11 @@ class EngineThread:
         except Empty:
             return commands
 
-    def _refuse_all(self, engine: StepEngine | None, failure: QwendError) -> None:
+    def _refuse_all(self, engine: StepEngine, failure: QwendError) -> None:
         """Answer what is open and what is still queued; nothing comes in after this."""
         with self._lock:
             self._failure = failure
-        if engine is not None:
-            engine.fail(tuple(engine.sequences.values()), failure)
+        engine.fail(tuple(engine.sequences.values()), failure)
         for command in self._take_commands(wait=False):
             if isinstance(command, Submit):
                 command.deliver(Failed(failure))

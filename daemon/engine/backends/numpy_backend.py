@@ -5,6 +5,7 @@ decode. Each block is one matrix product of a fixed size, which is what makes ro
 gives the same bits for the same shape. Engine thread only.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -50,12 +51,13 @@ class NumpyBackend:
 
     @property
     def numerics(self) -> str:
-        """NumPy, its BLAS and the vector extensions it found decide the last bits."""
+        """NumPy, its BLAS, how many cores that uses and the vector extensions decide the bits."""
         config = np.show_config(mode="dicts")
         assert isinstance(config, dict)
         blas = config["Build Dependencies"]["blas"]
         extensions = ",".join(config["SIMD Extensions"]["found"])
-        return f"numpy {np.__version__}; {blas['name']} {blas['version']}; {extensions}; layout 1"
+        cores = len(os.sched_getaffinity(0))
+        return f"numpy {np.__version__}; {blas['version']}; {extensions}; {cores} cores; layout 1"
 
     def matrix(self, parts: Sequence[Tensor]) -> Float32:
         """`[columns, sum of rows]`."""

@@ -1,0 +1,244 @@
+"""Builds every object, top to bottom, and joins them. The only file that imports from all folders.
+
+Runs on the main thread; the model itself is loaded on the engine's thread, which will own it.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import msgspec
+from starlette.applications import Starlette
+
+from daemon import __version__
+from daemon.api.app import create_app
+from daemon.api.service import Service
+from daemon.cache.checkpoint_cache import CheckpointCache
+from daemon.cache.prefix_hash import fingerprint
+from daemon.checkpoint import PAGE_TOKENS
+from daemon.config import DEFAULT_CONTEXT, Config, EngineConfig, ModelConfig
+from daemon.engine.backends.numpy_backend import NumpyBackend
+from daemon.engine.checkpointing import CheckpointStore, NoCheckpoints
+from daemon.engine.engine import StepEngine
+from daemon.engine.engine_thread import EngineThread
+from daemon.engine.model.model import Model
+from daemon.engine.model.shape import ModelShape
+from daemon.engine.requests import EngineInfo, SamplingParams
+from daemon.engine.scheduler import Limits, Scheduler
+from daemon.engine.weights.digest import weights_digest
+from daemon.engine.weights.gguf import GGUFFile, open_gguf
+from daemon.engine.weights.loader import load_model, model_shape
+from daemon.errors import ConfigError, ModelFileError, OutOfDeviceMemory
+from daemon.metrics import Metrics
+from daemon.text.prompt import PromptBuilder
+from daemon.text.template import ChatTemplate
+from daemon.text.tokenizer import Tokenizer
+
+STATE_VERSION = 1
+"""Counts changes to the layout or the arithmetic of states; a new one makes old ones unusable."""
+
+NUM_CAPTURE_SLOTS = 4
+RECOMMENDED = SamplingParams(temperature=0.6, top_p=0.95, top_k=20)
+"""Qwen's values for coding, for a file that carries none of its own."""
+
+
+class Daemon:
+    """All that runs, and the order in which it ends."""
+
+    def __init__(self, service: Service, engine: EngineThread, cache: CheckpointCache | None):
+        self.service = service
+        self.engine = engine
+        self.cache = cache
+
+    def app(self) -> Starlette:
+        """The HTTP application."""
+        return create_app(self.service)
+
+    def close(self) -> None:
+        """End running requests, keep their work, write what is queued."""
+        self.engine.stop()
+        if self.cache is not None:
+            self.cache.close()
+
+
+class Memory:
+    """Keeps no replies: what `--no-cache` leaves of the memory of sampled tokens."""
+
+    def recall(self, frame_text: str) -> tuple[int, ...] | None:
+        """Nothing is remembered."""
+        return None
+
+    def remember(self, entries: object) -> None:
+        """Dropped."""
+
+
+def embedded_model() -> Path:
+    """The model file that ships inside the package."""
+    return Path(str(files("daemon.embedded") / "tiny-coder-Q4_K_M.gguf"))
+
+
+def open_model_file(config: ModelConfig) -> GGUFFile:
+    """The model file that is asked for, or the embedded one.
+
+    Raises:
+        ModelFileError, UnsupportedModel: see `open_gguf`.
+    """
+    return open_gguf(config.path or embedded_model())
+
+
+def load_reference_model(file: GGUFFile) -> Model:
+    """The model on the NumPy backend, without state memory.
+
+    Raises:
+        ModelError: see `load_model`.
+        OutOfDeviceMemory: its float32 weights do not fit.
+    """
+    shape = model_shape(file)
+    _check_host_memory(file)
+    return load_model(file, NumpyBackend(shape.rms_eps))
+
+
+def assemble(config: Config) -> Daemon:
+    """Open the model and the store, load the weights, start the engine.
+
+    Raises:
+        QwendError: the model, the store or a setting cannot be used.
+    """
+    file = open_model_file(config.model)
+    shape = model_shape(file)
+    tokenizer = Tokenizer.from_metadata(file.metadata)
+    template_source = _template_source(file, config.model)
+    template = ChatTemplate(template_source, tokenizer.control_tokens)
+    identity = _identity(file, template_source)
+    cache = _open_cache(config, identity, _model_name(file, config.model))
+    memory = Memory() if cache is None else cache.sampled
+    info = _info(file, shape, config, tokenizer.num_real_tokens)
+    engine = EngineThread(
+        _engine_builder(file, config.engine, info, cache or NoCheckpoints()),
+        info,
+        max_requests=config.engine.parallel + config.engine.max_waiting,
+    )
+    engine.start()
+    service = Service(
+        engine=engine,
+        engine_state=lambda: "ok" if engine.failure is None else "stopped",
+        tokenizer=tokenizer,
+        prompts=PromptBuilder(tokenizer, template, memory),
+        remember=memory.remember,
+        cache_stats=lambda: {} if cache is None else msgspec.to_builtins(cache.stats()),
+        metrics=Metrics(),
+        sampling=_recommended_sampling(file),
+        fingerprint=f"qwend-{__version__}-{identity.hex()[:12]}",
+        version=__version__,
+        created=int(time.time()),
+    )
+    return Daemon(service, engine, cache)
+
+
+def _engine_builder(
+    file: GGUFFile, config: EngineConfig, info: EngineInfo, store: CheckpointStore
+) -> Callable[[Callable[[], None]], StepEngine]:
+    """Loads the weights and reserves memory when called, on the thread that calls."""
+
+    def build(wake: Callable[[], None]) -> StepEngine:
+        model = load_reference_model(file)
+        pages_each = -(-info.context_length // PAGE_TOKENS)
+        limits = Limits(
+            max_sequences=config.parallel,
+            max_waiting=config.max_waiting,
+            prefill_tokens=config.prefill_tokens,
+            num_pages=pages_each * config.parallel + 1,
+            num_capture_slots=NUM_CAPTURE_SLOTS,
+        )
+        model.backend.allocate(model.shape, limits.num_slots, limits.num_pages)
+        return StepEngine(
+            model,
+            Scheduler(limits),
+            store,
+            context_length=info.context_length,
+            num_tokens=info.vocab_size,
+            strict=config.strict,
+            wake=wake,
+        )
+
+    return build
+
+
+def _open_cache(config: Config, identity: bytes, model_name: str) -> CheckpointCache | None:
+    if not config.cache.enabled:
+        return None
+    return CheckpointCache.open(
+        config.cache.folder,
+        fingerprint=identity,
+        model_name=model_name,
+        budget_bytes=config.cache.budget_bytes,
+        interval_tokens=config.cache.interval_tokens,
+    )
+
+
+def _identity(file: GGUFFile, template_source: str) -> bytes:
+    """What a state depends on: equal identities may use one another's checkpoints."""
+    return fingerprint(
+        {
+            "weights": weights_digest(file),
+            "template": template_source.encode(),
+            "numerics": NumpyBackend(0.0).numerics.encode(),
+            "state": STATE_VERSION.to_bytes(4, "little"),
+        }
+    )
+
+
+def _info(file: GGUFFile, shape: ModelShape, config: Config, num_tokens: int) -> EngineInfo:
+    asked = config.engine.context
+    if asked is not None and asked > shape.context_length:
+        raise ConfigError(f"--ctx {asked} is more than the model's {shape.context_length} tokens")
+    return EngineInfo(
+        model_name=_model_name(file, config.model),
+        context_length=asked or min(shape.context_length, DEFAULT_CONTEXT),
+        vocab_size=min(num_tokens, shape.vocab_size),
+        num_parameters=sum(tensor.num_elements for tensor in file.tensors.values()),
+        backend=NumpyBackend(shape.rms_eps).name,
+        max_sequences=config.engine.parallel,
+    )
+
+
+def _model_name(file: GGUFFile, config: ModelConfig) -> str:
+    if config.alias:
+        return config.alias
+    return file.paths[0].stem if config.path else "tiny-coder"
+
+
+def _template_source(file: GGUFFile, config: ModelConfig) -> str:
+    if config.chat_template_file is not None:
+        try:
+            return config.chat_template_file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--chat-template-file: {error}") from error
+    source = file.metadata.get("tokenizer.chat_template")
+    if not isinstance(source, str):
+        raise ModelFileError(
+            f"{file.paths[0]}: has no chat template; pass one with --chat-template-file"
+        )
+    return source
+
+
+def _recommended_sampling(file: GGUFFile) -> SamplingParams:
+    """The file's `general.sampling.*` values, the family's where it has none."""
+    get = file.metadata.get
+    return SamplingParams(
+        temperature=float(get("general.sampling.temp", RECOMMENDED.temperature)),
+        top_p=float(get("general.sampling.top_p", RECOMMENDED.top_p)),
+        top_k=int(get("general.sampling.top_k", RECOMMENDED.top_k)),
+    )
+
+
+def _check_host_memory(file: GGUFFile) -> None:
+    needed = 4 * sum(tensor.num_elements for tensor in file.tensors.values())
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        raise OutOfDeviceMemory(
+            f"{file.paths[0].name} takes {needed / 2**30:.1f} GiB as float32 on the CPU reference "
+            f"backend; {free / 2**30:.1f} GiB are free"
+        )

@@ -1,0 +1,81 @@
+"""Every setting, each part's in its own frozen section; the one place that reads the environment.
+
+Made by cli.py from flags; only assemble.py sees all sections.
+"""
+
+import os
+from pathlib import Path
+
+from msgspec import Struct
+
+from daemon.errors import ConfigError
+
+DEFAULT_CONTEXT = 32_768
+DEFAULT_PORT = 8080
+
+
+class ModelConfig(Struct, frozen=True, kw_only=True):
+    """Which model. No path: the embedded one. `alias` is the name that clients use."""
+
+    path: Path | None = None
+    alias: str | None = None
+    chat_template_file: Path | None = None
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True):
+    """`context` None: the model's own, at most DEFAULT_CONTEXT. `prefill_tokens` is a step's."""
+
+    context: int | None = None
+    parallel: int = 4
+    max_waiting: int = 64
+    prefill_tokens: int = 256
+    strict: bool = False
+
+
+class CacheConfig(Struct, frozen=True, kw_only=True):
+    """The checkpoint store. `interval_tokens` is the spacing inside a long prompt."""
+
+    enabled: bool = True
+    folder: Path
+    budget_bytes: int = 20 * 2**30
+    interval_tokens: int = 1024
+
+
+class ServerConfig(Struct, frozen=True, kw_only=True):
+    """Where to listen."""
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+
+
+class Config(Struct, frozen=True, kw_only=True):
+    """All sections."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    cache: CacheConfig
+    server: ServerConfig = ServerConfig()
+
+
+def default_cache_folder() -> Path:
+    """`qwend/` in the user's cache folder, by the XDG base directory specification."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "qwend" / "checkpoints"
+
+
+def parse_bytes(text: str) -> int:
+    """`20G`, `500M`, `1.5T`, `4096`: a number of bytes, in powers of 1024.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    number = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = number[-1:] if number[-1:] in units else ""
+    try:
+        value = float(number.removesuffix(unit))
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{text!r} is no size; write for example 20G or 500M")
+    return int(value * units[unit])
