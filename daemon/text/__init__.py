@@ -1,0 +1,1 @@
+"""Messages ⇄ token ids: template, tokenizer, prompts, and replies read while they stream."""

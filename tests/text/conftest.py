@@ -1,18 +1,14 @@
 """The two vocabularies and the two templates that text/ is tested with."""
 
-from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import qwen_vocabulary
+from template_sources import OFFICIAL_STYLE, TINY_STYLE, VECTORS
 
 from daemon.text.template import ChatTemplate
 from daemon.text.tokenizer import Tokenizer
-
-VECTORS = Path(__file__).parents[1] / "vectors" / "tiny-coder"
-OFFICIAL_STYLE = Path(__file__).with_name("official_style.jinja").read_text()
-TINY_STYLE = (VECTORS / "make" / "chat_template.jinja").read_text()
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ def message(role: str, content: str, **others: object) -> Message:
     return Message(role=role, content=content, **others)  # type: ignore[arg-type]
 
 
+CALL = ToolCall("1", "read", {"p": "a"})
 LOOP = [
     message("system", "Be brief."),
     message("user", "Read a."),
@@ -65,7 +66,7 @@ def test_boundaries_lie_between_frames(
 def test_boundaries_of_an_agent_loop(qwen: Tokenizer, template: ChatTemplate) -> None:
     prompt = PromptBuilder(qwen, template, Memory()).build(LOOP, [TOOL])
     frames = _frames(qwen, prompt)
-    reasons = {position: reason for position, reason in prompt.boundaries}
+    reasons = dict(prompt.boundaries)
     assert [reasons.get(start) for start in frames] == [
         *(None, "system", None, None, None, "user", "prompt")
     ]

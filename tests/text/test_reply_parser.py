@@ -14,6 +14,8 @@ READ = ToolSpec("read", {"properties": {"n": {"type": "integer"}}}, {})
 CALL = "<tool_call>\n<function=read>\n<parameter=n>\n1\n</parameter>\n</function>\n</tool_call>"
 BROKEN = "<tool_call>\n<function=read>\n<parameter=n>\n1\n</function>\n</tool_call>"
 
+HERMES = '<tool_call>\n{"name": "read"}\n</tool_call>'
+
 
 def parser(thinking_open: bool = False) -> ReplyParser:
     ids = count()

@@ -1,7 +1,7 @@
 from datetime import datetime
 
 import pytest
-from conftest import OFFICIAL_STYLE, TINY_STYLE
+from template_sources import OFFICIAL_STYLE, TINY_STYLE
 
 from daemon.errors import InvalidRequest, ModelFileError
 from daemon.text.messages import Message, ToolCall, ToolSpec
@@ -171,17 +171,11 @@ def test_the_template_refuses_a_conversation_without_a_question(official: ChatTe
     assert raised.value.param == "messages"
 
 
-def test_a_failing_template_is_one_line_for_the_client(tiny_style: str) -> None:
-    template = ChatTemplate(
-        f"{{{{ '' if messages[0].content != 'x' else 1 / 0 }}}}{tiny_style}", ()
-    )
+def test_a_failing_template_is_one_line_for_the_client() -> None:
+    fragile = "{{ 1 / 0 if messages[0].content == 'x' else '' }}"
+    template = ChatTemplate(fragile + TINY_STYLE, ())
     with pytest.raises(InvalidRequest, match="failed: division by zero"):
         template.render([user("x")])
-
-
-@pytest.fixture
-def tiny_style() -> str:
-    return TINY_STYLE
 
 
 @pytest.mark.parametrize(
@@ -212,3 +206,12 @@ def test_loop_controls_and_the_immutable_sandbox() -> None:
     ChatTemplate("{% for m in messages %}{% continue %}{% endfor %}" + frame, ())
     with pytest.raises(ModelFileError, match="sandbox"):
         ChatTemplate("{% set _ = messages.append(1) %}" + frame, ())
+
+
+def test_a_template_that_cannot_show_late_system_messages_says_so() -> None:
+    source = (
+        "{% for m in messages if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n"
+        "{% endfor %}<|im_start|>assistant\n"
+    )
+    with pytest.raises(InvalidRequest, match="after the first"):
+        ChatTemplate(source, ()).render([user("q"), system("late")])

@@ -1,17 +1,15 @@
 import json
 import unicodedata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from template_sources import VECTORS
 
 from daemon.errors import InvalidRequest, ModelFileError, UnsupportedModel
 from daemon.text.tokenizer import Tokenizer
-
-VECTORS = Path(__file__).parents[1] / "vectors" / "tiny-coder"
 
 SPECIAL_IDS = {
     "<|endoftext|>": 248044,
