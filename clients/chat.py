@@ -75,7 +75,7 @@ class Chat:
             else:
                 self._ask(text)
         except ClientError as error:
-            self._console.print(str(error), style="red", markup=False, highlight=False)
+            show_error(self._console, error)
 
     def _read_message(self) -> str:
         line = self._read_line("\n> ")
@@ -193,6 +193,11 @@ def stats_table(stats: dict[str, Any]) -> Table:
     return table
 
 
+def show_error(console: Console, error: ClientError) -> None:
+    """One line, whatever the terminal's width."""
+    console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+
+
 def read_pasted(prompt: str) -> str:
     """A line from the keyboard, or all the lines of a paste: what follows without a pause."""
     lines = [input(prompt)]
@@ -216,6 +221,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print("[dim]/help lists the commands.[/dim]")
             Chat(client, console, read_pasted).run()
     except ClientError as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        show_error(Console(stderr=True), error)
         return 1
     return 0

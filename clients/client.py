@@ -67,12 +67,13 @@ class Client:
     """One server. Use it as a context manager, or `close` it.
 
     Args:
-        url: such as http://127.0.0.1:8080; a trailing /v1 is taken off.
+        url: such as http://127.0.0.1:8080; http:// may be left out, a trailing /v1 is taken off.
     """
 
     def __init__(
         self, url: str, *, api_key: str = "", transport: httpx.BaseTransport | None = None
     ) -> None:
+        url = url if "://" in url else f"http://{url}"
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)

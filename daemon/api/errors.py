@@ -61,10 +61,7 @@ _KINDS: dict[type[QwendError], _Kind] = {
 def error_envelope(error: QwendError) -> ErrorEnvelope:
     """The body for an error of our tree."""
     kind = _kind(error)
-    param = {InvalidRequest: getattr(error, "param", None), PromptTooLong: "messages"}.get(
-        type(error), "model" if isinstance(error, UnknownModel) else None
-    )
-    return ErrorEnvelope(ErrorBody(str(error), kind.type, param, kind.code))
+    return ErrorEnvelope(ErrorBody(str(error), kind.type, _param(error), kind.code))
 
 
 def unexpected_envelope() -> ErrorEnvelope:
@@ -99,6 +96,17 @@ def unexpected_error_response(_: Request, __: Exception) -> Response:
 
 def _kind(error: QwendError) -> _Kind:
     return next(_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS)
+
+
+def _param(error: QwendError) -> str | None:
+    match error:
+        case InvalidRequest(param=param):
+            return param
+        case PromptTooLong():
+            return "messages"
+        case UnknownModel():
+            return "model"
+    return None
 
 
 def _response(status: int, envelope: ErrorEnvelope, headers: dict[str, str]) -> Response:

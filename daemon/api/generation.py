@@ -7,7 +7,7 @@ built on one thread of their own, so that a long one delays no stream.
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
@@ -108,6 +108,8 @@ class Generations:
             conversation.tools,
             conversation.template_options,
         )
+        if self._closed:
+            raise EngineStopped("The server is shutting down.")
         generation = Generation(self._service, prompt, conversation, rules, self)
         generation.submit()
         self._live.add(generation)
@@ -122,7 +124,7 @@ class Generations:
         self._closed = True
         for generation in list(self._live):
             generation.cancel()
-        self._prompt_thread.shutdown(wait=False, cancel_futures=True)
+        self._prompt_thread.shutdown(wait=False)
 
 
 class Generation:
@@ -178,7 +180,7 @@ class Generation:
         self._service.engine.submit(request, self._mailbox.put)
         self._service.metrics.request_started()
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The reply as it comes; at least one piece in every `sign_of_life_s` seconds.
 
         Raises:

@@ -6,8 +6,8 @@ the response's form openai_chat_response's. Event loop.
 
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import closing
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, closing
 
 import msgspec
 from starlette.requests import Request
@@ -50,7 +50,9 @@ class ChatCompletions:
         )
         service.check_model(ask.model)
         generation = await self._generations.start(ask.conversation, ask.rules)
-        headers = {IGNORED_HEADER: _printable(ask.ignored)} if ask.ignored else {}
+        headers = {"x-request-id": generation.id}
+        if ask.ignored:
+            headers[IGNORED_HEADER] = _printable(ask.ignored)
         head = self._head(generation)
         if ask.stream:
             writer = ChunkWriter(head, service.tokenizer, ask.include_usage)
@@ -89,11 +91,14 @@ class WholeAnswer:
         await response(scope, receive, send)
 
 
-async def _frames(generation: Generation, writer: ChunkWriter, ask: Ask) -> AsyncIterator[bytes]:
+async def _frames(
+    generation: Generation, writer: ChunkWriter, ask: Ask
+) -> AsyncGenerator[bytes, None]:
     yield frame(writer.first())
     try:
-        async for piece in generation.pieces():
-            yield b"".join(map(frame, writer.piece(piece)))
+        async with aclosing(generation.pieces()) as pieces:
+            async for piece in pieces:
+                yield b"".join(map(frame, writer.piece(piece)))
     except QwendError as error:
         yield frame(msgspec.json.encode(error_envelope(error)))
         return

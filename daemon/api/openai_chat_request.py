@@ -42,7 +42,7 @@ NO_OPS = frozenset(
 )
 """Accepted without effect on purpose: they concern the provider's account, storage or speed."""
 
-_REFUSED: dict[str, str] = {
+REFUSED: dict[str, str] = {
     "audio": "this model writes text only",
     "bad_words": "it is not supported; use logit_bias",
     "continue_final_message": "a reply always begins a new message",
@@ -154,18 +154,18 @@ def read_ask(
         ),
         stream=bool(chat.stream),
         include_usage=chat.stream_options is not None and chat.stream_options.include_usage,
-        ignored=tuple(key for key in unknown if key not in NO_OPS and key not in _REFUSED),
+        ignored=tuple(key for key in unknown if key not in NO_OPS and key not in REFUSED),
     )
 
 
 def _refuse(body: bytes, unknown: Sequence[str]) -> None:
-    refused = [key for key in unknown if key in _REFUSED]
+    refused = [key for key in unknown if key in REFUSED]
     if not refused:
         return
     values = msgspec.json.decode(body)
     for key in refused:
         if values[key]:
-            raise InvalidRequest(f"{key}: {_REFUSED[key]}.", key)
+            raise InvalidRequest(f"{key}: {REFUSED[key]}.", key)
 
 
 def _refuse_values(chat: ChatRequest) -> None:

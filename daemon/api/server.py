@@ -88,12 +88,14 @@ def run_server(
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; see `run_server` for the errors."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"Cannot listen on port {port}: it must be from 0 to 65535.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"Cannot listen on {host}:{port}: {error}.") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

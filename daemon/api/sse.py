@@ -3,7 +3,8 @@
 Owns the wire form. Knows no dialect; an event's data is bytes already. Event loop.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 from starlette.types import Receive, Scope, Send
 
@@ -33,7 +34,7 @@ class EventStream:
 
     def __init__(
         self,
-        frames: AsyncIterator[bytes],
+        frames: AsyncGenerator[bytes, None],
         close: Callable[[], None],
         headers: dict[str, str] | None = None,
     ) -> None:
@@ -52,6 +53,7 @@ class EventStream:
     async def _send_all(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self._headers}
         await send(start)
-        async for chunk in self._frames:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        async with aclosing(self._frames) as frames:
+            async for chunk in frames:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -79,9 +79,7 @@ def test_signs_of_life_in_a_long_prefill(make_api: MakeApi, tokenizer: Tokenizer
 
 def test_signs_of_life_while_a_call_is_written(make_api: MakeApi, tokenizer: Tokenizer) -> None:
     text = "</think>\n\n<tool_call>\n<function=f>\n<parameter=a>\n" + "word " * 60
-    api = make_api(
-        Script(tokenizer.encode(text), step_s=0.005), limits=Limits(sign_of_life_s=0.05)
-    )
+    api = make_api(Script(tokenizer.encode(text), step_s=0.005), limits=Limits(sign_of_life_s=0.05))
     chunks = events(asyncio.run(api.post(stream=True)).text)
     empty = [c for c in chunks[1:-1] if c["choices"][0]["delta"] == {}]
     assert len(empty) >= 3
