@@ -5,6 +5,7 @@ Owns decoding, parsing and stop strings of one reply. Knows no engine and no dia
 
 import uuid
 from collections.abc import Sequence
+from itertools import groupby
 
 from msgspec import Struct
 
@@ -123,14 +124,12 @@ class Reply:
 def joined(deltas: Sequence[Delta]) -> list[Delta]:
     """The same deltas, neighbours of one kind put together."""
     out: list[Delta] = []
-    for delta in deltas:
-        match (out[-1] if out else None), delta:
-            case ContentDelta(before), ContentDelta(text):
-                out[-1] = ContentDelta(before + text)
-            case ReasoningDelta(before), ReasoningDelta(text):
-                out[-1] = ReasoningDelta(before + text)
-            case _:
-                out.append(delta)
+    for kind, run in groupby(deltas, type):
+        if kind is ToolCallDelta:
+            out += run
+        else:
+            text = "".join(delta.text for delta in run if not isinstance(delta, ToolCallDelta))
+            out.append(ContentDelta(text) if kind is ContentDelta else ReasoningDelta(text))
     return out
 
 

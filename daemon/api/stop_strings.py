@@ -21,6 +21,8 @@ class StopStrings:
 
     def feed(self, text: str) -> str:
         """What of all text so far is certainly before any stop string, and not given out yet."""
+        if not self._stops:
+            return text
         if self._found:
             return ""
         self._held += text
