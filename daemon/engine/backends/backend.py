@@ -9,7 +9,7 @@ rows, spans or sequences are in the batch, nor on where a prompt was split, as l
 start on the absolute grid of PAGE_TOKENS. Resumed equals cold and batched equals alone rest on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -131,8 +131,12 @@ class Backend(Protocol):
 
     # ── one step ──────────────────────────────────────────────────────────────────────────────
 
-    def begin(self, batch: Batch) -> Run:
-        """Make a batch ready. Its operations follow; no other batch begins before they are done."""
+    def evaluate(self, batch: Batch, forward: Callable[[Run], Array]) -> Array:
+        """Make a batch ready and call `forward`, which calls the operations below; its result.
+
+        A backend may record the operations of a kind of batch once and replay them from then on:
+        `forward` must do the same for every batch of that kind and number of spans.
+        """
         ...
 
     def embed(self, run: Run, table: Handle) -> Array:

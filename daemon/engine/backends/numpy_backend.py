@@ -6,7 +6,7 @@ gives the same bits for the same shape. Engine thread only.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -131,7 +131,11 @@ class NumpyBackend:
         target = self.pool.content[:, :, page]
         target[:] = np.frombuffer(content, np.float32).reshape(target.shape)
 
-    def begin(self, batch: Batch) -> NumpyRun:
+    def evaluate(self, batch: Batch, forward: Callable[[NumpyRun], Float32]) -> Float32:
+        """Nothing is recorded: every batch calls the operations."""
+        return forward(self._begin(batch))
+
+    def _begin(self, batch: Batch) -> NumpyRun:
         """Pad spans to whole blocks and compute their rotations."""
         rows = PAGE_TOKENS if batch.kind == "prefill" else 1
         tokens, blocks, rotations = [], [], []

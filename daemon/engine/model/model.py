@@ -29,8 +29,10 @@ class Model(Struct, frozen=True):
 
     def logits(self, batch: Batch, rows: Literal["last", "all"] = "last") -> Array:
         """Evaluate: `[rows, vocab]`, of the last token of spans that sample, or of every token."""
+        return self.backend.evaluate(batch, lambda run: self._forward(run, rows))
+
+    def _forward(self, run: Run, rows: Literal["last", "all"]) -> Array:
         backend, weights = self.backend, self.weights
-        run = backend.begin(batch)
         x = backend.embed(run, weights.embedding)
         num_mixed = {"delta_net": 0, "attention": 0}
         for kind, layer in zip(self.shape.layers, weights.layers, strict=True):
