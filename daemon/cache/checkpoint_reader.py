@@ -1,0 +1,130 @@
+"""Reads one checkpoint back and believes nothing: keys, links, token ids, lengths, checksums.
+
+Owns the verification of a restore. Runs on a reading thread; what it finds wrong it names, and
+`transfer` drops it.
+"""
+
+from collections.abc import Mapping
+
+from msgspec import Struct
+
+from daemon.cache.records import (
+    NO_PARENT,
+    DamagedRecord,
+    PageHeader,
+    StateHeader,
+    checksum,
+    decode_page,
+    decode_state,
+)
+from daemon.cache.store import Reader
+from daemon.checkpoint import PAGE_TOKENS, HostBytes, Snapshot
+
+_PAGE_TOKEN_BYTES = PAGE_TOKENS * 4
+
+
+class DamagedPage(DamagedRecord):
+    """A page that is not what its key promises, and its key."""
+
+    def __init__(self, key: bytes, what: str) -> None:
+        super().__init__(what)
+        self.key = key
+
+
+class Wanted(Struct, frozen=True):
+    """A checkpoint to read: what the index says of it, and what it must turn out to be.
+
+    `chain` are the keys of its pages, `tokens` the token ids of its prefix (little-endian u32);
+    `queued` are payloads, by key of page or state, that are not on disk yet.
+    """
+
+    state: StateHeader
+    chain: tuple[bytes, ...]
+    tokens: bytes
+    queued: Mapping[bytes, HostBytes]
+
+
+def read_checkpoint(reader: Reader, wanted: Wanted) -> Snapshot:
+    """Read and verify a state and all its pages.
+
+    Raises:
+        DamagedPage: a page is missing or wrong.
+        DamagedRecord: the state is missing or wrong.
+    """
+    state = wanted.state
+    if len(wanted.chain) != state.num_pages or len(wanted.tokens) != state.position * 4:
+        raise DamagedRecord("a state whose position is not that of its pages")
+    content = _read_state(reader, wanted)
+    pages: dict[int, HostBytes] = {}
+    for index, key in enumerate(wanted.chain):
+        queued = wanted.queued.get(key)
+        pages[index] = _read_page(reader, wanted, index) if queued is None else queued
+    return Snapshot(state.position, state.born, state.num_grid_pages, content, pages)
+
+
+def verify_page(reader: Reader, key: bytes) -> PageHeader:
+    """Check a page's header and payload by themselves.
+
+    Raises:
+        DamagedPage: it is missing or wrong.
+    """
+    return _page(reader, key)[0]
+
+
+def verify_state(reader: Reader, key: bytes) -> StateHeader:
+    """Check a state's header and payload by themselves.
+
+    Raises:
+        DamagedRecord: it is missing or wrong.
+    """
+    return _state(reader, key)[0]
+
+
+def _read_state(reader: Reader, wanted: Wanted) -> HostBytes:
+    queued = wanted.queued.get(wanted.state.key)
+    if queued is not None:
+        return queued
+    header, payload = _state(reader, wanted.state.key)
+    if header.tip != wanted.chain[-1] or header.position != wanted.state.position:
+        raise DamagedRecord("a state of another position or other pages")
+    if header.fingerprint != wanted.state.fingerprint:
+        raise DamagedRecord("a state of another model")
+    return payload
+
+
+def _read_page(reader: Reader, wanted: Wanted, index: int) -> HostBytes:
+    key = wanted.chain[index]
+    header, payload = _page(reader, key)
+    start = index * _PAGE_TOKEN_BYTES
+    if header.tokens != wanted.tokens[start : start + _PAGE_TOKEN_BYTES]:
+        raise DamagedPage(key, "a page of other tokens")
+    if header.index != index or header.parent != (wanted.chain[index - 1] if index else NO_PARENT):
+        raise DamagedPage(key, "a page of another place")
+    if header.fingerprint != wanted.state.fingerprint:
+        raise DamagedPage(key, "a page of another model")
+    return payload
+
+
+def _state(reader: Reader, key: bytes) -> tuple[StateHeader, bytearray]:
+    record = reader.state_header(key)
+    if record is None:
+        raise DamagedRecord("a state without header")
+    header = decode_state(key, record)
+    payload = reader.payload(key, header.payload_bytes)
+    if checksum(payload) != header.payload_sum:
+        raise DamagedRecord("a state whose checksum does not match")
+    return header, payload
+
+
+def _page(reader: Reader, key: bytes) -> tuple[PageHeader, bytearray]:
+    record = reader.page_header(key)
+    if record is None:
+        raise DamagedPage(key, "a page without header")
+    try:
+        header = decode_page(key, record)
+        payload = reader.payload(key, header.payload_bytes)
+    except DamagedRecord as error:
+        raise DamagedPage(key, str(error)) from error
+    if checksum(payload) != header.payload_sum:
+        raise DamagedPage(key, "a page whose checksum does not match")
+    return header, payload

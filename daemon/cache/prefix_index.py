@@ -1,0 +1,194 @@
+"""What the store holds and what is on its way there, in memory: pages as a tree, states on it.
+
+Owns the invariant that a state's pages are all present: removing a page removes what stands on it,
+and a page goes with the last that needs it. Knows keys and sizes, no payloads and no disk. Not
+thread-safe: `transfer` guards it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from msgspec import Struct
+
+from daemon.cache.records import NO_PARENT, StateHeader, state_key
+from daemon.cache.store import footprint
+from daemon.checkpoint import PAGE_TOKENS, Birth
+
+
+class PageRow(Struct, frozen=True):
+    """A page: its key, the key of the page before it (NO_PARENT: it is the first), its payload."""
+
+    key: bytes
+    parent: bytes
+    payload_bytes: int
+
+
+class Page:
+    """A page in the tree. `num_needing` counts the pages and states that stand on it."""
+
+    __slots__ = ("depth", "num_bytes", "num_chain_bytes", "num_needing", "parent")
+
+    def __init__(self, parent: bytes, num_bytes: int, above: "Page | None") -> None:
+        self.parent = parent
+        self.num_bytes = num_bytes
+        self.depth: int = above.depth + 1 if above else 1
+        self.num_chain_bytes: int = num_bytes + (above.num_chain_bytes if above else 0)
+        self.num_needing = 0
+
+
+class Removed(Struct, frozen=True):
+    """Keys that are no longer in the index."""
+
+    states: tuple[bytes, ...]
+    pages: tuple[bytes, ...]
+
+
+class PrefixIndex:
+    """Pages and states by their keys; sizes are bytes on disk, as `footprint` counts them."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._pages: dict[bytes, Page] = {}
+        self._states: dict[bytes, StateHeader] = {}
+        self._births: dict[bytes, set[Birth]] = {}
+        self._used_us: dict[bytes, int] = {}
+
+    # ── looking up ────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def num_pages(self) -> int:
+        """Pages held."""
+        return len(self._pages)
+
+    @property
+    def states(self) -> Iterable[StateHeader]:
+        """All states, in no particular order."""
+        return self._states.values()
+
+    def find(self, hashes: Sequence[bytes], limit: int, strict: bool) -> StateHeader | None:
+        """The longest state of a chain at a position <= limit; at equal ones prompt-born wins."""
+        num_pages = min(limit // PAGE_TOKENS, len(hashes))
+        for index in range(num_pages - 1, -1, -1):
+            births = self._births.get(hashes[index])
+            if births is None:
+                continue
+            if "prompt" in births:
+                return self._states[state_key(hashes[index], "prompt")]
+            if not strict:
+                return self._states[state_key(hashes[index], "decode")]
+        return None
+
+    def births(self, hash: bytes) -> frozenset[Birth]:
+        """How the states of a prefix were born; empty when there are none."""
+        return frozenset(self._births.get(hash, ()))
+
+    def state(self, key: bytes) -> StateHeader | None:
+        """A state by its key."""
+        return self._states.get(key)
+
+    def used_us(self, key: bytes) -> int:
+        """When a state was last saved or restored."""
+        return self._used_us[key]
+
+    def page(self, key: bytes) -> Page | None:
+        """A page by its key. While it is here, all pages before it are."""
+        return self._pages.get(key)
+
+    def chain(self, tip: bytes) -> list[bytes]:
+        """Keys of all pages up to `tip`, the first page first."""
+        return list(self.walk_up(tip))[::-1]
+
+    def walk_up(self, tip: bytes) -> Iterator[bytes]:
+        """Keys from `tip` to the first page."""
+        while tip != NO_PARENT:
+            yield tip
+            tip = self._pages[tip].parent
+
+    # ── changing ──────────────────────────────────────────────────────────────────────────────
+
+    def add_page(self, row: PageRow, number: int) -> bool:
+        """Add page `number` of a sequence, which must be new.
+
+        False when it does not follow on the page that it names as the one before it.
+        """
+        assert row.key not in self._pages
+        above = self._pages.get(row.parent)
+        if (above is None) != (row.parent == NO_PARENT) or number != (above.depth if above else 0):
+            return False
+        if above is not None:
+            above.num_needing += 1
+        self._pages[row.key] = Page(row.parent, footprint(row.payload_bytes), above)
+        self.num_bytes += self._pages[row.key].num_bytes
+        return True
+
+    def add_state(self, state: StateHeader, used_us: int) -> bool:
+        """Add a state; False when it is stranded: its last page is absent or at another depth."""
+        assert state.key not in self._states
+        tip = self._pages.get(state.tip)
+        if tip is None or tip.depth != state.num_pages:
+            return False
+        tip.num_needing += 1
+        self._states[state.key] = state
+        self._used_us[state.key] = used_us
+        self._births.setdefault(state.hash, set()).add(state.born)
+        self.num_bytes += footprint(state.payload_bytes)
+        return True
+
+    def touch(self, key: bytes, used_us: int) -> bool:
+        """Record a use; False when the state has gone."""
+        if key not in self._states:
+            return False
+        self._used_us[key] = used_us
+        return True
+
+    def remove_state(self, key: bytes) -> Removed:
+        """Remove a state, if it is here, and the pages that nothing needs any more."""
+        state = self._states.pop(key, None)
+        if state is None:
+            return Removed((), ())
+        del self._used_us[key]
+        births = self._births[state.hash]
+        births.remove(state.born)
+        if not births:
+            del self._births[state.hash]
+        self.num_bytes -= footprint(state.payload_bytes)
+        self._pages[state.tip].num_needing -= 1
+        return Removed((key,), tuple(self.prune(state.tip)))
+
+    def prune(self, tip: bytes) -> list[bytes]:
+        """Remove `tip` and the pages before it as far as nothing needs them."""
+        removed = []
+        while tip in self._pages and self._pages[tip].num_needing == 0:
+            page = self._pages.pop(tip)
+            self.num_bytes -= page.num_bytes
+            removed.append(tip)
+            tip = page.parent
+            if tip != NO_PARENT:
+                self._pages[tip].num_needing -= 1
+        return removed
+
+    def remove_page(self, key: bytes) -> Removed:
+        """Remove a page, if it is here, with every page and state that stands on it."""
+        if key not in self._pages:
+            return Removed((), ())
+        fallen = self._standing_on(key)
+        states = [state for state in self._states.values() if state.tip in fallen]
+        removed = [self.remove_state(state.key) for state in states]
+        pages = [page for part in removed for page in part.pages]
+        return Removed(tuple(state.key for state in states), tuple(pages))
+
+    def prune_all(self) -> list[bytes]:
+        """Remove every page that no state needs."""
+        idle = [key for key, page in self._pages.items() if page.num_needing == 0]
+        return [removed for key in idle for removed in self.prune(key)]
+
+    def _standing_on(self, key: bytes) -> set[bytes]:
+        """`key` and all pages after it. Visits every page, as damage is rare."""
+        children: dict[bytes, list[bytes]] = {}
+        for child, page in self._pages.items():
+            children.setdefault(page.parent, []).append(child)
+        fallen, waiting = {key}, [key]
+        while waiting:
+            found = children.get(waiting.pop(), [])
+            fallen.update(found)
+            waiting += found
+        return fallen

@@ -1,0 +1,280 @@
+"""The LMDB environment: tables, one write transaction a checkpoint, typed failures.
+
+Owns the files of a store's folder. Decides nothing: what is written, kept or deleted comes from
+`transfer`. Writing belongs to the transfer thread; reading to any thread, one `Reader` each.
+"""
+
+import errno
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lmdb
+from msgspec import Struct
+
+from daemon.cache.records import FORMAT_VERSION, DamagedRecord
+from daemon.cache.writer_lock import WriterLock
+from daemon.checkpoint import HostBytes
+from daemon.errors import ConfigError, StoreError, StoreFull, StoreVersionError
+
+CHUNK_BYTES = (256 << 10) - 16
+"""Payloads are cut into values of one size, so that the space of a deleted one fits the next.
+
+With LMDB's own 16 bytes a chunk fills 64 pages of 4 KiB exactly.
+"""
+
+MIN_MAP_BYTES = 4 << 20
+DATA_FILE = "data.mdb"
+_LOCK_FILE = "writer.lock"
+_OS_PAGE_BYTES = 4096
+_RECORD_BYTES = 512  # header, keys and their share of the B-tree
+_TABLES = ("meta", "pages", "states", "payloads", "uses", "sampled")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class WriteBatch(Struct, frozen=True, kw_only=True):
+    """What one transaction does: deletions first, then records. Keys and headers are bytes.
+
+    `pages` and `states` are deleted with their payloads; `put_*` are (key, header, payload).
+    `uses` are times of last use by state key; an absent reply in `put_sampled` is deleted.
+    """
+
+    delete_pages: Sequence[bytes] = ()
+    delete_states: Sequence[bytes] = ()
+    put_pages: Sequence[tuple[bytes, bytes, HostBytes]] = ()
+    put_state: tuple[bytes, bytes, HostBytes] | None = None
+    uses: Mapping[bytes, int] = {}
+    put_sampled: Mapping[bytes, bytes | None] = {}
+
+
+class Reader:
+    """One consistent view of the store, from one read transaction."""
+
+    def __init__(self, txn: Any, tables: Mapping[str, Any]) -> None:
+        self._txn = txn
+        self._tables = tables
+
+    def page_header(self, key: bytes) -> bytes | None:
+        """A page's header."""
+        return self._get("pages", key)
+
+    def state_header(self, key: bytes) -> bytes | None:
+        """A state's header."""
+        return self._get("states", key)
+
+    def headers(self, table: str) -> Iterator[tuple[bytes, bytes]]:
+        """All (key, header) of "pages", "states" or "sampled", in key order; no payloads."""
+        for key, value in self._txn.cursor(self._tables[table]):
+            yield bytes(key), bytes(value)
+
+    def uses(self) -> dict[bytes, int]:
+        """Times of last use in microseconds, by state key; entries of a wrong size are left out."""
+        pairs = self._txn.cursor(self._tables["uses"])
+        return {bytes(k): int.from_bytes(v, "little") for k, v in pairs if len(v) == 8}
+
+    def payload(self, key: bytes, num_bytes: int) -> bytearray:
+        """A record's payload, copied.
+
+        Raises:
+            DamagedRecord: a chunk is missing or has another length.
+        """
+        payload = bytearray(num_bytes)
+        for number, start in enumerate(range(0, num_bytes, CHUNK_BYTES)):
+            chunk = self._txn.get(_chunk_key(key, number), db=self._tables["payloads"])
+            stop = min(start + CHUNK_BYTES, num_bytes)
+            if chunk is None or len(chunk) != stop - start:
+                raise DamagedRecord("a payload with a missing chunk")
+            payload[start:stop] = chunk
+        return payload
+
+    def _get(self, table: str, key: bytes) -> bytes | None:
+        value = self._txn.get(key, db=self._tables[table])
+        return None if value is None else bytes(value)
+
+
+class Store:
+    """A folder of checkpoints. Make one with `open_for_writing` or `open_for_reading`."""
+
+    def __init__(self, path: Path, env: Any, lock: WriterLock | None) -> None:
+        self.path = path
+        self._env = env
+        self._lock = lock
+        self._tables: dict[str, Any] = {}
+
+    @classmethod
+    def open_for_writing(cls, path: Path, max_bytes: int) -> "Store":
+        """Open or make a store that never takes more than `max_bytes` of disk (4 MiB at least).
+
+        Raises:
+            ConfigError: the folder cannot be made or written.
+            StoreInUse: another process writes there.
+            StoreVersionError: another format version wrote it.
+            StoreError: the files are not a sound store.
+        """
+        try:
+            # What was said to the model is nobody else's business.
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"Cannot make the folder {path}: {error.strerror}.") from error
+        lock = WriterLock(path / _LOCK_FILE)
+        map_bytes = max(max_bytes, MIN_MAP_BYTES) // _OS_PAGE_BYTES * _OS_PAGE_BYTES
+        try:
+            # Without metasync a power failure may cost the last checkpoint, never an earlier one.
+            store = cls(path, _environment(path, map_size=map_bytes, metasync=False), lock)
+            store._open_tables(create=True)
+        except BaseException:
+            lock.release()
+            raise
+        return store
+
+    @classmethod
+    def open_for_reading(cls, path: Path) -> "Store | None":
+        """Open a store beside a running daemon or without one; None when there is none.
+
+        Raises:
+            ConfigError, StoreVersionError, StoreError: as `open_for_writing`.
+        """
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is not a folder.")
+        if not (path / DATA_FILE).exists():
+            return None
+        # Size 0: LMDB takes the map's size from the file.
+        store = cls(path, _environment(path, map_size=0, readonly=True), None)
+        store._open_tables(create=False)
+        return store
+
+    @contextmanager
+    def reading(self) -> Iterator[Reader]:
+        """One consistent view.
+
+        Raises:
+            StoreError: LMDB cannot read.
+        """
+        with _typed_errors(self.path), self._env.begin(buffers=True) as txn:
+            yield Reader(txn, self._tables)
+
+    def write(self, batch: WriteBatch) -> None:
+        """Do all of `batch` or nothing.
+
+        Raises:
+            StoreFull: neither the map nor the disk has room; nothing changed.
+            StoreError: anything else; nothing changed.
+        """
+        with _typed_errors(self.path), self._env.begin(write=True) as txn:
+            for table, keys in (("pages", batch.delete_pages), ("states", batch.delete_states)):
+                for key in keys:
+                    self._delete(txn, table, key)
+            for page in batch.put_pages:
+                self._put(txn, "pages", page)
+            if batch.put_state is not None:
+                self._put(txn, "states", batch.put_state)
+            for key, used_us in batch.uses.items():
+                txn.put(key, used_us.to_bytes(8, "little"), db=self._tables["uses"])
+            for key, reply in batch.put_sampled.items():
+                if reply is None:
+                    txn.delete(key, db=self._tables["sampled"])
+                else:
+                    txn.put(key, reply, db=self._tables["sampled"])
+
+    def file_bytes(self) -> int:
+        """Bytes that the data file takes on disk."""
+        return (self.path / DATA_FILE).stat().st_blocks * 512
+
+    def close(self) -> None:
+        """Close the files and let another writer in. No reader may be open."""
+        self._env.close()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _open_tables(self, create: bool) -> None:
+        try:
+            with _typed_errors(self.path):
+                self._check_length()
+                self._env.reader_check()
+                is_new = create and self._env.stat()["entries"] == 0
+                if not is_new:
+                    self._check_version()
+                for name in _TABLES:
+                    self._tables[name] = self._env.open_db(name.encode(), create=is_new)
+                if is_new:
+                    self._write_version()
+        except BaseException:
+            self._env.close()
+            raise
+
+    def _check_length(self) -> None:
+        """LMDB trusts its own page numbers: beyond the end of the file lies a bus error."""
+        needed = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        if (self.path / DATA_FILE).stat().st_size < needed:
+            raise StoreError(
+                f"The checkpoints in {self.path} are cut short. Delete the folder; it is a cache."
+            )
+
+    def _check_version(self) -> None:
+        try:
+            meta = self._env.open_db(b"meta", create=False)
+            with self._env.begin() as txn:
+                version = txn.get(b"version", db=meta)
+        except lmdb.NotFoundError:
+            version = None
+        if version is None:
+            raise StoreError(f"The LMDB files in {self.path} are not checkpoints of qwend.")
+        found = int.from_bytes(version, "little")
+        if found != FORMAT_VERSION:
+            raise StoreVersionError(
+                f"The checkpoints in {self.path} have format {found}, this qwend writes "
+                f"{FORMAT_VERSION}. Delete the folder or choose another with --cache-dir."
+            )
+
+    def _write_version(self) -> None:
+        with self._env.begin(write=True) as txn:
+            txn.put(b"version", FORMAT_VERSION.to_bytes(4, "little"), db=self._tables["meta"])
+
+    def _put(self, txn: Any, table: str, record: tuple[bytes, bytes, HostBytes]) -> None:
+        key, header, payload = record
+        txn.put(key, header, db=self._tables[table])
+        content = memoryview(payload).cast("B")
+        for number, start in enumerate(range(0, len(content), CHUNK_BYTES)):
+            chunk = content[start : start + CHUNK_BYTES]
+            txn.put(_chunk_key(key, number), chunk, db=self._tables["payloads"])
+
+    def _delete(self, txn: Any, table: str, key: bytes) -> None:
+        txn.delete(key, db=self._tables[table])
+        if table == "states":
+            txn.delete(key, db=self._tables["uses"])
+        with txn.cursor(self._tables["payloads"]) as chunks:
+            found = chunks.set_range(key)
+            while found and bytes(chunks.key()).startswith(key):
+                found = chunks.delete()
+
+
+def footprint(payload_bytes: int) -> int:
+    """Bytes of disk that a record takes with a payload of this size."""
+    whole, rest = divmod(payload_bytes, CHUNK_BYTES)
+    rest_pages = -(-(rest + 16) // _OS_PAGE_BYTES) if rest else 0
+    return _RECORD_BYTES + whole * (CHUNK_BYTES + 16) + rest_pages * _OS_PAGE_BYTES
+
+
+def _chunk_key(key: bytes, number: int) -> bytes:
+    # Keys of pages and states differ in length, so one table holds the chunks of both.
+    return key + number.to_bytes(4, "big")
+
+
+def _environment(path: Path, **options: Any) -> Any:
+    with _typed_errors(path):
+        return lmdb.open(str(path), mode=0o600, max_dbs=len(_TABLES), **options)
+
+
+@contextmanager
+def _typed_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except lmdb.MapFullError as error:
+        raise StoreFull(f"The checkpoints in {path} fill their budget.") from error
+    except lmdb.Error as error:
+        if any(os.strerror(number) in str(error) for number in _NO_ROOM):
+            raise StoreFull(f"The disk of {path} is full.") from error
+        raise StoreError(f"The checkpoints in {path} cannot be used: {error}.") from error
