@@ -10,7 +10,9 @@ from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.kernel import Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
-PARAMETERS = ("pointer",) * 8 + ("int32",) * 3 + ("int64",) * 2
+PARAMETERS = ("pointer",) * 5 + ("int32",) * 2 + ("int64",) * 2
+MERGE_PARAMETERS = ("pointer",) * 4 + ("int32",) * 2
+MERGE_THREADS = HEAD_DIM // 4
 STRIP_TOKENS = 16
 MAX_GROUP = 16
 
@@ -77,12 +79,11 @@ class AttentionDecode:
         )
         cubin = compiler.cubin(SOURCE, defines(layout, group, self._shape, projection, output))
         shared = self._shape.shared_bytes
-        self._kernel = Module(cubin).kernel("attention_decode", PARAMETERS, shared)
-        lines = (max_sequences, layout.kv_heads)
-        floats = group * (HEAD_DIM + 2)
-        self._partials = device.allocate((*lines, self._shape.max_splits, floats), ElementType.F32)
-        self._arrivals = device.allocate(lines, ElementType.U32)
-        device.fill(self._arrivals, 0)
+        module = Module(cubin)
+        self._kernel = module.kernel("attention_decode", PARAMETERS, shared)
+        self._merge = module.kernel("attention_decode_merge", MERGE_PARAMETERS)
+        results = (max_sequences, layout.kv_heads, self._shape.max_splits, group * (HEAD_DIM + 2))
+        self._partials = device.allocate(results, ElementType.F32)
         self._stream = device.stream
         self._layout = layout
 
@@ -106,24 +107,32 @@ class AttentionDecode:
             output: `[sequences, q_heads, 256]`, written.
         """
         num_sequences = positions.shape[0]
-        assert num_sequences <= self._arrivals.shape[0]
+        assert num_sequences <= self._partials.shape[0]
         self._kernel.launch(
             self._stream,
             (self._shape.max_splits, self._layout.kv_heads, num_sequences),
             (self._shape.warps * 32, 1, 1),
             queries,
-            projections,
             positions,
             page_table,
             pool,
             self._partials,
-            self._arrivals,
-            output,
-            projections.shape[1],
             page_table.shape[1],
             self._shape.max_splits,
             self._layout.page_bytes,
             self._layout.layer_offset(layer),
             shared_bytes=self._shape.shared_bytes,
             dependent=dependent,
+        )
+        self._merge.launch(
+            self._stream,
+            (output.shape[1], num_sequences, 1),
+            (MERGE_THREADS, 1, 1),
+            self._partials,
+            projections,
+            positions,
+            output,
+            projections.shape[1],
+            self._shape.max_splits,
+            dependent=True,
         )

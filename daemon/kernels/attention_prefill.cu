@@ -154,12 +154,12 @@ struct Rows {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill(
-    const u16* __restrict__ queries,       // bf16 or f16 [rows, q_heads, 256], as kv_append
-    const void* __restrict__ projections,  // f32 or bf16 [rows, row_stride]
+    const u16* queries,                    // bf16 or f16 [rows, q_heads, 256], as kv_append
+    const void* projections,               // f32 or bf16 [rows, row_stride]
     const int4* __restrict__ tiles,        // i32 [tiles, 4]: first row, first position, rows,
                                            // sequence; heaviest last
     const int* __restrict__ page_table,    // i32 [sequences, table_stride]
-    const u8* __restrict__ pool,           // u8 [pages, page_bytes]
+    const u8* pool,                        // u8 [pages, page_bytes]
     void* __restrict__ output,             // f32 or bf16 [rows, q_heads, 256]
     int row_stride,                        // in elements
     int table_stride, int kv_heads, long long page_bytes,

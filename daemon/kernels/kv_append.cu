@@ -50,12 +50,12 @@ __device__ __forceinline__ void rotate(float (&x)[8], const float* cosines, cons
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) kv_append(
-    const void* __restrict__ projections,    // f32 or bf16 [rows, row_stride]: (q | gate) a head, k, v
+    const void* projections,                 // f32 or bf16 [rows, row_stride]: (q | gate) a head, k, v
     const int* __restrict__ positions,       // i32 [rows]; negative: the row is padding
     const int* __restrict__ sequences,       // i32 [rows]: the row's line of page_table
     const int* __restrict__ page_table,      // i32 [sequences, table_stride]
-    u8* __restrict__ pool,                   // u8 [pages, page_bytes]
-    u16* __restrict__ queries,               // bf16 or f16 [rows, q_heads, 256]
+    u8* pool,                                // u8 [pages, page_bytes]
+    u16* queries,                            // bf16 or f16 [rows, q_heads, 256]
     const float* __restrict__ q_norm,        // f32 [256]
     const float* __restrict__ k_norm,        // f32 [256]
     const double* __restrict__ frequencies,  // f64 [32]: angle per position

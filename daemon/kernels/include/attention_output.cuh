@@ -3,7 +3,6 @@
 #pragma once
 #include "kv_format.cuh"
 
-constexpr float LOG2_SCALE = 0.0625f * 1.44269504088896f;  // 1 / sqrt(256), base 2
 
 // Consecutive tokens of one sequence within one page-sized tile of positions.
 struct QueryTile {

@@ -8,7 +8,6 @@
 #include "kv_format.cuh"
 
 constexpr int STRIP = 16;
-constexpr float LOG2_SCALE = 0.0625f * 1.44269504088896f;  // 1 / sqrt(256), base 2
 
 __host__ __device__ constexpr int strip_bytes(int format) {
     return kv_block_bytes(format) / PAGE * STRIP;

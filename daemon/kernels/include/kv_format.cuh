@@ -20,6 +20,7 @@ enum KvFormat { KV_BF16 = 0, KV_Q8_0 = 1, KV_FP8 = 2, KV_Q4_0 = 3 };
 constexpr int PAGE = 64;
 constexpr int HEAD_DIM = 256;
 constexpr int SCALE_GROUPS = HEAD_DIM / 32;
+constexpr float LOG2_SCALE = 0.0625f * 1.44269504088896f;  // 1 / sqrt(HEAD_DIM), base 2
 
 __host__ __device__ constexpr int kv_row_bytes(int format) {
     return format == KV_BF16 ? 512 : format == KV_Q4_0 ? 128 : 256;
