@@ -217,8 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Client(arguments.url, api_key=arguments.api_key) as client:
             [model, *_] = client.models()
             context = f"{model['context_length']:,} tokens of context"
-            console.print(f"[bold]{model['id']}[/bold] [dim]at {client.url}, {context}[/dim]")
-            console.print("[dim]/help lists the commands.[/dim]")
+            about = f"at {client.url}, {context}\n/help lists the commands."
+            console.print(Text.assemble((model["id"], "bold"), " ", (about, "dim")))
             Chat(client, console, read_pasted).run()
     except ClientError as error:
         show_error(Console(stderr=True), error)

@@ -256,3 +256,45 @@ def test_sessions_by_hint_and_by_beginning(make_api: MakeApi) -> None:
     hinted, first, second, other = (request.session for request in api.engine.requests)
     assert hinted == "mine"
     assert first == second != other
+
+
+def test_sessions_by_header_and_a_request_id(make_api: MakeApi) -> None:
+    api = make_api()
+
+    async def send() -> str:
+        async with api.client() as client:
+            body = {"messages": [{"role": "user", "content": "hello"}]}
+            headers = {"X-Session-Affinity": "second", "X-Session-Id": "first"}
+            response = await client.post("/v1/chat/completions", json=body, headers=headers)
+            return str(response.headers["x-request-id"])
+
+    request_id = asyncio.run(send())
+    [request] = api.engine.requests
+    assert (request.session, request.id) == ("first", request_id)
+
+
+def test_a_rich_schema_is_accepted_as_it_is(make_api: MakeApi) -> None:
+    parameters = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "type": "object",
+        "properties": {
+            "edits": {
+                "type": "array",
+                "items": {"$ref": "#/$defs/edit"},
+                "default": None,
+            },
+            "mode": {"enum": ["a", 1, None], "description": "How."},
+            "either": {"anyOf": [{"type": ["string", "null"]}, {"const": 3}]},
+            "anything": {},
+        },
+        "required": ["edits"],
+        "additionalProperties": False,
+        "$defs": {"edit": {"type": "object", "properties": {"type": {"type": "string"}}}},
+    }
+    bare = {"type": "function", "function": {"name": "mcp__x.y-z", "description": "No schema."}}
+    rich = {"type": "function", "function": {"name": "edit", "parameters": parameters}}
+    api = make_api()
+    post(api, tools=[rich, bare])
+    prompt = api.service.tokenizer.decode(api.engine.requests[0].tokens)
+    assert '"$ref": "#/$defs/edit"' in prompt
+    assert "mcp__x.y-z" in prompt
