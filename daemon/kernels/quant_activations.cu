@@ -1,0 +1,68 @@
+// Float32 rows to the fp16 operands of quant_gemv (panels) or quant_gemm (rows), optionally normed.
+//
+// One block a token. Reads the row twice (the second time from cache) and writes half of it:
+// latency at one token, bandwidth at many. The order of the sum of squares depends on the number
+// of columns alone. Macros: NORM (0, 1), LAYOUT (0 panels, 1 rows).
+//
+// Panels: [token / 8, columns / 256, 8 chunks, lane 4 (token % 8) + t, 8], columns 64t + 8 chunk.
+// Rows: [tokens, columns] with the columns of each 256 permuted: position 16 j + 8 h + 2 t + e
+// holds column 64 t + 4 j + 2 h + e, which is what lane t of step j multiplies.
+#include "mma.cuh"
+#include "warp.cuh"
+
+constexpr int THREADS = 512;
+constexpr float ACTIVATION_SCALE = 0.125f;
+
+__device__ float block_sum(float value) {
+    __shared__ float of_warp[THREADS / 32];
+    value = warp_sum(value);
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
+    __syncthreads();
+    float total = 0.0f;
+    for (int w = 0; w < THREADS / 32; w++) total += of_warp[w];
+    return total;
+}
+
+__device__ __forceinline__ float square(float4 v) {
+    return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+}
+
+__device__ __forceinline__ void write_panel(u8* out, int token, int column, int columns, uint4 v) {
+    const long long unit = (long long)(token / 8) * (columns / 256) + column / 256;
+    const int t = column % 256 / 64, chunk = column % 64 / 8;
+    *(uint4*)(out + (unit * 8 + chunk) * 512 + (token % 8 * 4 + t) * 16) = v;
+}
+
+__device__ __forceinline__ void write_row(u8* out, int token, int column, int columns, uint4 v) {
+    const int t = column % 256 / 64, j = column % 64 / 4;
+    u32* at = (u32*)(out + ((long long)token * columns + column / 256 * 256 + 16 * j) * 2);
+    at[t] = v.x, at[4 + t] = v.y, at[8 + t] = v.z, at[12 + t] = v.w;
+}
+
+// x: float32 [tokens, columns]; norm: float32 [columns], unused without NORM; out: fp16.
+extern "C" __global__ void __launch_bounds__(THREADS) quant_activations(
+    const float* x, const float* norm, u8* out, int columns, float eps) {
+    allow_next_kernel();
+    wait_for_previous_kernel();
+    const int token = blockIdx.x, i = threadIdx.x;
+    const float* row = x + (long long)token * columns;
+    float scale = ACTIVATION_SCALE;
+    if (NORM) {
+        float sum = 0.0f;
+        for (int c = i * 4; c < columns; c += THREADS * 4) sum += square(*(const float4*)(row + c));
+        scale *= rsqrtf(block_sum(sum) / columns + eps);
+    }
+    for (int group = i; group < columns / 8; group += THREADS) {
+        const int c = group / 32 * 256 + group % 4 * 64 + group % 32 / 4 * 8;
+        float4 a = *(const float4*)(row + c), b = *(const float4*)(row + c + 4);
+        if (NORM) {
+            const float4 p = *(const float4*)(norm + c), q = *(const float4*)(norm + c + 4);
+            a.x *= p.x, a.y *= p.y, a.z *= p.z, a.w *= p.w;
+            b.x *= q.x, b.y *= q.y, b.z *= q.z, b.w *= q.w;
+        }
+        const uint4 v = {half2_of(a.x * scale, a.y * scale), half2_of(a.z * scale, a.w * scale),
+                         half2_of(b.x * scale, b.y * scale), half2_of(b.z * scale, b.w * scale)};
+        if (LAYOUT == 0) write_panel(out, token, c, columns, v);
+        else write_row(out, token, c, columns, v);
+    }
+}

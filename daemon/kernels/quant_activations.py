@@ -1,0 +1,59 @@
+"""Launches quant_activations: float32 rows to fp16 operands, with or without an RMS norm."""
+
+from pathlib import Path
+
+from daemon.kernels.runtime.compiler import Compiler
+from daemon.kernels.runtime.device import Device
+from daemon.kernels.runtime.device_array import DeviceArray, ElementType
+from daemon.kernels.runtime.kernel import Kernel, Module
+
+SOURCE = Path(__file__).with_suffix(".cu")
+PARAMETERS = ("pointer", "pointer", "pointer", "int32", "float32")
+THREADS = 512
+PANEL_TOKENS = 8
+
+PANELS, ROWS = 0, 1
+"""Layouts: for quant_gemv (up to 16 tokens), and for quant_gemm."""
+
+
+class ActivationKernels:
+    """The four variants, compiled when first used. The device's thread."""
+
+    def __init__(self, device: Device, compiler: Compiler) -> None:
+        self._device = device
+        self._compiler = compiler
+        self._kernels: dict[tuple[int, int], Kernel] = {}
+
+    def operand(self, num_tokens: int, columns: int, layout: int) -> DeviceArray:
+        """Memory for an operand, `[tokens, columns]` fp16; panels in whole groups of 8 tokens."""
+        padded = -(-num_tokens // PANEL_TOKENS) * PANEL_TOKENS
+        return self._device.allocate((padded, columns), ElementType.F16)
+
+    def convert(
+        self,
+        x: DeviceArray,
+        out: DeviceArray,
+        layout: int,
+        norm: DeviceArray | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        """Write `x` (float32 `[tokens, columns]`), times its RMS norm if given, into `out`.
+
+        The norm's weight is float32 `[columns]`. Columns must be a multiple of 256.
+        """
+        num_tokens, columns = x.shape
+        assert x.dtype is ElementType.F32
+        assert columns % 256 == 0
+        assert out.num_bytes >= num_tokens * columns * 2
+        kernel = self._kernel(int(norm is not None), layout)
+        arguments = (x, norm if norm is not None else 0, out, columns, eps)
+        grid, block = (num_tokens, 1, 1), (THREADS, 1, 1)
+        kernel.launch(self._device.stream, grid, block, *arguments, dependent=True)
+
+    def _kernel(self, norm: int, layout: int) -> Kernel:
+        kernel = self._kernels.get((norm, layout))
+        if kernel is None:
+            cubin = self._compiler.cubin(SOURCE, {"NORM": norm, "LAYOUT": layout})
+            kernel = Module(cubin).kernel("quant_activations", PARAMETERS)
+            self._kernels[norm, layout] = kernel
+        return kernel

@@ -1,0 +1,222 @@
+"""Launches quant_gemv: up to 16 rows times a packed matrix, weights read once at memory speed.
+
+Owns how the units of a matrix are dealt to the blocks. That depends on the matrix and the card
+only, never on the number of tokens, so that sums keep their order. The device's thread.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from daemon.kernels.quant_pack import BLOCK_COLUMNS, STRIPE_ROWS, PackedMatrix
+from daemon.kernels.runtime.compiler import Compiler
+from daemon.kernels.runtime.device import Device
+from daemon.kernels.runtime.device_array import DeviceArray
+from daemon.kernels.runtime.kernel import Kernel, Module
+
+SOURCE = Path(__file__).with_suffix(".cu")
+PARAMETERS = ("pointer",) * 7 + ("int32",) * 3
+WARPS = 8
+MAX_TOKENS = 16
+PANEL_TOKENS = 8
+RING_BYTES = 84 * 1024
+"""In flight per block. Half of a Hopper multiprocessor, so that the next kernel's ring fits too."""
+
+STORE, ADD, SWIGLU = 0, 1, 2
+"""What happens to the sums; SWIGLU needs a paired matrix and gives panels for the next product."""
+
+PIECE = np.dtype(
+    [
+        ("units", np.uint64),
+        ("kind", np.int32),
+        ("tile_bytes", np.int32),
+        ("first_block", np.int32),
+        ("num_units", np.int32),
+        ("row", np.int32),
+        ("num_rows", np.int32),
+        ("slot", np.int32),
+        ("first_slot", np.int32),
+        ("num_slots", np.int32),
+        ("counter", np.int32),
+    ],
+    align=True,
+)
+"""struct Piece of quant_gemv.cu."""
+
+
+Table = np.ndarray[Any, np.dtype[Any]]
+
+
+class Stripe(NamedTuple):
+    """64 rows of a matrix: where their units lie, and what one weighs."""
+
+    pointer: int
+    kind: int
+    tile_bytes: int
+    row: int
+    num_rows: int
+
+
+class Plan(NamedTuple):
+    """Who does what for one matrix, on the device."""
+
+    matrix: PackedMatrix
+    pieces: DeviceArray
+    piece_start: DeviceArray
+    partial: DeviceArray
+    counters: DeviceArray
+    num_blocks: int
+
+
+class GemvKernels:
+    """Plans and launches; kernels are compiled when first used."""
+
+    def __init__(self, device: Device, compiler: Compiler) -> None:
+        self._device = device
+        self._compiler = compiler
+        self._kernels: dict[tuple[int, ...], Kernel] = {}
+
+    def plan(self, matrix: PackedMatrix) -> Plan:
+        """Deal a matrix to the blocks, once, when the model is loaded."""
+        num_blocks = self._device.num_sms
+        pieces, starts, num_slots, num_counters = deal(matrix, num_blocks)
+        counters = self._device.allocate((max(num_counters, 1),), np.int32)
+        self._device.fill(counters, 0)
+        partial = (max(num_slots, 1), MAX_TOKENS, STRIPE_ROWS)
+        return Plan(
+            matrix,
+            self._device.to_device(pieces.view(np.uint8)),
+            self._device.to_device(starts),
+            self._device.allocate(partial, np.float32),
+            counters,
+            num_blocks,
+        )
+
+    def multiply(
+        self, plan: Plan, panels: DeviceArray, num_tokens: int, out: DeviceArray, epilogue: int
+    ) -> None:
+        """Multiply `num_tokens` (1 to 16) rows.
+
+        Args:
+            panels: the rows as fp16 panels (quant_activations), or an earlier SWIGLU's output.
+            out: float32 `[num_tokens, rows]` for STORE and ADD; panels for SWIGLU.
+        """
+        assert 0 < num_tokens <= MAX_TOKENS
+        num_panels = -(-num_tokens // PANEL_TOKENS)
+        matrix = plan.matrix
+        types, slot_bytes = _types_and_slot(matrix)
+        slots = _slots(slot_bytes, self._device.shared_bytes_per_block, num_panels)
+        kernel = self._kernel((types, num_panels, slots, slot_bytes), epilogue)
+        stride = matrix.rows // 2 if epilogue == SWIGLU else matrix.rows
+        rows, out_panels = (0, out) if epilogue == SWIGLU else (out, 0)
+        assert matrix.paired == (epilogue == SWIGLU)
+        assert out.num_bytes >= num_tokens * stride * (2 if epilogue == SWIGLU else 4)
+        kernel.launch(
+            self._device.stream,
+            (plan.num_blocks, 1, 1),
+            (32 * WARPS, 1, 1),
+            *(plan.pieces, plan.piece_start, panels, rows, out_panels, plan.partial, plan.counters),
+            *(matrix.columns // BLOCK_COLUMNS, num_tokens, stride),
+            shared_bytes=shared_bytes(slots, slot_bytes, num_panels),
+            dependent=True,
+        )
+
+    def _kernel(self, variant: tuple[int, int, int, int], epilogue: int) -> Kernel:
+        key = (*variant, epilogue)
+        if key not in self._kernels:
+            _, num_panels, slots, slot_bytes = variant
+            cubin = self._compiler.cubin(SOURCE, defines(*variant, epilogue))
+            shared = shared_bytes(slots, slot_bytes, num_panels)
+            self._kernels[key] = Module(cubin).kernel("quant_gemv", PARAMETERS, shared)
+        return self._kernels[key]
+
+
+def defines(
+    types: int, num_panels: int, slots: int, slot_bytes: int, epilogue: int
+) -> dict[str, int]:
+    """The macros of a variant."""
+    return {
+        "TYPES": types,
+        "NUM_PANELS": num_panels,
+        "SLOTS": slots,
+        "SLOT_BYTES": slot_bytes,
+        "EPILOGUE": epilogue,
+    }
+
+
+def shared_bytes(slots: int, slot_bytes: int, num_panels: int) -> int:
+    """Rings of all warps, and their sums."""
+    return WARPS * (slots * slot_bytes + num_panels * PANEL_TOKENS * STRIPE_ROWS * 4)
+
+
+def _types_and_slot(matrix: PackedMatrix) -> tuple[int, int]:
+    kinds = {segment.kind for segment in matrix.segments}
+    types = sum(1 << kind.code for kind in kinds)
+    return types, max(kind.tile_bytes for kind in kinds)
+
+
+def _slots(slot_bytes: int, limit: int, num_panels: int) -> int:
+    wanted = max(2, RING_BYTES // (WARPS * slot_bytes))
+    fitting = (limit - 4096 - shared_bytes(0, 0, num_panels)) // (WARPS * slot_bytes)
+    return max(1, min(wanted, fitting))
+
+
+def deal(matrix: PackedMatrix, num_blocks: int) -> tuple[Table, Table, int, int]:
+    """Cut the units of all stripes, in order, into runs of equal bytes.
+
+    Returns:
+        pieces (PIECE), the first piece of each block `[num_blocks + 1]` int32, and how many slots
+        for partial sums and counters they use.
+    """
+    stripes = _stripes(matrix)
+    units = matrix.columns // BLOCK_COLUMNS
+    weights = np.repeat([stripe.tile_bytes for stripe in stripes], units)
+    ends = np.cumsum(weights)
+    cuts = np.searchsorted(ends, np.arange(1, num_blocks) * (ends[-1] / num_blocks), side="right")
+    bounds = [0, *cuts.tolist(), len(weights)]
+    pieces: list[list[int]] = []
+    counts = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        before = len(pieces)
+        while start < stop:
+            index, first = divmod(start, units)
+            count = min(units - first, stop - start)
+            pieces.append([index, first, count])
+            start += count
+        counts.append(len(pieces) - before)
+    starts = np.array([0, *accumulate(counts)], np.int32)
+    table, num_slots, num_counters = _piece_table(pieces, stripes)
+    return table, starts, num_slots, num_counters
+
+
+def _stripes(matrix: PackedMatrix) -> list[Stripe]:
+    stripes = []
+    for kind, first_row, rows, tiles in matrix.segments:
+        stripe_bytes = tiles.num_bytes // tiles.shape[0]
+        for index in range(tiles.shape[0]):
+            row = index * STRIPE_ROWS
+            valid = min(STRIPE_ROWS, rows - row)
+            pointer = tiles.pointer + index * stripe_bytes
+            stripes.append(Stripe(pointer, kind.code, kind.tile_bytes, first_row + row, valid))
+    return stripes
+
+
+def _piece_table(pieces: list[list[int]], stripes: list[Stripe]) -> tuple[Table, int, int]:
+    table = np.zeros(len(pieces), PIECE)
+    shares = np.bincount([index for index, _, _ in pieces], minlength=len(stripes))
+    slot = first_slot = counter = 0
+    for number, (index, first, count) in enumerate(pieces):
+        stripe, share = stripes[index], int(shares[index])
+        whole = share == 1
+        units = stripe.pointer + first * 4 * stripe.tile_bytes
+        if first == 0 and not whole:
+            first_slot, counter = slot, counter + 1
+        slots = (-1, 0, 1, 0) if whole else (slot, first_slot, share, counter - 1)
+        slot += not whole
+        shape = (stripe.kind, stripe.tile_bytes, first, count, stripe.row, stripe.num_rows)
+        table[number] = (units, *shape, *slots)
+    return table, slot, counter

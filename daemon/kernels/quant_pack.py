@@ -1,0 +1,200 @@
+"""Quantized matrices on the device: GGUF blocks repacked into tiles that stream and multiply fast.
+
+Owns which formats are kept as they are and which are converted, and where each row goes; the tile
+layout itself is described in include/quant_blocks.cuh. The device's thread.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from daemon.errors import UnsupportedModel
+from daemon.kernels.runtime.compiler import Compiler
+from daemon.kernels.runtime.device import Device
+from daemon.kernels.runtime.device_array import DeviceArray
+from daemon.kernels.runtime.kernel import Kernel, Module
+
+SOURCE = Path(__file__).with_suffix(".cu")
+PARAMETERS = ("pointer", "pointer", "int32", "int32", "int32")
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+STRIPE_ROWS = 64
+BLOCK_COLUMNS = 256
+
+
+class QuantType(NamedTuple):
+    """How a matrix is kept: the code and tile size of quant_blocks.cuh."""
+
+    code: int
+    tile_bytes: int
+
+
+class FileFormat(NamedTuple):
+    """How a GGUF file stores 256 columns of a row, and what they become."""
+
+    file_bytes: int
+    kept_as: QuantType
+    source: int = 0
+
+
+Q4_K, Q5_K, Q6_K = QuantType(0, 2304), QuantType(1, 2816), QuantType(2, 3360)
+Q8_0, IQ4_XS, Q4_0 = QuantType(3, 4352), QuantType(4, 2176), QuantType(5, 2304)
+F16 = QuantType(6, 8192)
+
+FORMATS = {
+    "Q4_K": FileFormat(144, Q4_K),
+    "Q5_K": FileFormat(176, Q5_K),
+    "Q6_K": FileFormat(210, Q6_K),
+    "Q8_0": FileFormat(272, Q8_0),
+    "IQ4_XS": FileFormat(136, IQ4_XS),
+    "Q4_0": FileFormat(144, Q4_0),
+    "F16": FileFormat(512, F16, 0),
+    "BF16": FileFormat(512, F16, 1),
+    "F32": FileFormat(1024, F16, 2),
+}
+"""What is kept without conversion. BF16 and F32 values are rounded to fp16, as operands are."""
+
+CONVERTED = frozenset("Q4_1 Q5_0 Q5_1 Q2_K Q3_K IQ4_NL MXFP4".split())
+"""Rounded to Q8_0 when loaded."""
+
+
+class RawMatrix(NamedTuple):
+    """Rows as a file has them: `data` is `[rows * bytes of a row]` uint8 of format `format`."""
+
+    format: str
+    rows: int
+    columns: int
+    data: Bytes
+
+
+class Segment(NamedTuple):
+    """Consecutive output rows of one type. `tiles` are whole stripes, padded with zero rows."""
+
+    kind: QuantType
+    first_row: int
+    rows: int
+    tiles: DeviceArray
+
+
+class PackedMatrix(NamedTuple):
+    """A matrix `[rows, columns]` on the device, as the segments of its parts.
+
+    `paired`: two parts of equal shape whose rows alternate in groups of 8, for a fused SwiGLU.
+    """
+
+    rows: int
+    columns: int
+    segments: tuple[Segment, ...]
+    paired: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of all segments."""
+        return sum(segment.tiles.num_bytes for segment in self.segments)
+
+
+class Packer:
+    """Uploads and repacks matrices through one staging buffer on the device.
+
+    Args:
+        staging_bytes: size of that buffer; larger matrices go through in runs of rows.
+    """
+
+    def __init__(
+        self, device: Device, compiler: Compiler, staging_bytes: int = 256 * 2**20
+    ) -> None:
+        self._device = device
+        self._compiler = compiler
+        self._staging = device.allocate((staging_bytes,), np.uint8)
+        self._kernels: dict[tuple[int, int], Kernel] = {}
+
+    def pack(self, parts: Sequence[RawMatrix]) -> PackedMatrix:
+        """The rows of all parts stacked, each part in its own format.
+
+        Raises:
+            UnsupportedModel: a format that is not known, or columns that are no multiple of 256.
+            OutOfDeviceMemory: it does not fit.
+        """
+        columns, segments, row = parts[0].columns, [], 0
+        for part in map(_readable, parts):
+            assert part.columns == columns
+            kept_as = FORMATS[part.format].kept_as
+            tiles = self._empty_tiles(kept_as, part.rows, columns)
+            self._fill(part, tiles, -1)
+            segments.append(Segment(kept_as, row, part.rows, tiles))
+            row += part.rows
+        return PackedMatrix(row, columns, tuple(segments), paired=False)
+
+    def pack_paired(self, gate: RawMatrix, up: RawMatrix) -> PackedMatrix:
+        """Gate and up rows alternating in groups of 8; both must be of one format (`can_pair`)."""
+        gate, up = _readable(gate), _readable(up)
+        assert can_pair(gate, up)
+        kept_as = FORMATS[gate.format].kept_as
+        tiles = self._empty_tiles(kept_as, 2 * gate.rows, gate.columns)
+        self._fill(gate, tiles, 0)
+        self._fill(up, tiles, 1)
+        segment = Segment(kept_as, 0, 2 * gate.rows, tiles)
+        return PackedMatrix(2 * gate.rows, gate.columns, (segment,), paired=True)
+
+    def _empty_tiles(self, kind: QuantType, rows: int, columns: int) -> DeviceArray:
+        stripes, blocks = -(-rows // STRIPE_ROWS), columns // BLOCK_COLUMNS
+        tiles = self._device.allocate((stripes, blocks, 4, kind.tile_bytes), np.uint8)
+        self._device.fill(tiles.rows(stripes - 1, stripes), 0)
+        return tiles
+
+    def _fill(self, part: RawMatrix, tiles: DeviceArray, pairing: int) -> None:
+        """Copy runs of whole stripes to the staging buffer and repack them from there."""
+        format = FORMATS[part.format]
+        blocks = part.columns // BLOCK_COLUMNS
+        row_bytes = blocks * format.file_bytes
+        run = self._staging.num_bytes // row_bytes // STRIPE_ROWS * STRIPE_ROWS
+        assert run > 0
+        kernel = self._kernel(format)
+        for start in range(0, part.rows, run):
+            rows = min(run, part.rows - start)
+            raw = self._staging.view((rows * row_bytes,))
+            self._device.write(raw, part.data[start * row_bytes : (start + rows) * row_bytes])
+            first_stripe = start * (1 if pairing < 0 else 2) // STRIPE_ROWS
+            target = tiles.rows(first_stripe, tiles.shape[0])
+            grid = (-(-rows // 8), blocks, 1)
+            arguments = (raw, target, rows, blocks, pairing)
+            kernel.launch(self._device.stream, grid, (256, 1, 1), *arguments)
+
+    def _kernel(self, format: FileFormat) -> Kernel:
+        key = (format.kept_as.code, format.source)
+        if key not in self._kernels:
+            defines = {"TYPE": key[0], "FROM": key[1]}
+            cubin = self._compiler.cubin(SOURCE, defines)
+            self._kernels[key] = Module(cubin).kernel("quant_pack", PARAMETERS)
+        return self._kernels[key]
+
+
+def can_pair(gate: RawMatrix, up: RawMatrix) -> bool:
+    """Whether two matrices can be interleaved for a fused SwiGLU."""
+    same = (gate.format, gate.rows, gate.columns) == (up.format, up.rows, up.columns)
+    return same and gate.rows % 32 == 0
+
+
+def _readable(part: RawMatrix) -> RawMatrix:
+    if part.columns % BLOCK_COLUMNS:
+        raise UnsupportedModel(f"A matrix has {part.columns} columns, no multiple of 256.")
+    if part.format in CONVERTED:
+        warnings.warn(f"{part.format} weights are rounded to Q8_0.", stacklevel=3)
+        return part._replace(format="Q8_0", data=as_q8_0(part))
+    if part.format not in FORMATS:
+        raise UnsupportedModel(f"The GPU cannot read {part.format} weights.")
+    return part
+
+
+def as_q8_0(part: RawMatrix) -> Bytes:
+    """The bytes of a matrix of another format as Q8_0."""
+    from gguf import GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType[part.format]
+    values = quants.dequantize(part.data.reshape(part.rows, -1), kind)
+    return quants.quantize(values, GGMLQuantizationType.Q8_0).reshape(-1)

@@ -1,0 +1,170 @@
+"""A few rows times quantized matrices: right, and the same bits whoever else is in the batch."""
+
+import numpy as np
+import pytest
+from quant_reference import BLOCK_BYTES, file_values, random_matrix
+
+pytest.importorskip("cuda.core")
+
+from daemon.kernels import quant_activations, quant_gemv
+from daemon.kernels.quant_activations import PANELS, ActivationKernels
+from daemon.kernels.quant_gemv import ADD, PIECE, STORE, SWIGLU, GemvKernels, deal
+from daemon.kernels.quant_pack import F16, Q4_K, Q6_K, PackedMatrix, Packer, RawMatrix, Segment
+from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
+from daemon.kernels.runtime.device import Device
+from daemon.kernels.runtime.device_array import DeviceArray, ElementType
+
+TOLERANCE = 1e-3
+"""Of the norm: weights and activations are rounded to fp16, sums are float32."""
+
+
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:  # type: ignore[type-arg]
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def fake_matrix(columns: int, parts: list[tuple[object, int]]) -> PackedMatrix:
+    segments, row = [], 0
+    for kind, rows in parts:
+        shape = (-(-rows // 64), columns // 256, 4, kind.tile_bytes)  # type: ignore[attr-defined]
+        tiles = DeviceArray(2**20 * (len(segments) + 1), shape, ElementType.U8, None)
+        segments.append(Segment(kind, row, rows, tiles))  # type: ignore[arg-type]
+        row += rows
+    return PackedMatrix(row, columns, tuple(segments), False)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 7, 132])
+def test_every_unit_is_dealt_once_in_equal_shares(num_blocks: int) -> None:
+    matrix = fake_matrix(1536, [(Q4_K, 1000), (Q6_K, 330), (F16, 20)])
+    pieces, starts, num_slots, num_counters = deal(matrix, num_blocks)
+    assert len(starts) == num_blocks + 1
+    assert starts[0] == 0
+    assert starts[-1] == len(pieces)
+    assert pieces.dtype == PIECE
+    units = [
+        (row, first + i)
+        for row, first, n in zip(
+            pieces["row"], pieces["first_block"], pieces["num_units"], strict=True
+        )
+        for i in range(n)
+    ]
+    stripes = [r for s in matrix.segments for r in range(s.first_row, s.first_row + s.rows, 64)]
+    assert units == [(row, block) for row in stripes for block in range(6)]
+    cost = pieces["num_units"] * pieces["tile_bytes"]
+    share = [cost[a:b].sum() for a, b in zip(starts, starts[1:], strict=False)]
+    assert max(share) - sum(share) / num_blocks <= 2 * F16.tile_bytes
+    cut = pieces[pieces["slot"] >= 0]
+    assert sorted(cut["slot"]) == list(range(num_slots))
+    for counter in range(num_counters):
+        own = cut[cut["counter"] == counter]
+        assert len(set(own["row"])) == 1
+        assert list(own["slot"]) == list(range(own["first_slot"][0], own["slot"][-1] + 1))
+        assert set(own["num_slots"]) == {len(own)}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiles_with_few_spills(arch: str) -> None:
+    for num_panels, types, slot in ((1, 7, 3360), (2, 127, 8192)):
+        defines = quant_gemv.defines(types, num_panels, 2, slot, ADD)
+        report = Compiler(arch, None).report(quant_gemv.SOURCE, defines)
+        assert report.kernels["quant_gemv"].spill_bytes <= 64
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_activations_compile(arch: str) -> None:
+    for norm in (0, 1):
+        for layout in (0, 1):
+            defines = {"NORM": norm, "LAYOUT": layout}
+            report = Compiler(arch, None).report(quant_activations.SOURCE, defines)
+            assert report.kernels["quant_activations"].spill_bytes == 0
+
+
+class Bench:
+    """Everything one product needs."""
+
+    def __init__(self, device: Device, compiler: Compiler) -> None:
+        self.device = device
+        self.packer = Packer(device, compiler)
+        self.activations = ActivationKernels(device, compiler)
+        self.gemv = GemvKernels(device, compiler)
+
+    def panels(self, x: np.ndarray) -> DeviceArray:  # type: ignore[type-arg]
+        operand = self.activations.operand(*x.shape, PANELS)
+        self.activations.convert(self.device.to_device(x), operand, PANELS)
+        return operand
+
+
+@pytest.fixture(scope="module")
+def bench(device: Device, compiler: Compiler) -> Bench:
+    return Bench(device, compiler)
+
+
+def matrix(format: str, rows: int, columns: int, seed: int) -> tuple[RawMatrix, np.ndarray]:  # type: ignore[type-arg]
+    data = random_matrix(format, rows, columns, np.random.default_rng(seed))
+    values = file_values(format, data).astype(np.float64)
+    return RawMatrix(format, rows, columns, data.reshape(-1)), values
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", sorted(BLOCK_BYTES))
+def test_each_format_against_float64(bench: Bench, format: str) -> None:
+    part, values = matrix(format, 1000, 2560, 3)
+    plan = bench.gemv.plan(bench.packer.pack([part]))
+    x = np.random.default_rng(4).normal(size=(16, 2560)).astype(np.float32)
+    panels = bench.panels(x)
+    results = []
+    for num_tokens in (16, 9, 8, 3, 1):
+        out = bench.device.allocate((num_tokens, 1000), np.float32)
+        bench.device.fill(out, 0xFF)
+        bench.gemv.multiply(plan, panels, num_tokens, out, STORE)
+        results.append(bench.device.to_host(out))
+    assert relative_error(results[0], x.astype(np.float64) @ values.T) < TOLERANCE
+    for fewer in results[1:]:
+        np.testing.assert_array_equal(fewer, results[0][: len(fewer)])
+
+
+@pytest.mark.gpu
+def test_a_group_of_formats_adds_to_the_residual(bench: Bench) -> None:
+    formats = [("Q5_K", 640), ("Q4_K", 384), ("Q8_0", 48), ("F32", 48), ("IQ4_XS", 200)]
+    pairs = [matrix(f, rows, 1024, seed) for seed, (f, rows) in enumerate(formats)]
+    plan = bench.gemv.plan(bench.packer.pack([part for part, _ in pairs]))
+    values = np.concatenate([v for _, v in pairs])
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(5, 1024)).astype(np.float32)
+    residual = rng.normal(size=(5, len(values))).astype(np.float32)
+    out = bench.device.to_device(residual)
+    bench.gemv.multiply(plan, bench.panels(x), 5, out, ADD)
+    expected = residual + x.astype(np.float64) @ values.T
+    assert relative_error(bench.device.to_host(out), expected) < TOLERANCE
+
+
+@pytest.mark.gpu
+def test_swiglu_feeds_the_next_product(bench: Bench) -> None:
+    gate, gate_values = matrix("Q4_K", 768, 512, 6)
+    up, up_values = matrix("Q4_K", 768, 512, 7)
+    down, down_values = matrix("Q6_K", 512, 768, 8)
+    first = bench.gemv.plan(bench.packer.pack_paired(gate, up))
+    second = bench.gemv.plan(bench.packer.pack([down]))
+    x = np.random.default_rng(9).normal(size=(11, 512)).astype(np.float32)
+    middle = bench.activations.operand(11, 768, PANELS)
+    out = bench.device.allocate((11, 512), np.float32)
+    bench.gemv.multiply(first, bench.panels(x), 11, middle, SWIGLU)
+    bench.gemv.multiply(second, middle, 11, out, STORE)
+    g, u = x @ gate_values.T, x @ up_values.T
+    expected = (g / (1 + np.exp(-g)) * u) @ down_values.T
+    assert relative_error(bench.device.to_host(out), expected) < 2 * TOLERANCE
+
+
+@pytest.mark.gpu
+def test_norm_in_front(bench: Bench) -> None:
+    part, values = matrix("Q8_0", 64, 5120, 10)
+    rng = np.random.default_rng(11)
+    x = rng.normal(size=(2, 5120)).astype(np.float32) * 50
+    weight = rng.normal(size=5120).astype(np.float32)
+    device = bench.device
+    panels = bench.activations.operand(2, 5120, PANELS)
+    out = device.allocate((2, 64), np.float32)
+    norm = device.to_device(weight)
+    bench.activations.convert(device.to_device(x), panels, PANELS, norm, 1e-6)
+    bench.gemv.multiply(bench.gemv.plan(bench.packer.pack([part])), panels, 2, out, STORE)
+    scale = np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6)
+    assert relative_error(device.to_host(out), x / scale * weight @ values.T) < TOLERANCE

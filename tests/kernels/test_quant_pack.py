@@ -1,0 +1,98 @@
+"""Repacked weights keep their values bit for bit."""
+
+import numpy as np
+import pytest
+from quant_reference import BLOCK_BYTES, KEPT_AS, file_values, packed_values, random_matrix
+
+pytest.importorskip("cuda.core")
+
+from daemon.errors import UnsupportedModel
+from daemon.kernels.quant_pack import (
+    CONVERTED,
+    FORMATS,
+    SOURCE,
+    Packer,
+    RawMatrix,
+    as_q8_0,
+    can_pair,
+)
+from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
+from daemon.kernels.runtime.device import Device
+
+
+def raw(format: str, rows: int, columns: int, seed: int = 0) -> RawMatrix:
+    data = random_matrix(format, rows, columns, np.random.default_rng(seed))
+    return RawMatrix(format, rows, columns, data.reshape(-1))
+
+
+@pytest.mark.parametrize("format", sorted(BLOCK_BYTES))
+def test_the_reference_agrees_with_the_gguf_package(format: str) -> None:
+    quants = pytest.importorskip("gguf").quants
+    kinds = pytest.importorskip("gguf").GGMLQuantizationType
+    data = random_matrix(format, 3, 512, np.random.default_rng(1))
+    np.testing.assert_array_equal(file_values(format, data), quants.dequantize(data, kinds[format]))
+
+
+@pytest.mark.parametrize("format", sorted(CONVERTED))
+def test_conversion_stays_within_half_a_step_of_q8_0(format: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType[format]
+    elements, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    data = np.zeros((2, 512 // elements, num_bytes), np.uint8)
+    data[...] = np.random.default_rng(2).integers(0, 60, data.shape)
+    part = RawMatrix(format, 2, 512, data.reshape(-1))
+    expected = gguf.quants.dequantize(data.reshape(2, -1), kind).reshape(2, -1, 32)
+    got = file_values("Q8_0", as_q8_0(part).reshape(2, -1)).reshape(2, -1, 32)
+    step = np.abs(expected).max(-1, keepdims=True) / 127
+    smallest_step = 127 * 2.0**-25  # of an fp16 scale
+    assert (np.abs(got - expected) <= 0.6 * step + smallest_step).all()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiles_without_spills(arch: str) -> None:
+    for format in FORMATS.values():
+        defines = {"TYPE": format.kept_as.code, "FROM": format.source}
+        report = Compiler(arch, None).report(SOURCE, defines)
+        assert report.kernels["quant_pack"].spill_bytes == 0
+
+
+def test_only_equal_shapes_and_formats_pair() -> None:
+    gate = raw("Q4_0", 64, 256)
+    assert can_pair(gate, raw("Q4_0", 64, 256))
+    assert not can_pair(gate, raw("Q8_0", 64, 256))
+    assert not can_pair(raw("Q4_0", 48, 256), raw("Q4_0", 48, 256))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", sorted(BLOCK_BYTES))
+def test_tiles_hold_the_file_values(device: Device, compiler: Compiler, format: str) -> None:
+    part = raw(format, 200, 768)
+    # A small staging buffer cuts the matrix into several runs.
+    packer = Packer(device, compiler, staging_bytes=64 * 768 * 5)
+    packed = packer.pack([part])
+    tiles = device.to_host(packed.segments[0].tiles)
+    values = packed_values(KEPT_AS.get(format, format), tiles, 256)
+    expected = file_values(format, part.data.reshape(200, -1))
+    if format in ("F32", "BF16"):
+        expected = expected.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(values[:200], expected)
+    np.testing.assert_array_equal(values[200:], 0)
+
+
+@pytest.mark.gpu
+def test_paired_rows_alternate_in_groups_of_8(device: Device, compiler: Compiler) -> None:
+    gate, up = raw("Q6_K", 96, 512, 1), raw("Q6_K", 96, 512, 2)
+    packed = Packer(device, compiler).pack_paired(gate, up)
+    values = packed_values("Q6_K", device.to_host(packed.segments[0].tiles), 192)
+    both = values.reshape(12, 2, 8, 512).transpose(1, 0, 2, 3).reshape(2, 96, 512)
+    np.testing.assert_array_equal(both[0], file_values("Q6_K", gate.data.reshape(96, -1)))
+    np.testing.assert_array_equal(both[1], file_values("Q6_K", up.data.reshape(96, -1)))
+
+
+@pytest.mark.gpu
+def test_refusals(device: Device, compiler: Compiler) -> None:
+    packer = Packer(device, compiler)
+    with pytest.raises(UnsupportedModel, match="IQ2_S"):
+        packer.pack([RawMatrix("IQ2_S", 1, 256, np.zeros(82, np.uint8))])
+    with pytest.raises(UnsupportedModel, match="320 columns"):
+        packer.pack([RawMatrix("Q8_0", 1, 320, np.zeros(340, np.uint8))])
