@@ -20,32 +20,32 @@ from daemon.checkpoint import PAGE_TOKENS
 from daemon.errors import ConfigError
 
 MIN_BUDGET_BYTES = 4 * MIN_MAP_BYTES
+QUEUE_BYTES = 2 << 30
+"""Payloads that may wait in memory for the disk, unless the caller says otherwise."""
 
 
-class CacheSettings(Struct, frozen=True, kw_only=True):
-    """How the store is kept.
+class CacheLimits(Struct, frozen=True, kw_only=True):
+    """How much may be kept.
 
     Args:
-        path: its folder.
-        budget_bytes: what it may take of the disk; the data file never grows beyond it.
-        queue_bytes: payloads that may wait in memory to be written.
-        every_tokens: distance of interval checkpoints in a long prompt, a multiple of 64.
+        budget_bytes: of disk; the data file never grows beyond it.
+        queue_bytes: of payloads that wait in memory to be written.
+        interval_tokens: between checkpoints inside a long prompt, a multiple of 64.
     """
 
-    path: Path
-    budget_bytes: int = 32 << 30
-    queue_bytes: int = 2 << 30
-    every_tokens: int = 2048
+    budget_bytes: int
+    queue_bytes: int
+    interval_tokens: int
 
     @property
     def checkpoint_bytes(self) -> int:
-        """The share of checkpoints. The rest is for sampled replies and for LMDB, which needs
-        free room to replace what it deletes."""
+        """The checkpoints' share. The rest is for sampled replies, and free room, which LMDB needs
+        to replace what it deletes."""
         return self.budget_bytes * 13 // 16
 
     @property
     def sampled_bytes(self) -> int:
-        """The share of sampled replies."""
+        """The sampled replies' share."""
         return min(self.budget_bytes // 32, 64 << 20)
 
 
@@ -74,57 +74,73 @@ class CheckpointCache:
     Args:
         store: opened for writing; `close` closes it.
         fingerprint: 16 bytes that name the model; see `prefix_hash.fingerprint`.
+        model_name: the same for people.
         now_us: the clock, microseconds since 1970.
     """
 
     def __init__(
         self,
         store: Store,
-        settings: CacheSettings,
+        limits: CacheLimits,
+        *,
         fingerprint: bytes,
+        model_name: str,
         now_us: Callable[[], int] = now_us,
     ) -> None:
-        self._settings = settings
+        self._limits = limits
         self._fingerprint = fingerprint
         self._now_us = now_us
         with store.reading() as reader:
             sampled = list(reader.headers("sampled"))
         self._transfer = Transfer(
             store,
-            max_bytes=settings.checkpoint_bytes,
-            queue_bytes=settings.queue_bytes,
+            max_bytes=limits.checkpoint_bytes,
+            queue_bytes=limits.queue_bytes,
             now_us=now_us,
         )
-        self.sampled_text = SampledText(
+        self._transfer.name_model(fingerprint, model_name)
+        self.sampled = SampledText(
             sampled,
             fingerprint=fingerprint,
-            max_bytes=settings.sampled_bytes,
+            max_bytes=limits.sampled_bytes,
             write=self._transfer.write_sampled,
         )
 
     @classmethod
-    def open(cls, settings: CacheSettings, fingerprint: bytes) -> "CheckpointCache":
-        """Open or make the store of `settings`.
+    def open(
+        cls,
+        path: Path,
+        *,
+        fingerprint: bytes,
+        model_name: str,
+        budget_bytes: int,
+        interval_tokens: int,
+        queue_bytes: int = QUEUE_BYTES,
+    ) -> "CheckpointCache":
+        """Open or make the store in folder `path`; see `CacheLimits`.
 
         Raises:
-            ConfigError: a setting or the folder cannot be used.
+            ConfigError: a limit or the folder cannot be used.
             StoreInUse: another process writes there.
             StoreVersionError: another format version wrote it.
             StoreError: the files are not a sound store.
         """
-        if settings.budget_bytes < MIN_BUDGET_BYTES:
+        if budget_bytes < MIN_BUDGET_BYTES:
             raise ConfigError(
-                f"A checkpoint budget of {settings.budget_bytes:,} bytes is too small; "
+                f"A checkpoint budget of {budget_bytes:,} bytes is too small; "
                 f"give at least {MIN_BUDGET_BYTES:,}."
             )
-        if settings.every_tokens <= 0 or settings.every_tokens % PAGE_TOKENS:
+        if interval_tokens <= 0 or interval_tokens % PAGE_TOKENS:
             raise ConfigError(
-                f"The distance of checkpoints must be a multiple of {PAGE_TOKENS} tokens, "
-                f"not {settings.every_tokens}."
+                f"The interval of checkpoints must be a multiple of {PAGE_TOKENS} tokens, "
+                f"not {interval_tokens}."
             )
-        store = Store.open_for_writing(settings.path, settings.budget_bytes)
+        limits = CacheLimits(
+            budget_bytes=budget_bytes, queue_bytes=queue_bytes, interval_tokens=interval_tokens
+        )
+        store = Store.open_for_writing(path, budget_bytes)
         try:
-            return cls(store, settings, fingerprint)
+            return cls(store, limits, fingerprint=fingerprint, model_name=model_name)
         except BaseException:
             store.close()
             raise
@@ -138,7 +154,7 @@ class CheckpointCache:
             self._fingerprint,
             tokens,
             session=hint,
-            every_tokens=self._settings.every_tokens,
+            interval_tokens=self._limits.interval_tokens,
             now_us=self._now_us,
         )
 
@@ -152,9 +168,9 @@ class CheckpointCache:
             checkpoints_by_birth=dict(Counter(state.header.born for state in states)),
             num_pages=counts.num_pages,
             num_bytes=counts.num_bytes,
-            budget_bytes=self._settings.budget_bytes,
+            budget_bytes=self._limits.budget_bytes,
             queue_bytes=counts.queue_bytes,
-            num_sampled_replies=len(self.sampled_text),
+            num_sampled_replies=len(self.sampled),
             num_written=counts.num_written,
             written_bytes=counts.written_bytes,
             num_dropped=counts.num_dropped,

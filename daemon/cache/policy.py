@@ -29,16 +29,16 @@ class Candidate(Struct, frozen=True):
 
 
 def positions(
-    num_prompt_tokens: int, boundaries: Sequence[Boundary], start: int, every_tokens: int
+    num_prompt_tokens: int, boundaries: Sequence[Boundary], start: int, interval_tokens: int
 ) -> dict[int, Reason]:
     """Positions of a prompt, after `start`, where a checkpoint has meaning, in ascending order.
 
-    Boundaries are aligned down to whole pages. Multiples of `every_tokens` cover the stretches
+    Boundaries are aligned down to whole pages. Multiples of `interval_tokens` cover the stretches
     between them, wherever no boundary lies within half of that distance; being absolute, they are
     the same in every prompt with the same beginning.
     """
-    assert every_tokens > 0
-    assert every_tokens % PAGE_TOKENS == 0
+    assert interval_tokens > 0
+    assert interval_tokens % PAGE_TOKENS == 0
     wanted: dict[int, Reason] = {}
     for boundary in boundaries:
         assert 0 <= boundary.position <= num_prompt_tokens
@@ -46,8 +46,8 @@ def positions(
         rival = wanted.get(position, boundary.reason)
         wanted[position] = max(rival, boundary.reason, key=WORTH.__getitem__)
     with_meaning = sorted(wanted)
-    half = every_tokens // 2
-    for position in range(every_tokens, num_prompt_tokens + 1, every_tokens):
+    half = interval_tokens // 2
+    for position in range(interval_tokens, num_prompt_tokens + 1, interval_tokens):
         neighbour = bisect_right(with_meaning, position - half)
         if neighbour == len(with_meaning) or with_meaning[neighbour] >= position + half:
             wanted[position] = "interval"

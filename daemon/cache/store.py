@@ -30,7 +30,7 @@ DATA_FILE = "data.mdb"
 _LOCK_FILE = "writer.lock"
 _OS_PAGE_BYTES = 4096
 _RECORD_BYTES = 512  # header, keys and their share of the B-tree
-_TABLES = ("meta", "pages", "states", "payloads", "uses", "sampled")
+_TABLES = ("meta", "pages", "states", "payloads", "uses", "sampled", "models")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -38,7 +38,8 @@ class WriteBatch(Struct, frozen=True, kw_only=True):
     """What one transaction does: deletions first, then records. Keys and headers are bytes.
 
     `pages` and `states` are deleted with their payloads; `put_*` are (key, header, payload).
-    `uses` are times of last use by state key; an absent reply in `put_sampled` is deleted.
+    `uses` are times of last use by state key; an absent reply in `put_sampled` is deleted;
+    `models` are names by fingerprint.
     """
 
     delete_pages: Sequence[bytes] = ()
@@ -47,6 +48,7 @@ class WriteBatch(Struct, frozen=True, kw_only=True):
     put_state: tuple[bytes, bytes, HostBytes] | None = None
     uses: Mapping[bytes, int] = {}
     put_sampled: Mapping[bytes, bytes | None] = {}
+    models: Mapping[bytes, str] = {}
 
 
 class Reader:
@@ -73,6 +75,11 @@ class Reader:
         """Times of last use in microseconds, by state key; entries of a wrong size are left out."""
         pairs = self._txn.cursor(self._tables["uses"])
         return {bytes(k): int.from_bytes(v, "little") for k, v in pairs if len(v) == 8}
+
+    def models(self) -> dict[bytes, str]:
+        """Names of models by their fingerprints."""
+        pairs = self._txn.cursor(self._tables["models"])
+        return {bytes(key): bytes(name).decode(errors="replace") for key, name in pairs}
 
     def payload(self, key: bytes, num_bytes: int) -> bytearray:
         """A record's payload, copied.
@@ -177,6 +184,8 @@ class Store:
                     txn.delete(key, db=self._tables["sampled"])
                 else:
                     txn.put(key, reply, db=self._tables["sampled"])
+            for fingerprint, name in batch.models.items():
+                txn.put(fingerprint, name.encode(errors="replace"), db=self._tables["models"])
 
     def file_bytes(self) -> int:
         """Bytes that the data file takes on disk."""

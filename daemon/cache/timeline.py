@@ -26,7 +26,7 @@ class StoredTimeline:
 
     Args:
         session: a hint for people, at most 256 bytes of utf-8.
-        every_tokens: the distance of interval checkpoints.
+        interval_tokens: the distance of interval checkpoints.
         now_us: the clock, microseconds since 1970.
     """
 
@@ -37,14 +37,14 @@ class StoredTimeline:
         tokens: Sequence[int],
         *,
         session: str,
-        every_tokens: int,
+        interval_tokens: int,
         now_us: Callable[[], int],
     ) -> None:
         self._transfer = transfer
         self._fingerprint = fingerprint
         self._chain = PrefixChain(fingerprint, tokens)
         self._session = session
-        self._every_tokens = every_tokens
+        self._interval_tokens = interval_tokens
         self._now_us = now_us
         self._start_run(0, ON_GRID, "prompt")
 
@@ -71,7 +71,7 @@ class StoredTimeline:
 
         A sequence that goes on from a decoded state makes none that is better than another such.
         """
-        wanted = policy.positions(self._chain.num_tokens, boundaries, start, self._every_tokens)
+        wanted = policy.positions(self._chain.num_tokens, boundaries, start, self._interval_tokens)
         births = self._transfer.births(self._hash_at(position) for position in wanted)
         worse: frozenset[Birth] = frozenset(() if self._born == "decode" else ("decode",))
         return {

@@ -67,9 +67,10 @@ class _Pending(Struct):
     doomed_states: set[bytes]
     touched: dict[bytes, int]
     sampled: dict[bytes, bytes | None]
+    models: dict[bytes, str]
 
     def __bool__(self) -> bool:
-        return bool(self.doomed_pages or self.doomed_states or self.touched or self.sampled)
+        return any((self.doomed_pages, self.doomed_states, self.touched, self.sampled, self.models))
 
 
 class Transfer:
@@ -100,7 +101,7 @@ class Transfer:
         self._lock = threading.Condition()
         self._index = loaded.index
         self._queue = WriteQueue()
-        self._pending = _Pending(set(loaded.stale_pages), set(loaded.stale_states), {}, {})
+        self._pending = _Pending(set(loaded.stale_pages), set(loaded.stale_states), {}, {}, {})
         self._pins: Counter[bytes] = Counter()
         self._counts: Counter[str] = Counter(damaged=loaded.num_damaged)
         self._is_closing = False
@@ -171,6 +172,12 @@ class Transfer:
         """Write or (None) delete records of sampled replies with the next transaction."""
         with self._lock:
             self._pending.sampled.update(records)
+            self._lock.notify_all()
+
+    def name_model(self, fingerprint: bytes, name: str) -> None:
+        """Write a model's name, for people, with the next transaction."""
+        with self._lock:
+            self._pending.models[fingerprint] = name
             self._lock.notify_all()
 
     def counts(self) -> TransferCounts:
@@ -314,7 +321,7 @@ class Transfer:
         if state is not None:
             job = self._queue.job(state, self._index.walk_up(state.header.tip))
             self._pins[state.header.key] += 1
-        pending, self._pending = self._pending, _Pending(set(), set(), {}, {})
+        pending, self._pending = self._pending, _Pending(set(), set(), {}, {}, {})
         return job, pending
 
     def _make_room(self, max_bytes: int) -> None:
@@ -436,4 +443,5 @@ def _batch(job: Job | None, pending: _Pending) -> WriteBatch:
         put_state=job.state_record() if job else None,
         uses=pending.touched,
         put_sampled=pending.sampled,
+        models=pending.models,
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import xxhash
 
-from daemon.cache.checkpoint_cache import CacheSettings, CheckpointCache
+from daemon.cache.checkpoint_cache import CheckpointCache
 from daemon.cache.timeline import StoredTimeline
 from daemon.checkpoint import PAGE_TOKENS, Birth, Found, HostBytes, Reason, Snapshot
 
@@ -15,10 +15,20 @@ STATE_BYTES = 700
 
 
 def open_cache(
-    path: Path, fingerprint: bytes = MODEL, budget: int = 64 << 20, **settings: int
+    path: Path,
+    fingerprint: bytes = MODEL,
+    *,
+    budget_bytes: int = 64 << 20,
+    interval_tokens: int = 1024,
+    queue_bytes: int = 64 << 20,
 ) -> CheckpointCache:
     return CheckpointCache.open(
-        CacheSettings(path=path, budget_bytes=budget, **settings), fingerprint
+        path,
+        fingerprint=fingerprint,
+        model_name="tests",
+        budget_bytes=budget_bytes,
+        interval_tokens=interval_tokens,
+        queue_bytes=queue_bytes,
     )
 
 

@@ -15,8 +15,7 @@ from cache_harness import (
     saved_prompt,
 )
 
-from daemon.cache.checkpoint_cache import CacheSettings, CheckpointCache
-from daemon.checkpoint import PAGE_TOKENS, Boundary, Found, Snapshot
+from daemon.checkpoint import Boundary, Found, Snapshot
 from daemon.engine.checkpointing import CheckpointStore
 from daemon.errors import ConfigError, StoreError, StoreInUse
 
@@ -147,7 +146,7 @@ def test_pages_are_stored_once(tmp_path: Path) -> None:
 
 
 def test_positions_leave_out_what_is_stored(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path, every_tokens=256)
+    cache = open_cache(tmp_path, interval_tokens=256)
     sequence = Simulated(cache, prompt(20))
     boundaries = [Boundary(100, "system"), Boundary(700, "user"), Boundary(1279, "prompt")]
     assert sequence.timeline.positions(boundaries, 0) == {
@@ -241,7 +240,9 @@ def test_two_daemons(tmp_path: Path) -> None:
     open_cache(tmp_path).close()
 
 
-@pytest.mark.parametrize("settings", [{"every_tokens": 100}, {"every_tokens": 0}, {"budget": 10}])
+@pytest.mark.parametrize(
+    "settings", [{"interval_tokens": 100}, {"interval_tokens": 0}, {"budget_bytes": 10}]
+)
 def test_settings_that_cannot_be_used(tmp_path: Path, settings: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
         open_cache(tmp_path, **settings)
@@ -298,4 +299,4 @@ def test_open_explains_a_path_that_cannot_be(tmp_path: Path) -> None:
     file.write_text("")
     for path in (file, file / "below"):
         with pytest.raises((ConfigError, StoreError), match="Cannot make the folder"):
-            CheckpointCache.open(CacheSettings(path=path), MODEL)
+            open_cache(path)
