@@ -180,8 +180,11 @@ class _Answer:
 
 
 def stats_table(stats: dict[str, Any]) -> Table:
-    """The statistics' sums, overall and over the last minutes."""
-    table = Table(title="Prompt tokens", title_justify="left", box=None, pad_edge=False)
+    """The statistics' sums, overall and over the last minutes; below them the store's."""
+    table = Table(title="Tokens", title_justify="left", box=None, pad_edge=False)
+    if store := stats.get("store"):
+        mebibytes = store.get("num_bytes", 0) / 2**20
+        table.caption = f"{store.get('num_checkpoints', 0):,} checkpoints, {mebibytes:,.0f} MiB"
     for heading in ("", "requests", "reused", "evaluated", "generated", "hit rate"):
         table.add_column(heading, justify="left" if not heading else "right")
     rows = [("since the start", stats["total"])]

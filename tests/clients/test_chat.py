@@ -184,4 +184,7 @@ def test_no_server_is_one_clear_line(url: str, capsys: pytest.CaptureFixture[str
 
 
 def test_stats_table_has_a_row_a_window() -> None:
-    assert stats_table({**STATS, "windows": {"60": STATS["total"]}}).row_count == 2
+    store = {"num_checkpoints": 5, "num_bytes": 3 * 2**20}
+    table = stats_table({**STATS, "windows": {"60": STATS["total"]}, "store": store})
+    assert table.row_count == 2
+    assert table.caption == "5 checkpoints, 3 MiB"
