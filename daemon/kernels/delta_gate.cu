@@ -1,0 +1,39 @@
+// Prefill of a gated delta net layer, last part: RMS norm of each head's output, times SiLU(z).
+//
+// Takes outputs from the workspace of delta_scan. Bytes: 768 a head and token in bf16; bound by
+// them. Block: one value head of one chunk, 4 warps of 16 tokens; a warp takes a token's head.
+#include "delta_tiles.cuh"
+
+constexpr int WARPS = 4;
+constexpr int ROWS = CHUNK / WARPS;
+
+// Grid (v_heads, chunks).
+extern "C" __global__ void __launch_bounds__(WARPS * 32) delta_gate(
+    const Activation* z,       // [rows, z_stride]: v heads
+    const float* norm,         // [HEAD_DIM]
+    const ChunkEntry* chunks,  // [chunks]
+    u8* workspace,             // see Workspace
+    Output* out,               // [rows, v_heads * 128]
+    int z_stride, int k_heads, int v_heads, float norm_eps) {
+    const int head = blockIdx.x, chunk = blockIdx.y;
+    const int first = (threadIdx.x >> 5) * ROWS, lane = threadIdx.x & 31;
+    const ChunkEntry entry = chunks[chunk];
+    const int count = min(ROWS, entry.num_rows - first);
+    const Workspace work{workspace, k_heads, v_heads};
+    const u8* tile = work.values(chunk, head) + (lane >> 4) * PANEL_BYTES + (lane & 1) * 8;
+    const float4 weight = reinterpret_cast<const float4*>(norm)[lane];
+    const long long row = static_cast<long long>(entry.first_row) + first;
+    z += row * z_stride + head * HEAD_DIM + lane * 4;
+    out += (row * v_heads + head) * HEAD_DIM + lane * 4;
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+        const u8* at = tile + panel_offset(first + i, (lane & 15) >> 1);
+        const uint2 packed = *reinterpret_cast<const uint2*>(at);
+        const float4 gate = to_float4(load4(z + static_cast<long long>(i) * z_stride));
+        const float2 left = from_half_pair(packed.x), right = from_half_pair(packed.y);
+        const float4 o = make_float4(left.x, left.y, right.x, right.y);
+        const float scale = rsqrtf(warp_sum(dot4(o, o)) / HEAD_DIM + norm_eps);
+        store4(out + static_cast<long long>(i) * v_heads * HEAD_DIM,
+               gated(o, scale, weight, gate));
+    }
+}

@@ -1,0 +1,99 @@
+// Elementwise arithmetic of the gated delta net, shared by its decode and prefill kernels.
+//
+// ACTIVATION_BF16, GATES_BF16 and OUTPUT_BF16 (0 or 1) say which arrays are bfloat16, not float32.
+// Arithmetic and state are float32. Exponentials are ex2.approx (2 ulp), which is far inside the
+// rounding of activations.
+#pragma once
+
+constexpr int HEAD_DIM = 128;  // of keys and of values
+constexpr int CONV_WIDTH = 4;
+constexpr int CONV_RING = 4;  // rows kept; the row of position p lies at p mod CONV_RING
+constexpr float L2_EPS = 1e-6f;
+constexpr float QUERY_SCALE = 0.08838834764831845f;  // 1 / sqrt(HEAD_DIM)
+constexpr float LOG2_E = 1.4426950408889634f;
+
+struct Bf16 {
+    unsigned short bits;
+};
+
+template <bool is_bf16>
+struct ElementOf {
+    typedef float One;
+    typedef float4 Four;
+};
+template <>
+struct ElementOf<true> {
+    typedef Bf16 One;
+    typedef uint2 Four;
+};
+
+typedef ElementOf<ACTIVATION_BF16>::One Activation;  // projected q, k, v, z and the kept rows
+typedef ElementOf<ACTIVATION_BF16>::Four Activation4;
+typedef ElementOf<GATES_BF16>::One Gate;  // projected beta and alpha
+typedef ElementOf<OUTPUT_BF16>::One Output;
+typedef ElementOf<OUTPUT_BF16>::Four Output4;
+
+__device__ __forceinline__ unsigned bf16_pair(float low, float high) {
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(Bf16 x) {
+    return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+}
+
+__device__ __forceinline__ float4 to_float4(float4 x) { return x; }
+__device__ __forceinline__ float4 to_float4(uint2 x) {
+    return make_float4(__uint_as_float(x.x << 16), __uint_as_float(x.x & 0xffff0000u),
+                       __uint_as_float(x.y << 16), __uint_as_float(x.y & 0xffff0000u));
+}
+
+__device__ __forceinline__ void store4(float* at, float4 x) { *reinterpret_cast<float4*>(at) = x; }
+__device__ __forceinline__ void store4(Bf16* at, float4 x) {
+    *reinterpret_cast<uint2*>(at) = make_uint2(bf16_pair(x.x, x.y), bf16_pair(x.z, x.w));
+}
+
+__device__ __forceinline__ Activation4 load4(const Activation* at) {
+    return *reinterpret_cast<const Activation4*>(at);
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * LOG2_E); }
+
+__device__ __forceinline__ float sigmoid(float x) {
+    return __fdividef(1.0f, 1.0f + exp_approx(-fmaxf(x, -80.0f)));
+}
+
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+
+// log(1 + e^x), exact for very negative x: slow heads add up its error over the whole context.
+__device__ __forceinline__ float softplus(float x) {
+    return x > 20.0f ? x : log1pf(expf(x));
+}
+
+// The logarithm of a head's decay at one token; `rate` is -exp(A_log), never positive.
+__device__ __forceinline__ float log_decay(float alpha, float dt_bias, float rate) {
+    return rate * softplus(alpha + dt_bias);
+}
+
+// One channel's causal convolution; `taps.w` multiplies the current token.
+__device__ __forceinline__ float convolve(float4 taps, float x3, float x2, float x1, float x0) {
+    return fmaf(taps.w, x0, fmaf(taps.z, x1, fmaf(taps.y, x2, taps.x * x3)));
+}
+
+// RMS norm of four channels, given 1 / rms, times the gate.
+__device__ __forceinline__ float4 gated(float4 o, float scale, float4 weight, float4 z) {
+    return make_float4(o.x * scale * weight.x * silu(z.x), o.y * scale * weight.y * silu(z.y),
+                       o.z * scale * weight.z * silu(z.z), o.w * scale * weight.w * silu(z.w));
+}
+
+__device__ __forceinline__ float dot4(float4 a, float4 b) {
+    return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, a.x * b.x)));
+}
