@@ -106,7 +106,7 @@ def _read_page(reader: Reader, wanted: Wanted, index: int) -> HostBytes:
 
 
 def _state(reader: Reader, key: bytes) -> tuple[StateHeader, bytearray]:
-    record = reader.state_header(key)
+    record = reader.header("states", key)
     if record is None:
         raise DamagedRecord("a state without header")
     header = decode_state(key, record)
@@ -117,7 +117,7 @@ def _state(reader: Reader, key: bytes) -> tuple[StateHeader, bytearray]:
 
 
 def _page(reader: Reader, key: bytes) -> tuple[PageHeader, bytearray]:
-    record = reader.page_header(key)
+    record = reader.header("pages", key)
     if record is None:
         raise DamagedPage(key, "a page without header")
     try:

@@ -3,12 +3,24 @@
 Owns the grouping. Reads only; pure functions over what the index knows, for any thread.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from msgspec import Struct
 
-from daemon.cache.transfer import StoredState
+from daemon.cache.prefix_index import PrefixIndex
+from daemon.cache.records import StateHeader
+from daemon.cache.store import footprint
 from daemon.checkpoint import Birth, Reason
+
+
+class StoredState(Struct, frozen=True):
+    """A state and its place: bytes on disk of itself and of all pages that it needs."""
+
+    header: StateHeader
+    used_us: int
+    num_bytes: int
+    num_page_bytes: int
+    is_queued: bool
 
 
 class CheckpointRow(Struct, frozen=True, kw_only=True):
@@ -38,6 +50,11 @@ class SessionRow(Struct, frozen=True, kw_only=True):
     checkpoints: tuple[CheckpointRow, ...]
 
 
+def stored_states(index: PrefixIndex, is_queued: Callable[[bytes], bool]) -> list[StoredState]:
+    """All states of an index; `is_queued` says by key which of them are not on disk yet."""
+    return [_stored_state(index, state, is_queued(state.key)) for state in index.states]
+
+
 def session_rows(states: Iterable[StoredState]) -> tuple[SessionRow, ...]:
     """Sessions, the last used first. Checkpoints saved without a hint form one of no name."""
     groups: dict[tuple[bytes, str], list[StoredState]] = {}
@@ -46,6 +63,13 @@ def session_rows(states: Iterable[StoredState]) -> tuple[SessionRow, ...]:
         groups.setdefault(key, []).append(state)
     rows = [_session_row(model, session, group) for (model, session), group in groups.items()]
     return tuple(sorted(rows, key=lambda row: row.used_us, reverse=True))
+
+
+def _stored_state(index: PrefixIndex, state: StateHeader, is_queued: bool) -> StoredState:
+    tip = index.page(state.tip)
+    assert tip is not None
+    num_bytes = footprint(state.payload_bytes)
+    return StoredState(state, index.used_us(state.key), num_bytes, tip.num_chain_bytes, is_queued)
 
 
 def _session_row(model: bytes, session: str, states: list[StoredState]) -> SessionRow:

@@ -58,13 +58,10 @@ class Reader:
         self._txn = txn
         self._tables = tables
 
-    def page_header(self, key: bytes) -> bytes | None:
-        """A page's header."""
-        return self._get("pages", key)
-
-    def state_header(self, key: bytes) -> bytes | None:
-        """A state's header."""
-        return self._get("states", key)
+    def header(self, table: str, key: bytes) -> bytes | None:
+        """A record's header, from "pages" or "states"; None when there is none."""
+        value = self._txn.get(key, db=self._tables[table])
+        return None if value is None else bytes(value)
 
     def headers(self, table: str) -> Iterator[tuple[bytes, bytes]]:
         """All (key, header) of "pages", "states" or "sampled", in key order; no payloads."""
@@ -95,10 +92,6 @@ class Reader:
                 raise DamagedRecord("a payload with a missing chunk")
             payload[start:stop] = chunk
         return payload
-
-    def _get(self, table: str, key: bytes) -> bytes | None:
-        value = self._txn.get(key, db=self._tables[table])
-        return None if value is None else bytes(value)
 
 
 class Store:

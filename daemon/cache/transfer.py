@@ -20,6 +20,7 @@ from daemon.cache.index_loader import load_index
 from daemon.cache.policy import Candidate, drop_order, eviction_order
 from daemon.cache.prefix_index import PageRow, Removed
 from daemon.cache.records import DamagedRecord, StateHeader, state_key
+from daemon.cache.sessions import StoredState, stored_states
 from daemon.cache.store import Store, WriteBatch, footprint
 from daemon.cache.write_queue import Job, QueuedPage, QueuedState, WriteQueue
 from daemon.checkpoint import Birth, HostBytes, Snapshot
@@ -48,16 +49,6 @@ class TransferCounts(Struct, frozen=True, kw_only=True):
     num_dropped: int
     num_damaged: int
     num_evicted: int
-
-
-class StoredState(Struct, frozen=True):
-    """A state for people to look at: sizes on disk of itself and of all pages that it needs."""
-
-    header: StateHeader
-    used_us: int
-    num_bytes: int
-    num_page_bytes: int
-    is_queued: bool
 
 
 class _Pending(Struct):
@@ -197,7 +188,7 @@ class Transfer:
     def states(self) -> list[StoredState]:
         """All states, queued ones included."""
         with self._lock:
-            return [self._stored_state(state) for state in self._index.states]
+            return stored_states(self._index, lambda key: self._queue.state(key) is not None)
 
     def flush(self) -> None:
         """Wait until all that was saved before is on disk or given up."""
@@ -279,17 +270,6 @@ class Transfer:
         if self._index.touch(key, used_us) and self._queue.state(key) is None:
             self._pending.touched[key] = used_us
             self._lock.notify_all()
-
-    def _stored_state(self, state: StateHeader) -> StoredState:
-        tip = self._index.page(state.tip)
-        assert tip is not None
-        return StoredState(
-            state,
-            self._index.used_us(state.key),
-            footprint(state.payload_bytes),
-            tip.num_chain_bytes,
-            self._queue.state(state.key) is not None,
-        )
 
     # ── the writer's thread ───────────────────────────────────────────────────────────────────
 
