@@ -56,15 +56,18 @@ class Daemon:
         """The HTTP application."""
         return create_app(self.service)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Daemon":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End running requests, keep their work, write what is queued."""
         self.engine.stop()
         if self.cache is not None:
             self.cache.close()
 
 
-class Memory:
-    """Keeps no replies: what `--no-cache` leaves of the memory of sampled tokens."""
+class NoReplies:
+    """Remembers no replies: what `--no-cache` leaves of the memory of sampled tokens."""
 
     def recall(self, frame_text: str) -> tuple[int, ...] | None:
         """Nothing is remembered."""
@@ -113,7 +116,7 @@ def assemble(config: Config) -> Daemon:
     template = ChatTemplate(template_source, tokenizer.control_tokens)
     identity = _identity(file, template_source)
     cache = _open_cache(config, identity, _model_name(file, config.model))
-    memory = Memory() if cache is None else cache.sampled
+    replies = NoReplies() if cache is None else cache.sampled
     info = _info(file, shape, config, tokenizer.num_real_tokens)
     engine = EngineThread(
         _engine_builder(file, config.engine, info, cache or NoCheckpoints()),
@@ -125,8 +128,8 @@ def assemble(config: Config) -> Daemon:
         engine=engine,
         engine_state=lambda: "ok" if engine.failure is None else "stopped",
         tokenizer=tokenizer,
-        prompts=PromptBuilder(tokenizer, template, memory),
-        remember=memory.remember,
+        prompts=PromptBuilder(tokenizer, template, replies),
+        remember=replies.remember,
         cache_stats=lambda: {} if cache is None else msgspec.to_builtins(cache.stats()),
         metrics=Metrics(),
         sampling=_recommended_sampling(file),

@@ -53,22 +53,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from daemon.api.server import run_server
+    from daemon.api.server import bind, run_server
     from daemon.assemble import assemble
     from daemon.logs import configure_logs
 
     config = _config(arguments)
     configure_logs()
-    daemon = assemble(config)
-    try:
-        run_server(
-            daemon.app(),
-            config.server.host,
-            config.server.port,
-            on_ready=lambda url: _announce(url, daemon.service.model_name, config),
-        )
-    finally:
-        daemon.close()
+    with bind(config.server.host, config.server.port) as listener, assemble(config) as daemon:
+        name = daemon.service.model_name
+        run_server(daemon.app(), listener, on_ready=lambda url: _announce(url, name, config))
 
 
 def _announce(url: str, model: str, config: Config) -> None:
@@ -87,8 +80,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from daemon.assemble import assemble
     from daemon.generate import generate
 
-    daemon = assemble(_config(arguments))
-    try:
+    with assemble(_config(arguments)) as daemon:
         given = {"temperature": arguments.temperature, "seed": arguments.seed}
         changes = {name: value for name, value in given.items() if value is not None}
         generate(
@@ -101,8 +93,6 @@ def _generate(arguments: argparse.Namespace) -> None:
             write_reasoning=lambda text: print(text, end="", flush=True, file=sys.stderr),
         )
         print()
-    finally:
-        daemon.close()
 
 
 def _logits(arguments: argparse.Namespace) -> None:

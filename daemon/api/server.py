@@ -70,24 +70,24 @@ class Server(uvicorn.Server):
 
 
 def run_server(
-    app: Starlette, host: str, port: int, on_ready: Callable[[str], None] = lambda url: None
+    app: Starlette, listener: socket.socket, on_ready: Callable[[str], None] = lambda url: None
 ) -> None:
     """Serve until SIGINT or SIGTERM; a second SIGINT waits for nothing.
 
     Args:
-        port: 0 takes a free one.
+        listener: from `bind`; clients that connect before this call wait.
         on_ready: called with the URL once connections are taken.
+    """
+    Server(app, on_ready).run(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
 
     Raises:
         PortInUse: another program listens there.
         ConfigError: the address is none of this machine's.
     """
-    with bind(host, port) as listener:
-        Server(app, on_ready).run(sockets=[listener])
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; see `run_server` for the errors."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"Cannot listen on port {port}: it must be from 0 to 65535.")
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.api.server import bind, run_server, url_of
+from daemon.api.server import bind, url_of
 from daemon.errors import ConfigError, PortInUse
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ SERVE = """
     from starlette.responses import StreamingResponse
     from starlette.routing import Route
     import asyncio
-    from daemon.api.server import run_server
+    from daemon.api.server import bind, run_server
 
     class Replies:
         def __init__(self):
@@ -38,7 +38,8 @@ SERVE = """
 
     app = Starlette(routes=[Route("/", root)])
     app.state.generations = Replies()
-    run_server(app, "127.0.0.1", 0, lambda url: print(url, flush=True))
+    with bind("127.0.0.1", 0) as listener:
+        run_server(app, listener, lambda url: print(url, flush=True))
     print("returned", flush=True)
 """
 
@@ -55,7 +56,7 @@ def test_port_in_use() -> None:
 )
 def test_an_address_that_cannot_be_used(host: str, port: int) -> None:
     with pytest.raises(ConfigError, match="Cannot listen"):
-        run_server(None, host, port)  # type: ignore[arg-type]
+        bind(host, port)
 
 
 def test_url() -> None:
