@@ -123,7 +123,12 @@ def assemble(config: Config) -> Daemon:
         info,
         max_requests=config.engine.parallel + config.engine.max_waiting,
     )
-    engine.start()
+    try:
+        engine.start()
+    except BaseException:
+        if cache is not None:
+            cache.close()
+        raise
     service = Service(
         engine=engine,
         engine_state=lambda: "ok" if engine.failure is None else "stopped",
