@@ -79,6 +79,10 @@ class Backend(Protocol):
         """
         ...
 
+    def gated_matrix(self, gate: Tensor, up: Tensor) -> Handle:
+        """Two matrices of one shape, for `project_gated`."""
+        ...
+
     def table(self, tensor: Tensor) -> Handle:
         """`[rows, columns]`, for `embed`, and through `tied_head` for `logits`."""
         ...
@@ -171,8 +175,8 @@ class Backend(Protocol):
         """
         ...
 
-    def swiglu(self, gate_up: Array) -> Array:
-        """SiLU of the first half of the columns, times the second half."""
+    def project_gated(self, matrix: Handle, x: Array) -> Array:
+        """SiLU(x Gᵀ) * (x Uᵀ) for a gated matrix: `[tokens, columns]` to `[tokens, rows of G]`."""
         ...
 
     def mix_experts(self, weights: ExpertWeights, x: Array, residual: Array) -> Array:

@@ -64,6 +64,10 @@ class NumpyBackend:
         stacked = [dequantize(part.data, part.format, part.shape) for part in parts]
         return np.ascontiguousarray(np.concatenate(stacked).T)
 
+    def gated_matrix(self, gate: Tensor, up: Tensor) -> Float32:
+        """Columns of gate, then of up."""
+        return self.matrix([gate, up])
+
     def table(self, tensor: Tensor) -> Float32:
         """`[rows, columns]`."""
         return dequantize(tensor.data, tensor.format, tensor.shape)
@@ -203,9 +207,9 @@ class NumpyBackend:
             )
         return out
 
-    def swiglu(self, gate_up: Float32) -> Float32:
-        """SiLU of the first half of the columns, times the second half."""
-        return numpy_experts.swiglu(gate_up)
+    def project_gated(self, matrix: Float32, x: Float32) -> Float32:
+        """SiLU of the first half of the product's columns, times the second half."""
+        return numpy_experts.swiglu(np.matmul(x, matrix))
 
     def mix_experts(self, weights: ExpertWeights, x: Float32, residual: Float32) -> Float32:
         """residual + routed experts + shared expert."""

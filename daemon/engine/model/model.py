@@ -57,5 +57,5 @@ class Model(Struct, frozen=True):
         normed = backend.rms_norm(x, weights.norm)
         if isinstance(weights, ExpertWeights):
             return backend.mix_experts(weights, normed, x)
-        hidden = backend.swiglu(backend.project(weights.gate_up, normed))
+        hidden = backend.project_gated(weights.gate_up, normed)
         return backend.add_project(weights.down, hidden, x)

@@ -34,7 +34,7 @@ class AttentionWeights(Struct, frozen=True, kw_only=True):
 
 
 class DenseWeights(Struct, frozen=True, kw_only=True):
-    """SwiGLU; `gate_up` stacks the rows of gate and up."""
+    """SwiGLU; `gate_up` is a gated matrix."""
 
     norm: Handle
     gate_up: Handle

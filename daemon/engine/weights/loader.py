@@ -122,11 +122,9 @@ class _Loader:
         hidden, width = self.shape.hidden, self.shape.dense_dim
         return DenseWeights(
             norm=self.vector(prefix + "post_attention_norm.weight", hidden),
-            gate_up=self.backend.matrix(
-                [
-                    self.tensor(prefix + "ffn_gate.weight", width, hidden),
-                    self.tensor(prefix + "ffn_up.weight", width, hidden),
-                ]
+            gate_up=self.backend.gated_matrix(
+                self.tensor(prefix + "ffn_gate.weight", width, hidden),
+                self.tensor(prefix + "ffn_up.weight", width, hidden),
             ),
             down=self.matrix(prefix + "ffn_down.weight", hidden, width),
         )
@@ -154,13 +152,13 @@ class _Loader:
     def shared_expert(self, prefix: str, sizes: ExpertsShape) -> tuple[Handle, Handle, Handle]:
         hidden, width = self.shape.hidden, sizes.shared_dim
         router = self.any_shape(prefix + "ffn_gate_inp_shexp.weight", [(hidden,), (1, hidden)])
-        gate_up = [
+        gate_up = self.backend.gated_matrix(
             self.tensor(prefix + "ffn_gate_shexp.weight", width, hidden),
             self.tensor(prefix + "ffn_up_shexp.weight", width, hidden),
-        ]
+        )
         return (
             self.backend.matrix([Tensor(router.name, (1, hidden), router.format, router.data)]),
-            self.backend.matrix(gate_up),
+            gate_up,
             self.matrix(prefix + "ffn_down_shexp.weight", hidden, width),
         )
 
