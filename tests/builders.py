@@ -39,6 +39,9 @@ class Form(Struct, frozen=True, kw_only=True):
     yarn: bool = False
 
 
+PLAIN = Form()
+
+
 def resized(sizes: ModelSizes, **changes: Any) -> ModelSizes:
     """The same model with some other sizes."""
     return msgspec.structs.replace(sizes, **changes)
@@ -48,7 +51,7 @@ def write_model(
     path: Path,
     sizes: ModelSizes,
     mix: str = "f32",
-    form: Form = Form(),
+    form: Form = PLAIN,
     seed: int = 0,
     extra: dict[str, Any] | None = None,
 ) -> Path:
@@ -59,13 +62,13 @@ def write_model(
 
 def write_split_model(path: Path, sizes: ModelSizes, num_parts: int) -> list[Path]:
     """Several files; the first one has no tensors, as converters can leave it."""
-    planned = tensors(sizes, "f32", Form(), 0)
+    planned = tensors(sizes, "f32", PLAIN, 0)
     size = -(-len(planned) // (num_parts - 1))
     parts = [planned[i : i + size] for i in range(0, len(planned), size)]
-    return write_split(path, model_metadata(sizes, Form()), [[], *parts])
+    return write_split(path, model_metadata(sizes), [[], *parts])
 
 
-def model_metadata(sizes: ModelSizes, form: Form = Form()) -> dict[str, Any]:
+def model_metadata(sizes: ModelSizes, form: Form = PLAIN) -> dict[str, Any]:
     """The keys of a model in a form."""
     metadata = architecture_metadata(sizes, "Small")
     prefix = f"{metadata['general.architecture']}."
@@ -89,7 +92,7 @@ def model_metadata(sizes: ModelSizes, form: Form = Form()) -> dict[str, Any]:
 
 
 def tensors(
-    sizes: ModelSizes, mix: str = "f32", form: Form = Form(), seed: int = 0
+    sizes: ModelSizes, mix: str = "f32", form: Form = PLAIN, seed: int = 0
 ) -> list[StoredTensor]:
     """The tensors of a model in a form."""
     planned = plan_tensors(sizes, mix, seed)

@@ -1,6 +1,6 @@
 """One loaded tiny-coder for all engine tests, and a harness that runs requests to their end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,5 +38,5 @@ def tiny_coder(load_tiny_coder: Callable[[], Model]) -> Model:
 
 
 @pytest.fixture
-def harness(tiny_coder: Model) -> Iterator[EngineHarness]:
-    yield EngineHarness(tiny_coder)
+def harness(tiny_coder: Model) -> EngineHarness:
+    return EngineHarness(tiny_coder)

@@ -1,4 +1,4 @@
-"""The architecture once more, in float64 and plain loops, token by token: what a backend must equal.
+"""The architecture once more, in float64 and plain loops: what a backend must equal.
 
 Written from the published description of the model and of its GGUF files. Shares no code with the
 daemon: the file is read by the `gguf` package, and every layer is spelled out again.

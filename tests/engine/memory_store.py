@@ -59,10 +59,8 @@ class MemoryTimeline:
         return future
 
     def positions(self, boundaries: Sequence[Boundary], start: int) -> Mapping[int, Reason]:
-        wanted: dict[int, Reason] = {
-            position: "interval"
-            for position in range(self.store.interval, len(self.tokens), self.store.interval)
-        }
+        spaced = range(self.store.interval, len(self.tokens), self.store.interval)
+        wanted: dict[int, Reason] = dict.fromkeys(spaced, "interval")
         wanted |= {b.position // PAGE_TOKENS * PAGE_TOKENS: b.reason for b in boundaries}
         return {
             position: reason
