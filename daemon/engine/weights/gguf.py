@@ -4,6 +4,7 @@ Owns the container format (little-endian GGUF versions 2 and 3). Does no arithme
 architecture. Any thread may read; nothing changes after opening.
 """
 
+import math
 import mmap
 import re
 import struct
@@ -46,7 +47,7 @@ class Tensor(Struct, frozen=True):
     @property
     def num_elements(self) -> int:
         """Values in the tensor."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 class GGUFFile(Struct, frozen=True):
@@ -81,7 +82,7 @@ def open_gguf(path: Path) -> GGUFFile:
             metadata = part_metadata
         _check_split_number(part, part_metadata, number, len(paths))
         tensors.update(part_tensors)
-    expected = int(metadata.get("split.tensors.count", len(tensors)))
+    expected = _whole(path, metadata, "split.tensors.count", len(tensors))
     if expected != len(tensors):
         raise ModelFileError(f"{path}: the parts hold {len(tensors)} tensors, not {expected}")
     return GGUFFile(tuple(paths), metadata, tensors)
@@ -101,12 +102,20 @@ def _split_paths(path: Path) -> list[Path]:
 
 
 def _check_split_number(path: Path, metadata: Mapping[str, Any], number: int, count: int) -> None:
-    declared = (int(metadata.get("split.no", number)), int(metadata.get("split.count", count) or 1))
-    if declared != (number, count):
+    own_number = _whole(path, metadata, "split.no", number)
+    own_count = _whole(path, metadata, "split.count", count) or 1
+    if (own_number, own_count) != (number, count):
         raise ModelFileError(
-            f"{path}: says it is part {declared[0] + 1} of {declared[1]}, "
+            f"{path}: says it is part {own_number + 1} of {own_count}, "
             f"but its name says {number + 1} of {count}; open the first part under its own name"
         )
+
+
+def _whole(path: Path, metadata: Mapping[str, Any], key: str, default: int) -> int:
+    value = metadata.get(key, default)
+    if type(value) is not int:
+        raise ModelFileError(f"{path}: metadata {key} is {value!r}, not an integer")
+    return value
 
 
 def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -118,11 +127,13 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         infos = [cursor.tensor_info() for _ in range(num_tensors)]
     except (struct.error, UnicodeDecodeError, OverflowError) as error:
         raise ModelFileError(f"{path}: truncated or damaged GGUF header") from error
-    alignment = int(metadata.get("general.alignment", 32))
+    alignment = _whole(path, metadata, "general.alignment", 32)
     if alignment < 1 or alignment & (alignment - 1):
         raise ModelFileError(f"{path}: general.alignment is {alignment}, not a power of two")
-    start = -(-cursor.position // alignment) * alignment
-    return metadata, dict(_place_tensors(path, mapped, infos, start))
+    tensors = dict(_place_tensors(path, mapped, infos, cursor.position, alignment))
+    if len(tensors) != len(infos):
+        raise ModelFileError(f"{path}: holds {len(infos) - len(tensors)} tensor names twice")
+    return metadata, tensors
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -136,18 +147,24 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def _place_tensors(
-    path: Path, mapped: mmap.mmap, infos: list[tuple[str, tuple[int, ...], int, int]], start: int
+    path: Path,
+    mapped: mmap.mmap,
+    infos: list[tuple[str, tuple[int, ...], int, int]],
+    header_end: int,
+    alignment: int,
 ) -> Iterator[tuple[str, Tensor]]:
     content = np.frombuffer(mapped, dtype=U8)
+    start = -(-header_end // alignment) * alignment
     for name, shape, type_id, offset in infos:
         format = QUANT_FORMATS.get(type_id)
         if format is None:
             raise UnsupportedModel(f"{path}: tensor {name} has the unknown type {type_id}")
         if not shape or shape[-1] % format.block_elements:
             raise ModelFileError(f"{path}: tensor {name} {shape} is not whole {format.name} blocks")
-        num_elements = int(np.prod(shape, dtype=np.int64))
+        if offset % alignment:
+            raise ModelFileError(f"{path}: tensor {name} lies off the alignment of {alignment}")
         first = start + offset
-        last = first + num_elements // format.block_elements * format.block_bytes
+        last = first + math.prod(shape) // format.block_elements * format.block_bytes
         if last > len(content):
             raise ModelFileError(
                 f"{path}: truncated: tensor {name} ends at byte {last}, the file at {len(content)}"
