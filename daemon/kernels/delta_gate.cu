@@ -25,6 +25,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) delta_gate(
     const long long row = static_cast<long long>(entry.first_row) + first;
     z += row * z_stride + head * HEAD_DIM + lane * 4;
     out += (row * v_heads + head) * HEAD_DIM + lane * 4;
+    wait_for_previous_kernel();
+    allow_next_kernel();
 #pragma unroll 4
     for (int i = 0; i < count; ++i) {
         const u8* at = tile + panel_offset(first + i, (lane & 15) >> 1);

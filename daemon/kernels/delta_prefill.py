@@ -37,7 +37,6 @@ PANEL_BYTES = CHUNK * CHUNK * 2
 TILE_BYTES = 2 * PANEL_BYTES
 DECAY_BYTES = 2 * CHUNK * 4
 GRAM_BYTES = CHUNK * (CHUNK + 4) * 4
-SOLVE_BYTES = 4 * 4 * (16 * 20 + 16) * 4
 
 Int32 = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -86,17 +85,21 @@ def workspace_bytes(sizes: DeltaSizes, num_chunks: int) -> int:
 
 
 def scan_depth(shared_bytes_per_block: int) -> int:
-    """Buffers of each operand: two where 113 KiB of shared memory fit, else one."""
-    return 2 if shared_bytes_per_block >= scan_shared_bytes(2) else 1
+    """Chunks whose operands lie in shared memory at once: as many as fit, up to three."""
+    return max(n for n in (1, 2, 3) if n == 1 or scan_shared_bytes(n) <= shared_bytes_per_block)
 
 
 def scan_shared_bytes(depth: int) -> int:
-    """The scan's shared memory: keys and decays twice, queries, values, inverse and scores."""
-    return 2 * (TILE_BYTES + DECAY_BYTES) + depth * (TILE_BYTES + 3 * PANEL_BYTES)
+    """The scan's shared memory: keys and decays at least twice; queries, values, T and S."""
+    keys = max(2, depth) * (TILE_BYTES + DECAY_BYTES)
+    return keys + depth * (TILE_BYTES + 3 * PANEL_BYTES)
 
 
-def scan_warps(sizes: DeltaSizes, num_sms: int) -> int:
-    """Warps per block: fewer when few heads would leave multiprocessors idle. Same bits."""
+def scan_warps(sizes: DeltaSizes, arch: str, num_sms: int) -> int:
+    """Warps per block. Hopper's products take four; elsewhere fewer warps fill the card better
+    when heads are few, with the same bits."""
+    if arch == "sm_90a":
+        return 4
     for warps in (4, 2):
         if sizes.value_size // (warps * 16) >= num_sms // 2:
             return warps
@@ -117,11 +120,11 @@ class DeltaPrefill:
     ) -> None:
         self._stream, self._sizes, self._norm_eps = device.stream, sizes, norm_eps
         self._workspace = workspace
-        self._warps = scan_warps(sizes, device.num_sms)
+        self._warps = scan_warps(sizes, device.arch, device.num_sms)
         depth = scan_depth(device.shared_bytes_per_block)
         self._scan_shared = scan_shared_bytes(depth)
         group = sizes.num_v_heads // sizes.num_k_heads
-        self._prepare_shared = 2 * TILE_BYTES + GRAM_BYTES + SOLVE_BYTES + group * 2 * CHUNK * 4
+        self._prepare_shared = 2 * TILE_BYTES + GRAM_BYTES + group * 2 * CHUNK * 4
         prepare, gate = (compiler.cubin(source, types.defines) for source in (PREPARE, GATE))
         scan = compiler.cubin(SCAN, {**types.defines, "SCAN_WARPS": self._warps, "DEPTH": depth})
         self._prepare = Module(prepare).kernel(
@@ -138,16 +141,18 @@ class DeltaPrefill:
         layer: int,
         tables: PrefillTables,
         output: DeviceArray,
+        dependent: bool = False,
     ) -> None:
         """Advance each span's slot over its rows and fill its captures.
 
         Args:
-            tables: from `chunk_tables`.
+            tables: from `chunk_tables`; written at least two launches before.
             output: `[rows, v_heads * 128]`; rows of the spans are written.
+            dependent: start before the previous kernel has ended.
         """
         assert output.shape[1:] == (self._sizes.value_size,)
         assert workspace_bytes(self._sizes, tables.chunks.shape[0]) <= self._workspace.num_bytes
-        self.prepare(inputs, constants, states, layer, tables)
+        self.prepare(inputs, constants, states, layer, tables, dependent)
         self.scan(inputs, states, layer, tables)
         self.gate(inputs, constants, tables, output)
 
@@ -158,6 +163,7 @@ class DeltaPrefill:
         states: DeltaSlots,
         layer: int,
         tables: PrefillTables,
+        dependent: bool = False,
     ) -> None:
         """All that does not depend on the state, into the workspace."""
         rings, ring_stride = states.rings(layer)
@@ -171,6 +177,7 @@ class DeltaPrefill:
             *(inputs.qkv.stride, inputs.gates.stride, ring_stride),
             *self._sizes,
             shared_bytes=self._prepare_shared,
+            dependent=dependent,
         )
 
     def scan(
@@ -188,6 +195,7 @@ class DeltaPrefill:
             *(inputs.qkv.stride, rule_stride, ring_stride),
             *self._sizes,
             shared_bytes=self._scan_shared,
+            dependent=True,
         )
 
     def gate(
@@ -204,4 +212,5 @@ class DeltaPrefill:
             (THREADS, 1, 1),
             *(inputs.z.address, constants.norm, tables.chunks, self._workspace, output),
             *(inputs.z.stride, *self._sizes, self._norm_eps),
+            dependent=True,
         )

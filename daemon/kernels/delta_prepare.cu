@@ -14,7 +14,7 @@
 #include "delta_tiles.cuh"
 
 #ifndef MIN_BLOCKS
-#define MIN_BLOCKS 3
+#define MIN_BLOCKS 4
 #endif
 
 constexpr int WARPS = 4;
@@ -22,13 +22,13 @@ constexpr int ROWS = CHUNK / WARPS;  // tokens of a warp
 constexpr int GRAM_STRIDE = CHUNK + 4;
 constexpr int BLOCK_STRIDE = 20;              // floats, row of a diagonal block
 constexpr int BLOCK_SIZE = 16 * BLOCK_STRIDE + 16;  // floats; 16 apart so that two are no conflict
-constexpr int SOLVE_BYTES = 4 * BLOCK_SIZE * 4;
+constexpr int SCRATCH_BYTES = 2 * TILE_BYTES / WARPS;
+static_assert(4 * BLOCK_SIZE * 4 <= SCRATCH_BYTES, "a warp's diagonal blocks");
 
 struct Shared {
-    u8 keys[TILE_BYTES];     // later: the inverses that warps 0 and 1 work on
-    u8 queries[TILE_BYTES];  // later: warps 2 and 3
+    u8 keys[TILE_BYTES];  // later, with the queries: scratch of the warps
+    u8 queries[TILE_BYTES];
     float gram[CHUNK * GRAM_STRIDE];  // k k'
-    u8 solve[WARPS][SOLVE_BYTES];     // a warp's diagonal blocks, or its rows of S
 };
 
 // A warp's 16 tokens of one head: raw rows with their history, 4 channels a lane.
@@ -192,7 +192,7 @@ __device__ __forceinline__ void multiply_split(float (&c)[4], const SplitA& a, c
 struct Inversion {
     const float *gram, *beta, *sums;
     float* blocks;  // [4][16][BLOCK_STRIDE]: diagonal blocks of A, then of the inverse
-    u8* panel;      // result, transposed: rows j, columns i, T_ij beta_j
+    u8* panel;      // result, in global memory, transposed: rows j, columns i, T_ij beta_j
     int lane;
 
     __device__ __forceinline__ float entry(int i, int j) const {
@@ -294,14 +294,22 @@ struct Inversion {
         }
     }
 
+    // Zeros where i lies in an earlier block than j.
+    __device__ __forceinline__ void clear_above() const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int j = half * 32 + lane;
+            for (int unit = 0; unit < j / 16 * 2; ++unit)
+                *reinterpret_cast<uint4*>(panel + panel_offset(j, unit)) = make_uint4(0, 0, 0, 0);
+        }
+    }
+
     // Blocks below the diagonal, row by row: T_ij = -T_ii sum_m A_im T_mj, all transposed, so that
     // each result is the left operand of the next product as it lies in registers.
     __device__ void join() const {
         SplitA done[3][3];
         float c[2][4];
-        for (int at = lane * 16; at < PANEL_BYTES; at += 512)
-            *reinterpret_cast<uint4*>(panel + at) = make_uint4(0, 0, 0, 0);
-        __syncwarp();
+        clear_above();
 #pragma unroll
         for (int row = 0; row < 4; ++row) {
             load_diagonal(c, row);
@@ -330,7 +338,6 @@ struct Inversion {
                 if (row < 3) done[row][col] = as_operand(result);
             }
         }
-        __syncwarp();
     }
 };
 
@@ -354,6 +361,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) delta_prepa
     const int group = v_heads / k_heads;
     float* sums = betas + group * CHUNK;
     const ChunkEntry entry = chunks[chunk];
+    wait_for_previous_kernel();
+    allow_next_kernel();
     if (entry.num_rows == 0) return;
     const Workspace work{workspace, k_heads, v_heads};
     const int conv_dim = (2 * k_heads + v_heads) * HEAD_DIM;
@@ -394,9 +403,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) delta_prepa
              shared.keys + warp * (2 * TILE_BYTES / WARPS), 2 * TILE_BYTES / WARPS, lane);
     __syncthreads();
 
+    u8* scratch = shared.keys + warp * SCRATCH_BYTES;
     for (int i = 0; i < group; ++i)
-        write_scores(work.scores(chunk, k_head + i * k_heads), shared.solve[warp], qk,
-                     sums + i * CHUNK, warp, lane);
+        write_scores(work.scores(chunk, k_head + i * k_heads), scratch, qk, sums + i * CHUNK, warp,
+                     lane);
     for (int i = 0; i < group; ++i) {
         const int head = k_head + i * k_heads;
         column = (2 * k_heads + head) * HEAD_DIM + lane * 4;
@@ -405,12 +415,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) delta_prepa
                    lane);
     }
     for (int i = warp; i < group; i += WARPS) {
-        u8* panel = shared.keys + warp * PANEL_BYTES;
-        const Inversion inversion{shared.gram, betas + i * CHUNK, sums + i * CHUNK,
-                                  reinterpret_cast<float*>(shared.solve[warp]), panel, lane};
+        const Inversion inversion{shared.gram,
+                                  betas + i * CHUNK,
+                                  sums + i * CHUNK,
+                                  reinterpret_cast<float*>(scratch),
+                                  work.inverse(chunk, k_head + i * k_heads),
+                                  lane};
         inversion.invert_diagonal();
         inversion.join();
-        copy_out(work.inverse(chunk, k_head + i * k_heads), panel, PANEL_BYTES, lane);
         __syncwarp();
     }
 }

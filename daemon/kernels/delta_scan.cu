@@ -8,20 +8,21 @@
 //
 // Bound: the chain of products of one chunk after another; 7.3 MFLOP and 57 KB a step and block of
 // 64 columns. Row invariance: nothing crosses sequences, heads or columns; chunks go in order.
-#include "delta_tiles.cuh"
+#include "delta_products.cuh"
 
 #ifndef SCAN_WARPS
 #define SCAN_WARPS 4  // per block; 16 columns of the state each
 #endif
 #ifndef DEPTH
-#define DEPTH 2  // buffers of each operand; 1 where shared memory is short
+#define DEPTH 3  // chunks whose operands are in shared memory; 1 where that is short
 #endif
 
 static_assert(SCAN_WARPS <= 4, "a block reads one panel of values");
 constexpr int THREADS = SCAN_WARPS * 32;
 constexpr int WARP_COLUMNS = 16;
 constexpr int BLOCK_COLUMNS = SCAN_WARPS * WARP_COLUMNS;
-constexpr int KEY_DEPTH = 2;  // keys are needed from the start of a step to its end
+constexpr int KEY_DEPTH = DEPTH > 2 ? DEPTH : 2;  // keys are needed throughout a step
+constexpr int AHEAD = DEPTH > 1 ? DEPTH - 1 : 1;  // chunks that are loaded before their step
 
 struct Buffers {
     u8 keys[KEY_DEPTH][TILE_BYTES];
@@ -32,113 +33,103 @@ struct Buffers {
     u8 decays[KEY_DEPTH][DECAY_BYTES];
 };
 
-__device__ __forceinline__ void copy_in(u8* target, const u8* source, int bytes) {
-    const u32 shared = shared_address(target);
-    for (int at = threadIdx.x * 16; at < bytes; at += THREADS * 16)
-        copy_async_16(shared + at, source + at);
+template <int bytes>
+__device__ __forceinline__ void copy_in(u8* target, const u8* source) {
+    constexpr int STEP = THREADS * 16;
+    const u32 shared = shared_address(target) + threadIdx.x * 16;
+    const u8* global = source + threadIdx.x * 16;
+#pragma unroll
+    for (int at = 0; at + STEP <= bytes; at += STEP) copy_async_16(shared + at, global + at);
+    if (bytes % STEP != 0 && threadIdx.x * 16 < bytes % STEP)
+        copy_async_16(shared + bytes / STEP * STEP, global + bytes / STEP * STEP);
 }
 
-// Brings the operands of a block's chunks to shared memory. Each call is one group of copies, also
-// past the last chunk, so that the number of pending groups is the same everywhere.
+// Brings the operands of a block's chunks to shared memory.
 struct Loader {
     Workspace work;
     Buffers* buffers;
     int k_head, v_head, panel, end;
 
-    __device__ void keys_and_decays(int chunk, int step) const {
-        if (chunk < end) {
-            copy_in(buffers->keys[step % KEY_DEPTH], work.keys(chunk, k_head), TILE_BYTES);
-            copy_in(buffers->decays[step % KEY_DEPTH], work.decays(chunk, v_head), DECAY_BYTES);
-        }
-        copy_async_commit();
+    __device__ __forceinline__ void keys_and_decays(int chunk, int step) const {
+        if (chunk >= end) return;
+        copy_in<TILE_BYTES>(buffers->keys[step % KEY_DEPTH], work.keys(chunk, k_head));
+        copy_in<DECAY_BYTES>(buffers->decays[step % KEY_DEPTH], work.decays(chunk, v_head));
     }
-    __device__ void queries(int chunk, int step) const {
-        if (chunk < end)
-            copy_in(buffers->queries[step % DEPTH], work.queries(chunk, k_head), TILE_BYTES);
-        copy_async_commit();
+    __device__ __forceinline__ void queries(int chunk, int step) const {
+        if (chunk >= end) return;
+        copy_in<TILE_BYTES>(buffers->queries[step % DEPTH], work.queries(chunk, k_head));
     }
-    __device__ void values_inverse_scores(int chunk, int step) const {
-        if (chunk < end) {
-            const u8* values = work.values(chunk, v_head) + panel * PANEL_BYTES;
-            copy_in(buffers->values[step % DEPTH], values, PANEL_BYTES);
-            copy_in(buffers->inverse[step % DEPTH], work.inverse(chunk, v_head), PANEL_BYTES);
-            copy_in(buffers->scores[step % DEPTH], work.scores(chunk, v_head), PANEL_BYTES);
-        }
+    __device__ __forceinline__ void values_inverse_scores(int chunk, int step) const {
+        if (chunk >= end) return;
+        const u8* values = work.values(chunk, v_head) + panel * PANEL_BYTES;
+        copy_in<PANEL_BYTES>(buffers->values[step % DEPTH], values);
+        copy_in<PANEL_BYTES>(buffers->inverse[step % DEPTH], work.inverse(chunk, v_head));
+        copy_in<PANEL_BYTES>(buffers->scores[step % DEPTH], work.scores(chunk, v_head));
+    }
+    // One group of copies, also past the last chunk, so that their number is the same everywhere.
+    __device__ __forceinline__ void all(int chunk, int step) const {
+        keys_and_decays(chunk, step);
+        queries(chunk, step);
+        values_inverse_scores(chunk, step);
         copy_async_commit();
     }
 };
 
-// A warp's 16 columns of one head's state, transposed: accumulators [16 v][128 k].
-struct StateColumns {
-    float m[16][4];
-
-    // `at`: the lane's first column of the first row, of [128 k][128 v].
-    __device__ void load(const float* at, int lane) {
+// A warp's 16 columns of one head's state, transposed: `at` is the lane's first column of the first
+// row of [128 k][128 v].
+__device__ void load_state(KeyColumns& m, const float* at, int lane) {
 #pragma unroll
-        for (int n = 0; n < 16; ++n) {
-            const float* row = at + (n * 8 + (lane & 3) * 2) * HEAD_DIM;
-            m[n][0] = row[0];
-            m[n][1] = row[HEAD_DIM];
-            m[n][2] = row[8];
-            m[n][3] = row[HEAD_DIM + 8];
-        }
-    }
-
-    __device__ void store(float* at, int lane) const {
-#pragma unroll
-        for (int n = 0; n < 16; ++n) {
-            float* row = at + (n * 8 + (lane & 3) * 2) * HEAD_DIM;
-            row[0] = m[n][0];
-            row[HEAD_DIM] = m[n][1];
-            row[8] = m[n][2];
-            row[HEAD_DIM + 8] = m[n][3];
-        }
-    }
-
-    __device__ __forceinline__ void operand(u32 (&a)[4], int step) const {
-        a[0] = half_pair(m[step * 2][0], m[step * 2][1]);
-        a[1] = half_pair(m[step * 2][2], m[step * 2][3]);
-        a[2] = half_pair(m[step * 2 + 1][0], m[step * 2 + 1][1]);
-        a[3] = half_pair(m[step * 2 + 1][2], m[step * 2 + 1][3]);
-    }
-
-    __device__ __forceinline__ void scale(float factor) {
-#pragma unroll
-        for (int n = 0; n < 16; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) m[n][i] *= factor;
-    }
-};
-
-// Tokens along accumulator columns: c[8][4] is [16 v][64 tokens].
-typedef float TokenColumns[8][4];
-
-// by_keys = (K M)', by_queries = (Q M)'.
-__device__ __forceinline__ void read_state(TokenColumns& by_keys, TokenColumns& by_queries,
-                                           const StateColumns& state, u32 keys, u32 queries,
-                                           const PanelLanes& lanes) {
-#pragma unroll
-    for (int step = 0; step < HEAD_DIM / 16; ++step) {
-        const int panel = step / 4 * PANEL_BYTES;
-        u32 a[4], b[4];
-        state.operand(a, step);
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-            load_matrices(b, lanes.by_rows(keys + panel, pair, step % 4));
-            multiply(by_keys[pair * 2], a, b[0], b[1]);
-            multiply(by_keys[pair * 2 + 1], a, b[2], b[3]);
-        }
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-            load_matrices(b, lanes.by_rows(queries + panel, pair, step % 4));
-            multiply(by_queries[pair * 2], a, b[0], b[1]);
-            multiply(by_queries[pair * 2 + 1], a, b[2], b[3]);
-        }
+    for (int n = 0; n < 16; ++n) {
+        const float* row = at + (n * 8 + (lane & 3) * 2) * HEAD_DIM;
+        m[n][0] = row[0];
+        m[n][1] = row[HEAD_DIM];
+        m[n][2] = row[8];
+        m[n][3] = row[HEAD_DIM + 8];
     }
 }
 
-// y = (V - e^G K M)' as left operands of 16 tokens a step.
-__device__ __forceinline__ void subtract_read(u32 (&y)[4][4], const TokenColumns& read, u32 values,
+__device__ void store_state(float* at, const KeyColumns& m, int lane) {
+#pragma unroll
+    for (int n = 0; n < 16; ++n) {
+        float* row = at + (n * 8 + (lane & 3) * 2) * HEAD_DIM;
+        row[0] = m[n][0];
+        row[HEAD_DIM] = m[n][1];
+        row[8] = m[n][2];
+        row[HEAD_DIM + 8] = m[n][3];
+    }
+}
+
+// Accumulators as the left operand of the next product.
+template <int entries>
+__device__ __forceinline__ void to_operand(u32 (&a)[entries][4], const float (&c)[entries * 2][4]) {
+#pragma unroll
+    for (int n = 0; n < entries * 2; ++n) {
+        a[n / 2][n % 2 * 2] = half_pair(c[n][0], c[n][1]);
+        a[n / 2][n % 2 * 2 + 1] = half_pair(c[n][2], c[n][3]);
+    }
+}
+
+__device__ __forceinline__ void scale_state(KeyColumns& m, float factor) {
+#pragma unroll
+    for (int n = 0; n < 16; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) m[n][i] *= factor;
+}
+
+// Multiplies every token's column by its factor.
+__device__ __forceinline__ void scale_tokens(TokenColumns& c, const float* factors, int lane) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const float2 f = *reinterpret_cast<const float2*>(factors + n * 8 + (lane & 3) * 2);
+        c[n][0] *= f.x;
+        c[n][1] *= f.y;
+        c[n][2] *= f.x;
+        c[n][3] *= f.y;
+    }
+}
+
+// y = (V - e^G K M)', given (K M)'.
+__device__ __forceinline__ void subtract_read(TokenOperand& y, const TokenColumns& read, u32 values,
                                               const float* growth, int warp, int lane) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
@@ -158,82 +149,29 @@ __device__ __forceinline__ void subtract_read(u32 (&y)[4][4], const TokenColumns
     }
 }
 
-// c += (a lower)': `panel` is lower triangular with rows i; transposed if its rows are j.
-template <bool transposed>
-__device__ __forceinline__ void multiply_lower(TokenColumns& c, const u32 (&a)[4][4], u32 panel,
-                                               const PanelLanes& lanes) {
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-#pragma unroll
-        for (int pair = step; pair < 4; ++pair) {
-            u32 b[4];
-            if (transposed)
-                load_matrices_transposed(b, lanes.by_columns(panel, pair, step));
-            else
-                load_matrices(b, lanes.by_rows(panel, pair, step));
-            multiply(c[pair * 2], a[step], b[0], b[1]);
-            multiply(c[pair * 2 + 1], a[step], b[2], b[3]);
-        }
-    }
-}
-
-__device__ __forceinline__ void to_operand(u32 (&a)[4][4], const TokenColumns& c) {
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-        a[n / 2][n % 2 * 2] = half_pair(c[n][0], c[n][1]);
-        a[n / 2][n % 2 * 2 + 1] = half_pair(c[n][2], c[n][3]);
-    }
-}
-
-// Multiplies every token's column by its factor.
-__device__ __forceinline__ void scale_tokens(TokenColumns& c, const float* factors, int lane) {
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-        const float2 f = *reinterpret_cast<const float2*>(factors + n * 8 + (lane & 3) * 2);
-        c[n][0] *= f.x;
-        c[n][1] *= f.y;
-        c[n][2] *= f.x;
-        c[n][3] *= f.y;
-    }
-}
-
-// M' += D' K, where `d` carries e^(G_end - G).
-__device__ __forceinline__ void add_outer(StateColumns& state, const u32 (&d)[4][4], u32 keys,
-                                          const PanelLanes& lanes) {
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-#pragma unroll
-        for (int pair = 0; pair < 8; ++pair) {
-            u32 b[4];
-            const u32 panel = keys + pair / 4 * PANEL_BYTES;
-            load_matrices_transposed(b, lanes.by_columns(panel, pair % 4, step));
-            multiply(state.m[pair * 2], d[step], b[0], b[1]);
-            multiply(state.m[pair * 2 + 1], d[step], b[2], b[3]);
-        }
-    }
-}
-
 // Writes the warp's 16 columns of O over those of V in the workspace.
-__device__ __forceinline__ void store_outputs(u8* panel, const TokenColumns& c, int warp,
+__device__ __forceinline__ void store_outputs(u8* panel, const TokenOperand& o, int warp,
                                               int lane) {
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
         const int token = n * 8 + (lane >> 2);
         u8* at = panel + (lane & 3) * 4;
-        const u32 left = transpose_matrix(half_pair(c[n][0], c[n][1]));
-        const u32 right = transpose_matrix(half_pair(c[n][2], c[n][3]));
+        const u32 left = transpose_matrix(o[n / 2][n % 2 * 2]);
+        const u32 right = transpose_matrix(o[n / 2][n % 2 * 2 + 1]);
         *reinterpret_cast<u32*>(at + panel_offset(token, warp * 2)) = left;
         *reinterpret_cast<u32*>(at + panel_offset(token, warp * 2 + 1)) = right;
     }
 }
 
-// The last rows of a chunk into a slot's convolution ring, `count` channels from `channel` on.
-__device__ void store_ring(Activation* ring, const Activation* rows, int stride, int num_rows,
+// The last rows up to a chunk's end into a slot's convolution ring, `count` channels from `channel`
+// on. Rows before a span's first chunk are in the ring already.
+__device__ void store_ring(Activation* ring, const Activation* rows, int stride, ChunkEntry entry,
                            int conv_dim, int channel, int count) {
     for (int i = threadIdx.x; i < CONV_RING * count; i += THREADS) {
-        const int row = num_rows - 1 - i / count, at = channel + i % count;
-        if (row >= 0)
-            ring[row % CONV_RING * conv_dim + at] = rows[static_cast<long long>(row) * stride + at];
+        const int row = entry.num_rows - 1 - i / count, at = channel + i % count;
+        if (row >= 0 || entry.history < 0)
+            ring[(row + CHUNK) % CONV_RING * conv_dim + at] =
+                rows[static_cast<long long>(row) * stride + at];
     }
 }
 
@@ -246,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_scan(
     const SpanEntry* spans,    // [spans]
     u8* workspace,             // see Workspace
     int qkv_stride, long long rule_stride, long long ring_stride, int k_heads, int v_heads) {
-    extern __shared__ __align__(128) u8 memory[];
+    extern __shared__ __align__(1024) u8 memory[];  // the swizzle needs it
     Buffers& buffers = *reinterpret_cast<Buffers*>(memory);
     constexpr int BLOCKS_PER_HEAD = HEAD_DIM / BLOCK_COLUMNS;
     const int v_head = blockIdx.x / BLOCKS_PER_HEAD, split = blockIdx.x % BLOCKS_PER_HEAD;
@@ -263,49 +201,76 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_scan(
     const long long state_offset =
         static_cast<long long>(v_head) * HEAD_DIM * HEAD_DIM + first_column + (lane >> 2);
 
-    load.keys_and_decays(first, 0);
-    load.queries(first, 0);
-    load.values_inverse_scores(first, 0);
-    if (DEPTH == 2) load.queries(first + 1, 1);
-    StateColumns state;
-    state.load(rules + span.slot * rule_stride + state_offset, lane);
+    KeyColumns state;
+    load_state(state, rules + span.slot * rule_stride + state_offset, lane);
+    wait_for_previous_kernel();
+    allow_next_kernel();
+#pragma unroll
+    for (int step = 0; step < AHEAD; ++step) load.all(first + step, step);
+    TokenOperand outputs;
 
     for (int step = 0; step < span.num_chunks; ++step) {
         const int chunk = first + step;
-        // Everything of this chunk but, at depth 1, nothing beyond; all warps are done with the
-        // last step, so its keys' buffer takes the next chunk's.
-        if (DEPTH == 2)
-            copy_async_wait<1>();
-        else
-            copy_async_wait<0>();
+        // This chunk's operands are here, and all warps are done with the last step's buffers.
+        copy_async_wait<AHEAD - 1>();
+        publish_panels();
         __syncthreads();
-        load.keys_and_decays(chunk + 1, step + 1);
-        if (DEPTH == 2) load.values_inverse_scores(chunk + 1, step + 1);
+        if (DEPTH > 1)
+            load.all(chunk + AHEAD, step + AHEAD);
+        else
+            load.keys_and_decays(chunk + 1, step + 1);
 
         const u32 keys = shared_address(buffers.keys[step % KEY_DEPTH]);
         const float* growth = reinterpret_cast<const float*>(buffers.decays[step % KEY_DEPTH]);
         const float* remaining = growth + CHUNK;
-        TokenColumns by_keys = {}, out = {};
-        read_state(by_keys, out, state, keys, shared_address(buffers.queries[step % DEPTH]), lanes);
-        __syncthreads();
-        load.queries(chunk + DEPTH, step + DEPTH);
+        KeyOperand m;
+        TokenColumns by_keys, out, fresh;
+        to_operand(m, state);
+        scale_state(state, growth[CHUNK - 1]);
+        hold(state);
+        products_begin();
+        read_tile(by_keys, m, keys, lanes);
+        products_commit();
+        read_tile(out, m, shared_address(buffers.queries[step % DEPTH]), lanes);
+        products_commit();
+        if (step > 0)
+            store_outputs(work.values(chunk - 1, v_head) + panel * PANEL_BYTES, outputs, warp,
+                          lane);
+        products_wait<1>();
+        hold(by_keys);
 
-        u32 y[4][4], d[4][4];
+        TokenOperand y, d;
         subtract_read(y, by_keys, shared_address(buffers.values[step % DEPTH]), growth, warp, lane);
-        TokenColumns fresh = {};
-        multiply_lower<true>(fresh, y, shared_address(buffers.inverse[step % DEPTH]), lanes);
+        products_begin();
+        multiply_lower_transposed(fresh, y, shared_address(buffers.inverse[step % DEPTH]), lanes);
+        products_commit();
+        products_wait<1>();
+        hold(out);
         scale_tokens(out, growth, lane);
+        hold(out);
+        if (DEPTH == 1) {
+            __syncthreads();
+            load.queries(chunk + 1, step + 1);
+        }
+        products_wait<0>();
+        hold(fresh);
+
+        to_operand(y, fresh);
+        scale_tokens(fresh, remaining, lane);
         to_operand(d, fresh);
-        multiply_lower<false>(out, d, shared_address(buffers.scores[step % DEPTH]), lanes);
+        products_begin();
+        add_outer(state, d, keys, lanes);
+        add_lower(out, y, shared_address(buffers.scores[step % DEPTH]), lanes);
+        products_commit();
+        products_wait<0>();
+        hold(state);
+        hold(out);
+        to_operand(outputs, out);
         if (DEPTH == 1) {
             __syncthreads();
             load.values_inverse_scores(chunk + 1, step + 1);
+            copy_async_commit();
         }
-        store_outputs(work.values(chunk, v_head) + panel * PANEL_BYTES, out, warp, lane);
-        scale_tokens(fresh, remaining, lane);
-        to_operand(d, fresh);
-        state.scale(growth[CHUNK - 1]);
-        add_outer(state, d, keys, lanes);
 
         const ChunkEntry entry = chunks[chunk];
         const bool is_last = step + 1 == span.num_chunks;
@@ -314,17 +279,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_scan(
         for (int copy = 0; copy < 2; ++copy) {
             const int slot = copy == 0 ? entry.capture : span.slot;
             if (slot < 0 || (copy == 1 && !is_last)) continue;
-            state.store(rules + slot * rule_stride + state_offset, lane);
+            store_state(rules + slot * rule_stride + state_offset, state, lane);
             Activation* ring = rings + slot * ring_stride;
             const Activation* rows = qkv + static_cast<long long>(entry.first_row) * qkv_stride;
             const int conv_dim = (2 * k_heads + v_heads) * HEAD_DIM;
             const int values = (2 * k_heads + v_head) * HEAD_DIM + split * BLOCK_COLUMNS;
-            store_ring(ring, rows, qkv_stride, entry.num_rows, conv_dim, values, BLOCK_COLUMNS);
+            store_ring(ring, rows, qkv_stride, entry, conv_dim, values, BLOCK_COLUMNS);
             if (v_head >= k_heads || split > 0) continue;
             const int query = k_head * HEAD_DIM, key = (k_heads + k_head) * HEAD_DIM;
-            store_ring(ring, rows, qkv_stride, entry.num_rows, conv_dim, query, HEAD_DIM);
-            store_ring(ring, rows, qkv_stride, entry.num_rows, conv_dim, key, HEAD_DIM);
+            store_ring(ring, rows, qkv_stride, entry, conv_dim, query, HEAD_DIM);
+            store_ring(ring, rows, qkv_stride, entry, conv_dim, key, HEAD_DIM);
         }
     }
+    store_outputs(work.values(end - 1, v_head) + panel * PANEL_BYTES, outputs, warp, lane);
     copy_async_wait<0>();
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from daemon.kernels.delta_state import (
-    HEAD_DIM,
     DeltaConstants,
     DeltaInputs,
     DeltaSizes,
@@ -19,17 +18,7 @@ from daemon.kernels.runtime.kernel import Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
 PARAMETERS = ("pointer",) * 13 + ("int32",) * 3 + ("int64",) * 2 + ("int32",) * 2 + ("float32",)
-ROWS_PER_THREAD = 8
-
-
-def splits(arch: str) -> int:
-    """Blocks per head; they exchange sums within a cluster, which Hopper and later have."""
-    return 4 if arch in ("sm_90a", "sm_120") else 1
-
-
-def defines(arch: str, types: DeltaTypes) -> dict[str, str | int]:
-    """Macros of one variant; the same for every batch size, so that bits do not depend on it."""
-    return {**types.defines, "SPLITS": splits(arch), "ROWS_PER_THREAD": ROWS_PER_THREAD}
+THREADS = 256
 
 
 class DeltaStep:
@@ -43,8 +32,7 @@ class DeltaStep:
         types: DeltaTypes,
         norm_eps: float,
     ) -> None:
-        self._splits = splits(device.arch)
-        cubin = compiler.cubin(SOURCE, defines(device.arch, types))
+        cubin = compiler.cubin(SOURCE, types.defines)
         self._kernel = Module(cubin).kernel("delta_step", PARAMETERS)
         self._stream = device.stream
         self._sizes = sizes
@@ -79,17 +67,15 @@ class DeltaStep:
         assert output.shape[1:] == (sizes.value_size,)
         rules, rule_stride = states.rules(layer)
         rings, ring_stride = states.rings(layer)
-        threads = HEAD_DIM * HEAD_DIM // (4 * ROWS_PER_THREAD * self._splits)
         self._kernel.launch(
             self._stream,
-            (self._splits, sizes.num_v_heads, num_sequences),
-            (threads, 1, 1),
+            (sizes.num_v_heads, num_sequences, 1),
+            (THREADS, 1, 1),
             *(inputs.qkv.address, inputs.z.address, inputs.gates.address),
             *constants,
             *(rules, rings, slots, captures, positions, output),
             *(inputs.qkv.stride, inputs.z.stride, inputs.gates.stride),
             *(rule_stride, ring_stride),
             *(sizes.num_k_heads, sizes.num_v_heads, self._norm_eps),
-            cluster=(self._splits, 1, 1) if self._splits > 1 else None,
             dependent=dependent,
         )

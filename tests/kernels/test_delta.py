@@ -360,7 +360,8 @@ def test_equal_keys_that_are_never_forgotten(
     )
     got = bench.fill(rows, [PrefillSpan(0, 256, 0)])
     assert relative_error(got, out) < 1e-2
-    assert relative_error(bench.rule(0), rule) < 5e-3
+    # Errors of one sign add up over a chunk of equal keys; bf16 operands would be at 8e-2.
+    assert relative_error(bench.rule(0), rule) < 1.5e-2
 
 
 def test_tables_follow_the_grid() -> None:
@@ -393,11 +394,13 @@ def test_other_shapes_are_refused(wrong: tuple[int, int, int, int, int]) -> None
 
 
 def test_blocks_fit_the_cards() -> None:
-    assert delta_prefill.scan_depth(227 * 1024) == 2
+    assert delta_prefill.scan_depth(227 * 1024) == 3
+    assert delta_prefill.scan_depth(163 * 1024) == 2
     assert delta_prefill.scan_depth(99 * 1024) == 1
     assert delta_prefill.scan_shared_bytes(1) <= 99 * 1024
-    assert delta_prefill.scan_warps(DeltaSizes(16, 48), 132) == 4
-    assert delta_prefill.scan_warps(DeltaSizes(16, 16), 132) == 1
+    assert delta_prefill.scan_warps(DeltaSizes(16, 48), "sm_80", 108) == 4
+    assert delta_prefill.scan_warps(DeltaSizes(16, 16), "sm_80", 108) == 2
+    assert delta_prefill.scan_warps(DeltaSizes(2, 6), "sm_90a", 132) == 4
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -405,7 +408,7 @@ def test_compiles_for_every_architecture(arch: str) -> None:
     compiler = Compiler(arch, None)
     types = TYPES["bf16"].defines
     sources = {
-        delta_step.SOURCE: delta_step.defines(arch, TYPES["bf16"]),
+        delta_step.SOURCE: types,
         delta_prefill.PREPARE: types,
         delta_prefill.SCAN: {**types, "SCAN_WARPS": 4, "DEPTH": 1},
         delta_prefill.GATE: types,

@@ -68,7 +68,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 __device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * LOG2_E); }
 
 __device__ __forceinline__ float sigmoid(float x) {
-    return __fdividef(1.0f, 1.0f + exp_approx(-fmaxf(x, -80.0f)));
+    return __fdividef(1.0f, 1.0f + exp_approx(-x));
 }
 
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
