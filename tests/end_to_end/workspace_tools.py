@@ -55,13 +55,15 @@ TOOLS = [
 
 
 class Workspace:
-    """A repository of two files, and the tools on it. `calls` are those made, in order."""
+    """A small repository, and the tools on it. `calls` are those made, in order."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.calls: list[tuple[str, dict[str, str]]] = []
         self._write("src/parser.py", PARSER)
         self._write("tests/test_parser.py", TESTS)
+        # The form of output that the model was trained on.
+        self._write("pytest.ini", "[pytest]\nconsole_output_style = classic\n")
 
     def call(self, name: str, arguments: dict[str, str]) -> str:
         """What the tool answers."""
