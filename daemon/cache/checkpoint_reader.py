@@ -110,7 +110,7 @@ def _state(reader: Reader, key: bytes) -> tuple[StateHeader, bytearray]:
     if record is None:
         raise DamagedRecord("a state without header")
     header = decode_state(key, record)
-    payload = reader.payload(key, header.payload_bytes)
+    payload = reader.payload("states", key, header.payload_bytes)
     if checksum(payload) != header.payload_sum:
         raise DamagedRecord("a state whose checksum does not match")
     return header, payload
@@ -122,7 +122,7 @@ def _page(reader: Reader, key: bytes) -> tuple[PageHeader, bytearray]:
         raise DamagedPage(key, "a page without header")
     try:
         header = decode_page(key, record)
-        payload = reader.payload(key, header.payload_bytes)
+        payload = reader.payload("pages", key, header.payload_bytes)
     except DamagedRecord as error:
         raise DamagedPage(key, str(error)) from error
     if checksum(payload) != header.payload_sum:

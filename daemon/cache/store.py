@@ -30,7 +30,8 @@ DATA_FILE = "data.mdb"
 _LOCK_FILE = "writer.lock"
 _OS_PAGE_BYTES = 4096
 _RECORD_BYTES = 512  # header, keys and their share of the B-tree
-_TABLES = ("meta", "pages", "states", "payloads", "uses", "sampled", "models")
+_PAYLOADS = {"pages": "page_payloads", "states": "state_payloads"}
+_TABLES = ("meta", "pages", "states", *_PAYLOADS.values(), "uses", "sampled", "models")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -78,15 +79,15 @@ class Reader:
         pairs = self._txn.cursor(self._tables["models"])
         return {bytes(key): bytes(name).decode(errors="replace") for key, name in pairs}
 
-    def payload(self, key: bytes, num_bytes: int) -> bytearray:
-        """A record's payload, copied.
+    def payload(self, table: str, key: bytes, num_bytes: int) -> bytearray:
+        """The payload of a record in "pages" or "states", copied.
 
         Raises:
             DamagedRecord: a chunk is missing or has another length.
         """
         payload = bytearray(num_bytes)
         for number, start in enumerate(range(0, num_bytes, CHUNK_BYTES)):
-            chunk = self._txn.get(_chunk_key(key, number), db=self._tables["payloads"])
+            chunk = self._txn.get(_chunk_key(key, number), db=self._tables[_PAYLOADS[table]])
             stop = min(start + CHUNK_BYTES, num_bytes)
             if chunk is None or len(chunk) != stop - start:
                 raise DamagedRecord("a payload with a missing chunk")
@@ -241,13 +242,13 @@ class Store:
         content = memoryview(payload).cast("B")
         for number, start in enumerate(range(0, len(content), CHUNK_BYTES)):
             chunk = content[start : start + CHUNK_BYTES]
-            txn.put(_chunk_key(key, number), chunk, db=self._tables["payloads"])
+            txn.put(_chunk_key(key, number), chunk, db=self._tables[_PAYLOADS[table]])
 
     def _delete(self, txn: Any, table: str, key: bytes) -> None:
         txn.delete(key, db=self._tables[table])
         if table == "states":
             txn.delete(key, db=self._tables["uses"])
-        with txn.cursor(self._tables["payloads"]) as chunks:
+        with txn.cursor(self._tables[_PAYLOADS[table]]) as chunks:
             found = chunks.set_range(key)
             while found and bytes(chunks.key()).startswith(key):
                 found = chunks.delete()
@@ -261,7 +262,6 @@ def footprint(payload_bytes: int) -> int:
 
 
 def _chunk_key(key: bytes, number: int) -> bytes:
-    # Keys of pages and states differ in length, so one table holds the chunks of both.
     return key + number.to_bytes(4, "big")
 
 
