@@ -47,7 +47,8 @@ class RecordingModel:
         logits = self.model.logits(batch)  # type: ignore[arg-type]
         sampling = [span for span in batch.spans if span.samples]  # type: ignore[attr-defined]
         if batch.kind == "prefill":  # type: ignore[attr-defined]
-            for span, row in zip(sampling, logits, strict=True):
+            rows = self.backend.logits_to_host(logits)
+            for span, row in zip(sampling, rows, strict=False):
                 self.rows.append((span.end, row.copy()))
         return logits
 

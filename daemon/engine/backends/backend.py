@@ -109,6 +109,10 @@ class Backend(Protocol):
         """
         ...
 
+    def fit_pages(self, shape: ModelShape, num_slots: int, wanted: int) -> int:
+        """How many of `wanted` pages fit beside the weights, which are loaded already."""
+        ...
+
     def clear_slot(self, slot: int) -> None:
         """The state before the first token."""
         ...
@@ -183,8 +187,11 @@ class Backend(Protocol):
         """residual + routed experts + shared expert, all from `x` `[tokens, hidden]`."""
         ...
 
-    def logits(self, run: Run, head: Handle, x: Array, rows: Literal["last", "all"]) -> Array:
-        """`[rows, vocab]`: of the last token of each span that samples, or of every token."""
+    def logits(
+        self, run: Run, norm: Handle, head: Handle, x: Array, rows: Literal["last", "all"]
+    ) -> Array:
+        """head RMSNorm(x): `[rows, vocab]`, of the last token of each span that samples, or of
+        every token."""
         ...
 
     def logits_to_host(self, logits: Array) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -104,6 +104,10 @@ class NumpyBackend:
             ) from error
         self.shape = shape
 
+    def fit_pages(self, shape: ModelShape, num_slots: int, wanted: int) -> int:
+        """All of them: pages that are never touched take no memory."""
+        return wanted
+
     def clear_slot(self, slot: int) -> None:
         """The state before the first token is zero."""
         self.rules[slot] = 0
@@ -224,10 +228,15 @@ class NumpyBackend:
         return residual
 
     def logits(
-        self, run: NumpyRun, head: Float32, x: Float32, rows: Literal["last", "all"]
+        self,
+        run: NumpyRun,
+        norm: Float32,
+        head: Float32,
+        x: Float32,
+        rows: Literal["last", "all"],
     ) -> Float32:
         """Each row alone, as in decode: a prompt's last row is no special case."""
-        flat = x.reshape(-1, 1, x.shape[-1])
+        flat = self.rms_norm(x, norm).reshape(-1, 1, x.shape[-1])
         chosen = np.concatenate(
             [
                 self._rows_of(span, blocks, x.shape[1], rows)

@@ -39,7 +39,7 @@ class Model(Struct, frozen=True):
             x = self._mix(run, num_mixed[kind], layer.mixer, x)
             x = self._feed_forward(layer.feed_forward, x)
             num_mixed[kind] += 1
-        return backend.logits(run, weights.head, backend.rms_norm(x, weights.norm), rows)
+        return backend.logits(run, weights.norm, weights.head, x, rows)
 
     def _mix(
         self, run: Run, layer: int, weights: DeltaNetWeights | AttentionWeights, x: Array

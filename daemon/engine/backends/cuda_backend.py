@@ -1,0 +1,428 @@
+"""The GPU: the operations of `backend.Backend`, each calling our kernels.
+
+Activations: the residual stream is float32 `[rows, hidden]`; operands of products are fp16, made by
+`rms_norm` or on the way into `add_project`. A decode batch is padded to a bucket, recorded once as
+a CUDA graph and replayed. Prefill always takes the kernels for many rows, however few there are,
+so that a row's bits do not depend on the batch. Engine thread only.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from msgspec import Struct
+
+from daemon.checkpoint import PAGE_TOKENS, HostBytes
+from daemon.engine.backends.backend import Sampled, SamplingRow
+from daemon.engine.backends.cuda_run import DecodeRun, DecodeTables, PrefillRun, prefill_run
+from daemon.engine.backends.cuda_weights import CudaMatrix, CudaTable, WeightLoader
+from daemon.engine.batch import Batch
+from daemon.engine.model.shape import ModelShape
+from daemon.engine.model.weights import AttentionWeights, DeltaNetWeights, ExpertWeights
+from daemon.engine.requests import TokenLogprobs
+from daemon.engine.weights.gguf import Tensor
+from daemon.errors import OutOfDeviceMemory, UnsupportedModel
+from daemon.kernels.attention_decode import AttentionDecode
+from daemon.kernels.attention_prefill import AttentionPrefill
+from daemon.kernels.delta_prefill import DeltaPrefill, workspace_bytes
+from daemon.kernels.delta_state import (
+    DeltaConstants,
+    DeltaInputs,
+    DeltaSizes,
+    DeltaSlots,
+    DeltaTypes,
+)
+from daemon.kernels.delta_step import DeltaStep
+from daemon.kernels.kv_append import KvAppend
+from daemon.kernels.kv_format import HEAD_DIM, KvFormat, KvLayout
+from daemon.kernels.quant_activations import CHUNKS, PANELS, ActivationKernels, padded_tokens
+from daemon.kernels.quant_gemm import GemmKernels
+from daemon.kernels.quant_gemv import ADD, MAX_TOKENS, STORE, SWIGLU, GemvKernels
+from daemon.kernels.runtime.compiler import Compiler
+from daemon.kernels.runtime.device import Device
+from daemon.kernels.runtime.device_array import DeviceArray, ElementType
+from daemon.kernels.runtime.graph import Graph
+from daemon.kernels.sample import Choice, Sample
+
+F32 = ElementType.F32
+BUCKETS = (1, 2, 4, 8, 16)
+ROTATED_DIMS = 64
+Run = DecodeRun | PrefillRun
+
+
+class CudaLimits(Struct, frozen=True, kw_only=True):
+    """`max_rows` of one prefill batch; formats of stored keys and values; bytes to leave free."""
+
+    max_rows: int = 2048
+    context_length: int
+    k_format: KvFormat = KvFormat.BF16
+    v_format: KvFormat = KvFormat.BF16
+    reserve_bytes: int = 512 * 2**20
+
+
+class Operand(NamedTuple):
+    """fp16 rows ready to be multiplied: `array` in layout PANELS (decode) or CHUNKS (prefill)."""
+
+    array: DeviceArray
+    num_rows: int
+    layout: int
+
+
+class CudaBackend:
+    """Fulfils `backend.Backend` on one GPU."""
+
+    def __init__(
+        self, device: Device, compiler: Compiler, limits: CudaLimits, rms_eps: float
+    ) -> None:
+        self._device = device
+        self._compiler = compiler
+        self._limits = limits
+        self._eps = rms_eps
+        self._convert = ActivationKernels(device, compiler)
+        self._gemv = GemvKernels(device, compiler)
+        self._gemm = GemmKernels(device, compiler)
+        self._loader = WeightLoader(device, compiler, self._gemv, self._gemm)
+        self._graphs: dict[int, Graph] = {}
+        self._warm: set[int] = set()
+        self._operand_layout = PANELS
+
+    @property
+    def name(self) -> str:
+        """The card."""
+        return f"{self._device.name} ({self._device.arch})"
+
+    @property
+    def numerics(self) -> str:
+        """The card's architecture, how work is dealt to it, and the formats of keys and values."""
+        formats = f"{self._limits.k_format.name}/{self._limits.v_format.name}"
+        return f"cuda {self._device.arch}; {self._device.num_sms} SMs; KV {formats}; kernels 1"
+
+    # ── weights ───────────────────────────────────────────────────────────────────────────────
+
+    def matrix(self, parts: Sequence[Tensor]) -> CudaMatrix:
+        """See `WeightLoader.matrix`."""
+        return self._loader.matrix(parts)
+
+    def gated_matrix(self, gate: Tensor, up: Tensor) -> CudaMatrix:
+        """See `WeightLoader.gated_matrix`."""
+        return self._loader.gated_matrix(gate, up)
+
+    def table(self, tensor: Tensor) -> CudaTable:
+        """See `WeightLoader.table`."""
+        return self._loader.table(tensor)
+
+    def tied_head(self, table: CudaTable) -> CudaMatrix:
+        """The same values packed for products; the table itself stays for look-ups."""
+        return self._loader.matrix([table.tensor])
+
+    def vector(self, tensor: Tensor) -> DeviceArray:
+        """See `WeightLoader.vector`."""
+        return self._loader.vector(tensor)
+
+    def experts(self, parts: Sequence[Tensor]) -> None:
+        """Mixtures of experts have no kernels yet."""
+        raise UnsupportedModel("mixture-of-experts models do not run on the GPU yet")
+
+    # ── memory ────────────────────────────────────────────────────────────────────────────────
+
+    def fit_pages(self, shape: ModelShape, num_slots: int, wanted: int) -> int:
+        """What is free after slots and workspace, less the reserve."""
+        layout, sizes = self._kv_layout(shape), _delta_sizes(shape)
+        slots = num_slots * DeltaSlots.slot_bytes(sizes, shape.num_delta_layers, F32)
+        fixed = slots + _workspace_bytes(shape, self._limits.max_rows) + self._limits.reserve_bytes
+        return max(0, min(wanted, (self._device.free_bytes() - fixed) // layout.page_bytes))
+
+    def allocate(self, shape: ModelShape, num_slots: int, num_pages: int) -> None:
+        """States, pages, and the workspace of a step."""
+        if shape.attention.head_dim != HEAD_DIM or shape.attention.rope_dim != ROTATED_DIMS:
+            raise UnsupportedModel(
+                f"the GPU kernels need attention heads of {HEAD_DIM} with {ROTATED_DIMS} rotated "
+                f"dims; this model has {shape.attention.head_dim} and {shape.attention.rope_dim}"
+            )
+        if self.fit_pages(shape, num_slots, num_pages) < num_pages:
+            raise OutOfDeviceMemory(
+                f"{num_pages * PAGE_TOKENS} tokens of KV do not fit the GPU beside the weights; "
+                f"{self.fit_pages(shape, num_slots, num_pages) * PAGE_TOKENS} tokens would"
+            )
+        self.shape = shape
+        self._layout = self._kv_layout(shape)
+        self._pool = self._device.allocate((num_pages, self._layout.page_bytes), ElementType.U8)
+        sizes = _delta_sizes(shape)
+        slot_bytes = DeltaSlots.slot_bytes(sizes, shape.num_delta_layers, F32)
+        memory = self._device.allocate((num_slots, slot_bytes), ElementType.U8)
+        self._slots = DeltaSlots(memory, sizes, shape.num_delta_layers, num_slots, F32)
+        self._staging = self._device.allocate_pinned(max(slot_bytes, self._layout.page_bytes))
+        self._max_pages = -(-self._limits.context_length // PAGE_TOKENS) + 1
+        self._decode_tables = DecodeTables(self._device, MAX_TOKENS, self._max_pages)
+        self._frequencies = self._device.to_device(np.asarray(shape.rope.frequencies, np.float64))
+        self._make_workspace(shape)
+        self._make_kernels(shape, sizes)
+
+    def clear_slot(self, slot: int) -> None:
+        """The state before the first token is zero."""
+        self._slots.clear(self._device, slot)
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Within the device, in the stream's order."""
+        self._slots.copy(self._device, source, target)
+
+    def read_slot(self, slot: int) -> bytes:
+        """One copy to pinned memory, one from there."""
+        staging = self._staging[: self._slots.memory.shape[1]]
+        self._slots.read(self._device, slot, staging)
+        self._device.synchronize()
+        return staging.tobytes()
+
+    def write_slot(self, slot: int, state: HostBytes) -> None:
+        """The inverse of `read_slot`."""
+        self._slots.write(self._device, slot, np.frombuffer(state, np.uint8))
+
+    def read_page(self, page: int) -> bytes:
+        """One copy to pinned memory, one from there."""
+        staging = self._staging[: self._layout.page_bytes]
+        self._device.read(self._pool.rows(page, page + 1), staging)
+        self._device.synchronize()
+        return staging.tobytes()
+
+    def write_page(self, page: int, content: HostBytes) -> None:
+        """The inverse of `read_page`."""
+        self._device.write(self._pool.rows(page, page + 1), np.frombuffer(content, np.uint8))
+
+    # ── one step ──────────────────────────────────────────────────────────────────────────────
+
+    def evaluate(self, batch: Batch, forward: Callable[[Run], DeviceArray]) -> DeviceArray:
+        """Prefill calls the operations; decode records them per bucket and replays."""
+        self._operand_layout = PANELS if batch.kind == "decode" else CHUNKS
+        if batch.kind == "prefill":
+            return forward(prefill_run(self._device, batch, self._max_pages))
+        bucket = next(size for size in BUCKETS if size >= len(batch.spans))
+        self._decode_tables.fill(batch.spans)
+        run = self._decode_tables.run(bucket)
+        if bucket not in self._warm:
+            # The first batch runs as it is: kernels are compiled then, which no recording may do.
+            self._warm.add(bucket)
+            forward(run)
+        else:
+            if bucket not in self._graphs:
+                self._graphs[bucket] = Graph(self._device, lambda: _discard(forward(run)))
+            self._graphs[bucket].replay()
+        return self._logits.rows(0, len(batch.spans))
+
+    def embed(self, run: Run, table: CudaTable) -> DeviceArray:
+        """Float32, the beginning of the residual stream."""
+        x = self._residual.rows(0, run.num_rows)
+        table.kernel(table.rows, run.tokens, x)
+        return x
+
+    def rms_norm(self, x: DeviceArray, weight: DeviceArray) -> Operand:
+        """The norm, rounded to fp16 for the product that follows."""
+        return self._operand(x, self._narrow, self._operand_layout, weight)
+
+    def project(self, matrix: CudaMatrix, x: Operand) -> DeviceArray:
+        """Float32 `[rows, matrix rows]`."""
+        out = self._projected.view((x.num_rows, matrix.rows))
+        self._multiply(matrix, x, out, STORE)
+        return out
+
+    def add_project(
+        self, matrix: CudaMatrix, x: Operand | DeviceArray, residual: DeviceArray
+    ) -> Any:
+        """In the residual's place."""
+        if not isinstance(x, Operand):
+            x = self._operand(x, self._wide, self._operand_layout)
+        self._multiply(matrix, x, residual, ADD)
+        return residual
+
+    def project_gated(self, matrix: CudaMatrix, x: Operand) -> Operand:
+        """An fp16 operand again, for the product that follows."""
+        out = self._wide.view((padded_tokens(x.num_rows), matrix.rows // 2))
+        self._multiply(matrix, x, out, SWIGLU)
+        return Operand(out, x.num_rows, x.layout)
+
+    def delta_net(
+        self, run: Run, layer: int, weights: DeltaNetWeights, x: DeviceArray
+    ) -> DeviceArray:
+        """One fused kernel in decode; prepare, scan and gate in prefill."""
+        inputs = DeltaInputs.of_rows(x, self._slots.sizes)
+        constants = DeltaConstants(weights.conv, weights.decay, weights.dt_bias, weights.gated_norm)
+        out = self._mixed.view((run.num_rows, self._slots.sizes.value_size))
+        if isinstance(run, DecodeRun):
+            self._delta_step(
+                inputs, constants, self._slots, layer, run.slots, run.captures, run.positions, out
+            )
+        else:
+            self._delta_prefill(inputs, constants, self._slots, layer, run.tables, out)
+        return out
+
+    def attention(
+        self, run: Run, layer: int, weights: AttentionWeights, x: DeviceArray
+    ) -> DeviceArray:
+        """Append, then attend: split over keys in decode, over query tiles in prefill."""
+        heads = (run.num_rows, self.shape.attention.num_heads, HEAD_DIM)
+        queries = self._queries.view(heads)
+        self._kv_append(
+            x, run.positions, run.sequences, run.page_table, self._pool, layer, queries,
+            (weights.q_norm, weights.k_norm), self._frequencies, self.shape.rope.magnitude,
+            self._eps,
+        )  # fmt: skip
+        out = self._mixed.view(heads)
+        place = (run.page_table, self._pool, layer, out)
+        if isinstance(run, DecodeRun):
+            self._attention_decode(queries, x, run.positions, *place)
+        else:
+            self._attention_prefill(queries, x, run.tiles, *place)
+        return out.view((run.num_rows, heads[1] * HEAD_DIM))
+
+    def mix_experts(self, weights: ExpertWeights, x: Operand, residual: DeviceArray) -> DeviceArray:
+        """Never reached: `experts` refuses the weights."""
+        raise UnsupportedModel("mixture-of-experts models do not run on the GPU yet")
+
+    def logits(
+        self,
+        run: Run,
+        norm: DeviceArray,
+        head: CudaMatrix,
+        x: DeviceArray,
+        rows: Literal["last", "all"],
+    ) -> DeviceArray:
+        """By the kernel for few rows, always: a prompt's last row has the bits of decode."""
+        if isinstance(run, DecodeRun):
+            self._head(norm, head, x, self._logits)
+            return self._logits.rows(0, run.num_rows)
+        wanted = range(run.num_rows) if rows == "all" else run.last_rows
+        out = self._device.allocate((max(len(wanted), 1), head.rows), F32)
+        for first in range(0, len(wanted), MAX_TOKENS):
+            group = wanted[first : first + MAX_TOKENS]
+            picked = self._picked.rows(0, len(group))
+            for target, source in enumerate(group):
+                self._device.copy(picked.rows(target, target + 1), x.rows(source, source + 1))
+            self._head(norm, head, picked, out.rows(first, first + len(group)))
+        return out
+
+    def logits_to_host(self, logits: DeviceArray) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Waits."""
+        return self._device.to_host(logits)
+
+    def sample(
+        self, logits: DeviceArray, rows: Sequence[SamplingRow], num_tokens: int
+    ) -> list[Sampled]:
+        """On the device; one small copy comes back."""
+        chosen = self._sample(logits, [_choice(row) for row in rows], num_tokens)
+        return [
+            Sampled(
+                choice.token,
+                None
+                if row.params.logprobs is None
+                else TokenLogprobs(choice.logprob, choice.alternatives),
+            )
+            for choice, row in zip(chosen, rows, strict=True)
+        ]
+
+    # ── the parts of it ───────────────────────────────────────────────────────────────────────
+
+    def _head(self, norm: DeviceArray, head: CudaMatrix, x: DeviceArray, out: DeviceArray) -> None:
+        operand = self._operand(x, self._narrow, PANELS, norm)
+        self._gemv.multiply(head.gemv, operand.array, operand.num_rows, out, STORE)
+
+    def _operand(
+        self, x: DeviceArray, memory: DeviceArray, layout: int, norm: DeviceArray | None = None
+    ) -> Operand:
+        array = memory.view((padded_tokens(x.shape[0]), x.shape[1]))
+        self._convert.convert(x, array, layout, norm, self._eps)
+        return Operand(array, x.shape[0], layout)
+
+    def _multiply(self, matrix: CudaMatrix, x: Operand, out: DeviceArray, epilogue: int) -> None:
+        if x.layout == PANELS:
+            self._gemv.multiply(matrix.gemv, x.array, x.num_rows, out, epilogue)
+        else:
+            self._gemm.multiply(matrix.gemm, x.array, x.num_rows, out, epilogue)
+
+    def _kv_layout(self, shape: ModelShape) -> KvLayout:
+        return KvLayout(
+            shape.num_attention_layers,
+            shape.attention.num_kv_heads,
+            self._limits.k_format,
+            self._limits.v_format,
+        )
+
+    def _make_workspace(self, shape: ModelShape) -> None:
+        """Arrays that a step overwrites; recorded graphs keep their addresses."""
+        allocate, rows, widths = self._device.allocate, self._limits.max_rows, _widths(shape)
+        self._residual = allocate((rows, shape.hidden), F32)
+        self._narrow = allocate((rows * shape.hidden,), ElementType.F16)
+        self._wide = allocate((rows * widths.operand,), ElementType.F16)
+        self._projected = allocate((rows * widths.projected,), F32)
+        self._mixed = allocate((rows * widths.mixed,), F32)
+        queries = ElementType.BF16 if self._layout.queries_are_bf16 else ElementType.F16
+        self._queries = allocate((rows * shape.attention.num_heads * HEAD_DIM,), queries)
+        self._picked = allocate((MAX_TOKENS, shape.hidden), F32)
+        self._logits = allocate((MAX_TOKENS, shape.vocab_size), F32)
+        chunks = workspace_bytes(_delta_sizes(shape), _max_chunks(rows))
+        self._chunk_space = allocate((chunks,), ElementType.U8)
+
+    def _make_kernels(self, shape: ModelShape, sizes: DeltaSizes) -> None:
+        common = (self._device, self._compiler)
+        heads, types = shape.attention.num_heads, DeltaTypes(F32, F32, F32)
+        self._delta_step = DeltaStep(*common, sizes, types, self._eps)
+        self._delta_prefill = DeltaPrefill(*common, sizes, types, self._eps, self._chunk_space)
+        self._kv_append = KvAppend(*common, self._layout, F32)
+        self._attention_decode = AttentionDecode(*common, self._layout, heads, MAX_TOKENS, F32, F32)
+        self._attention_prefill = AttentionPrefill(*common, self._layout, heads, F32, F32)
+        self._sample = Sample(*common, shape.vocab_size, MAX_TOKENS)
+
+
+class _Widths(NamedTuple):
+    """Columns of the widest projection, mixer output and fp16 operand of a model."""
+
+    projected: int
+    mixed: int
+    operand: int
+
+
+def _widths(shape: ModelShape) -> _Widths:
+    attention, delta = shape.attention, shape.delta_net
+    attended = attention.num_heads * attention.head_dim
+    kv = attention.num_kv_heads * attention.head_dim
+    mixed = max(attended, delta.value_size)
+    delta_row = delta.conv_dim + delta.value_size + 2 * delta.num_v_heads
+    return _Widths(max(2 * attended + 2 * kv, delta_row), mixed, max(mixed, shape.dense_dim))
+
+
+def _workspace_bytes(shape: ModelShape, rows: int) -> int:
+    widths, heads = _widths(shape), shape.attention.num_heads
+    per_row = shape.hidden * 6 + 2 * widths.operand + 4 * (widths.projected + widths.mixed)
+    chunks = workspace_bytes(_delta_sizes(shape), _max_chunks(rows))
+    return rows * (per_row + 2 * heads * HEAD_DIM) + MAX_TOKENS * 4 * shape.vocab_size + chunks
+
+
+def _max_chunks(rows: int) -> int:
+    return rows // PAGE_TOKENS + MAX_TOKENS
+
+
+def _delta_sizes(shape: ModelShape) -> DeltaSizes:
+    sizes = shape.delta_net
+    return DeltaSizes.checked(
+        sizes.num_k_heads, sizes.num_v_heads, sizes.k_dim, sizes.v_dim, sizes.conv_width
+    )
+
+
+def _choice(row: SamplingRow) -> Choice:
+    params = row.params
+    return Choice(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition=params.repetition_penalty,
+        presence=params.presence_penalty,
+        frequency=params.frequency_penalty,
+        seed=row.seed,
+        step=row.step,
+        counts={token: replied for token, (_, replied) in row.counts.items()},
+        biases=dict(params.logit_bias),
+        num_alternatives=params.logprobs,
+    )
+
+
+def _discard(_: DeviceArray) -> None:
+    """A recording has no result: it is in the arrays that the launches write."""

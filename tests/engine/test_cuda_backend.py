@@ -1,0 +1,92 @@
+"""The GPU against the golden outputs, and its own row invariance: bit for bit, on a real card."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_harness import EngineHarness
+from memory_store import MemoryStore
+
+from daemon.engine.evaluation import evaluate
+from daemon.engine.model.model import Model
+from daemon.engine.weights.gguf import open_gguf
+from daemon.engine.weights.loader import load_model, model_shape
+
+pytestmark = pytest.mark.gpu
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "tiny-coder"
+LOGIT_BOUND = 0.15
+"""fp16 operands and bf16 keys and values, against float32; the logits' spread is about 5."""
+
+Golden = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def load_on_gpu() -> Callable[[], Model]:
+    from daemon.engine.backends.cuda_backend import CudaBackend, CudaLimits
+    from daemon.kernels.runtime.compiler import Compiler
+    from daemon.kernels.runtime.device import Device
+
+    device = Device.open()
+    compiler = Compiler(device.arch, None)
+    file = open_gguf(VECTORS / "tiny-coder-BF16.gguf")
+
+    def load() -> Model:
+        limits = CudaLimits(context_length=8192)
+        return load_model(file, CudaBackend(device, compiler, limits, model_shape(file).rms_eps))
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def on_gpu(load_on_gpu: Callable[[], Model]) -> Model:
+    return load_on_gpu()
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_logits_are_close_to_the_golden_ones(on_gpu: Model, golden: Golden, index: int) -> None:
+    logits = evaluate(on_gpu, golden[f"{index}_ids"])
+    top = np.take_along_axis(logits, golden[f"{index}_top_ids"], axis=1)
+    assert np.abs(top - golden[f"{index}_top_logits"]).max() < LOGIT_BOUND
+
+
+def test_greedy_tokens_equal_the_golden_ones(on_gpu: Model, golden: Golden) -> None:
+    harness = EngineHarness(on_gpu)
+    replies = [
+        (harness.submit(golden[f"{i}_ids"], max_tokens=len(golden[f"{i}_greedy"])), i)
+        for i in range(8)
+    ]
+    harness.run()
+    for reply, i in replies:
+        assert reply.tokens == golden[f"{i}_greedy"].tolist()
+
+
+def cold(model: Model, tokens: np.ndarray, max_tokens: int = 8) -> tuple[np.ndarray, list[int]]:
+    harness = EngineHarness(model, MemoryStore(interval=10**9))
+    reply = harness.generate(tokens, max_tokens=max_tokens)
+    return harness.last_prompt_logits(len(tokens)), reply.tokens
+
+
+@pytest.mark.parametrize(("position", "step"), [(64, 64), (128, 256), (704, 512), (1536, 1024)])
+def test_resumed_equals_cold(on_gpu: Model, golden: Golden, position: int, step: int) -> None:
+    ids = golden["7_ids"]
+    logits, tokens = cold(on_gpu, ids)
+    store = MemoryStore(interval=10**9)
+    EngineHarness(on_gpu, store).generate(ids, boundaries=[position])
+    harness = EngineHarness(on_gpu, store, strict=True, prefill_tokens=step)
+    reply = harness.generate(ids)
+    assert reply.num_cached == position
+    assert np.array_equal(harness.last_prompt_logits(len(ids)), logits)
+    assert reply.tokens == tokens
+
+
+def test_batched_equals_alone(on_gpu: Model, golden: Golden) -> None:
+    prompts = [golden[f"{i}_ids"] for i in (3, 2, 5, 0)] + [golden["7_ids"][:200]]
+    alone = [cold(on_gpu, prompt, max_tokens=20) for prompt in prompts]
+    harness = EngineHarness(on_gpu, prefill_tokens=128)
+    replies = [harness.submit(prompt, max_tokens=20) for prompt in prompts]
+    harness.run()
+    for prompt, reply, (logits, tokens) in zip(prompts, replies, alone, strict=True):
+        assert np.array_equal(harness.last_prompt_logits(len(prompt)), logits)
+        assert reply.tokens == tokens
