@@ -68,6 +68,10 @@ class Backend(Protocol):
         """Identity of the arithmetic: equal strings promise equal bits. Part of every hash."""
         ...
 
+    def attach(self) -> None:
+        """Called once, on the engine's thread, before anything else is called there."""
+        ...
+
     # ── weights: read once, kept in whatever form is fastest ──────────────────────────────────
 
     def matrix(self, parts: Sequence[Tensor]) -> Handle:

@@ -97,6 +97,10 @@ class CudaBackend:
         formats = f"{self._limits.k_format.name}/{self._limits.v_format.name}"
         return f"cuda {self._device.arch}; {self._device.num_sms} SMs; KV {formats}; kernels 1"
 
+    def attach(self) -> None:
+        """Make the GPU current in the engine's thread."""
+        self._device.use_here()
+
     # ── weights ───────────────────────────────────────────────────────────────────────────────
 
     def matrix(self, parts: Sequence[Tensor]) -> CudaMatrix:
@@ -226,7 +230,7 @@ class CudaBackend:
 
     def add_project(
         self, matrix: CudaMatrix, x: Operand | DeviceArray, residual: DeviceArray
-    ) -> Any:
+    ) -> DeviceArray:
         """In the residual's place."""
         if not isinstance(x, Operand):
             x = self._operand(x, self._wide, self._operand_layout)

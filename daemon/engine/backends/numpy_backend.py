@@ -59,6 +59,9 @@ class NumpyBackend:
         cores = len(os.sched_getaffinity(0))
         return f"numpy {np.__version__}; {blas['version']}; {extensions}; {cores} cores; layout 1"
 
+    def attach(self) -> None:
+        """NumPy runs on any thread."""
+
     def matrix(self, parts: Sequence[Tensor]) -> Float32:
         """`[columns, sum of rows]`."""
         stacked = [dequantize(part.data, part.format, part.shape) for part in parts]
