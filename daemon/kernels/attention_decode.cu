@@ -14,7 +14,8 @@
 #include "attention_output.cuh"
 #include "attention_strip.cuh"
 
-// Shared memory: the larger of the ring, WARPS x STAGES slots, and f32 [WARPS, GROUP, 256].
+// Shared memory: the larger of the ring, WARPS x STAGES slots, and the warps' outputs,
+// f32 [WARPS, GROUP, OUTPUT_STRIDE].
 constexpr int SLOT_BYTES = strip_bytes(K_FORMAT) > strip_bytes(V_FORMAT) ? strip_bytes(K_FORMAT)
                                                                         : strip_bytes(V_FORMAT);
 constexpr int MIN_STRIPS = 2 * WARPS;  // a block with fewer strips costs more than it saves
@@ -33,11 +34,12 @@ __device__ __forceinline__ Share share_of(int length, int index, int max_splits)
     return {int(1LL * strips * index / splits), int(1LL * strips * (index + 1) / splits), splits};
 }
 
-// Merges the warps' outputs [WARPS, GROUP, 256] to one block's partial result, in order.
+// Merges the warps' outputs [WARPS, GROUP, OUTPUT_STRIDE] to one block's partial result, in order.
 __device__ __forceinline__ void merge_warps(const float* outputs, const float* maxima,
                                             const float* sums, float* partial) {
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
         const int head = i / HEAD_DIM;
+        const float* mine = outputs + head * OUTPUT_STRIDE + i % HEAD_DIM;
         float maximum = NEGATIVE_INFINITY, sum = 0, value = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) maximum = fmaxf(maximum, maxima[w * GROUP + head]);
@@ -45,7 +47,7 @@ __device__ __forceinline__ void merge_warps(const float* outputs, const float* m
         for (int w = 0; w < WARPS; ++w) {
             const float factor = exp2_approx(maxima[w * GROUP + head] - maximum);
             sum += sums[w * GROUP + head] * factor;
-            value += outputs[w * GROUP * HEAD_DIM + i] * factor;
+            value += mine[w * GROUP * OUTPUT_STRIDE] * factor;
         }
         partial[i] = value;
         if (i % HEAD_DIM == 0) {
@@ -104,8 +106,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(
     __syncthreads();
 
     float* outputs = reinterpret_cast<float*>(shared);
-    attention.store(outputs + warp * GROUP * HEAD_DIM, maxima + warp * GROUP, sums + warp * GROUP,
-                    lane);
+    attention.store(outputs + warp * GROUP * OUTPUT_STRIDE, maxima + warp * GROUP,
+                    sums + warp * GROUP, lane);
     __syncthreads();
     merge_warps(outputs, maxima, sums, partials + (line * max_splits + split) * PARTIAL_FLOATS);
 }
@@ -118,7 +120,7 @@ __device__ __forceinline__ float4 load_now(const float* address) {
     return x;
 }
 
-// Merges a head's splits: a thread takes four dims, and all its loads are under way together.
+// Merges a head's splits: a thread takes four places, and all its loads are under way together.
 extern "C" __global__ void __launch_bounds__(HEAD_DIM / 4) attention_decode_merge(
     const float* partials,                 // f32 [sequences, kv_heads, max_splits, PARTIAL_FLOATS]
     const void* projections,               // f32 or bf16 [sequences, row_stride]: the gates
@@ -128,14 +130,15 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM / 4) attention_decode_merg
     int max_splits)
 {
     const int head = blockIdx.x, q_heads = gridDim.x, sequence = blockIdx.y;
-    const int dim = threadIdx.x * 4;
+    __shared__ float merged[HEAD_DIM];
+    const int place = threadIdx.x * 4;
     allow_next_kernel();
     const int length = positions[sequence] + 1;
     const int splits = length > 0 ? share_of(length, 0, max_splits).num_splits : 0;
     const size_t line = size_t(sequence) * (q_heads / GROUP) + head / GROUP;
     const float* all = partials + line * max_splits * PARTIAL_FLOATS;
     const float* maxima = all + GROUP * HEAD_DIM + head % GROUP;
-    const float* outputs = all + head % GROUP * HEAD_DIM + dim;
+    const float* outputs = all + head % GROUP * HEAD_DIM + place;
     wait_for_previous_kernel();
     float4 value = {0, 0, 0, 0};
     float maximum = NEGATIVE_INFINITY, sum = 0;
@@ -165,7 +168,12 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM / 4) attention_decode_merg
         }
     }
     const float inverse = splits > 0 ? 1.0f / sum : 0;
+    const float values[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) merged[dim_of_place<V_FORMAT>(place + i)] = values[i] * inverse;
+    __syncthreads();
     const GatedRow target(projections, output, sequence, row_stride, head, q_heads);
-    target.write(dim, value.x * inverse, value.y * inverse);
-    target.write(dim + 2, value.z * inverse, value.w * inverse);
+    for (int dim = threadIdx.x * 2; dim < HEAD_DIM; dim += HEAD_DIM / 2) {
+        target.write(dim, merged[dim], merged[dim + 1]);
+    }
 }

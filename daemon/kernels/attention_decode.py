@@ -15,6 +15,9 @@ MERGE_PARAMETERS = ("pointer",) * 4 + ("int32",) * 2
 MERGE_THREADS = HEAD_DIM // 4
 STRIP_TOKENS = 16
 MAX_GROUP = 16
+WARPS = 4
+MAX_STAGES = 4
+STATIC_BYTES = 2048
 
 
 class DecodeShape(NamedTuple):
@@ -29,17 +32,16 @@ class DecodeShape(NamedTuple):
 def choose_shape(
     layout: KvLayout, group: int, num_sms: int, shared_bytes_per_block: int
 ) -> DecodeShape:
-    """As many bytes in flight as shared memory holds; splits that fill the card once.
+    """Two blocks a multiprocessor when there are several sequences; splits that fill the card once.
 
     The number of splits is a constant of card and model, so that bits do not depend on the batch.
     """
     slot = max(layout.k_format.block_bytes, layout.v_format.block_bytes) // 64 * STRIP_TOKENS
-    warps = 8 if shared_bytes_per_block >= 160 * 1024 and group <= 8 else 4
-    ring = shared_bytes_per_block - 4096
-    stages = min(6, ring // (warps * slot))
-    merge = warps * group * HEAD_DIM * 4
+    half = shared_bytes_per_block // 2 - STATIC_BYTES
+    stages = max(2, min(MAX_STAGES, half // (WARPS * slot)))
+    merge = WARPS * group * (HEAD_DIM + 4) * 4
     return DecodeShape(
-        warps, stages, max(1, num_sms // layout.kv_heads), max(warps * stages * slot, merge)
+        WARPS, stages, max(1, num_sms // layout.kv_heads), max(WARPS * stages * slot, merge)
     )
 
 
@@ -78,7 +80,9 @@ class AttentionDecode:
             layout, group, device.num_sms, device.shared_bytes_per_block
         )
         cubin = compiler.cubin(SOURCE, defines(layout, group, self._shape, projection, output))
-        shared = self._shape.shared_bytes
+        self._num_sms = device.num_sms
+        self._alone_bytes = device.shared_bytes_per_block // 2 + STATIC_BYTES
+        shared = max(self._shape.shared_bytes, self._alone_bytes)
         module = Module(cubin)
         self._kernel = module.kernel("attention_decode", PARAMETERS, shared)
         self._merge = module.kernel("attention_decode_merge", MERGE_PARAMETERS)
@@ -107,6 +111,10 @@ class AttentionDecode:
             output: `[sequences, q_heads, 256]`, written.
         """
         num_sequences = positions.shape[0]
+        shared_bytes = self._shape.shared_bytes
+        # Few blocks: one a multiprocessor. Two of them side by side would leave another one idle.
+        if self._shape.max_splits * self._layout.kv_heads * num_sequences <= self._num_sms:
+            shared_bytes = max(shared_bytes, self._alone_bytes)
         assert num_sequences <= self._partials.shape[0]
         self._kernel.launch(
             self._stream,
@@ -121,7 +129,7 @@ class AttentionDecode:
             self._shape.max_splits,
             self._layout.page_bytes,
             self._layout.layer_offset(layer),
-            shared_bytes=self._shape.shared_bytes,
+            shared_bytes=shared_bytes,
             dependent=dependent,
         )
         self._merge.launch(

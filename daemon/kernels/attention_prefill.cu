@@ -11,7 +11,7 @@
 //
 // Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head), HEADS (of a block:
 // 1 or 2, a divisor of GROUP), PROJECTION_BF16, OUTPUT_BF16 (0: f32, 1: bf16).
-#include "attention_output.cuh"
+#include "attention_rows.cuh"
 #include "attention_tile.cuh"
 
 constexpr int WARPS = HEADS * 4;
@@ -63,17 +63,7 @@ __device__ __forceinline__ void load_queries(u8* tiles, const u16* queries, cons
     copy_async_commit();
 }
 
-struct Rows {
-    float out[32][4];
-    float maximum[2], sum[2];
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int i = 0; i < 128; ++i) out[i >> 2][i & 3] = 0;
-        maximum[0] = maximum[1] = NEGATIVE_INFINITY;
-        sum[0] = sum[1] = 0;
-    }
-
+struct Rows : SoftRows {
     // score[n]: rows g and g + 8 of 16 query rows, keys 8 n + 2 j and 8 n + 2 j + 1.
     __device__ __forceinline__ void score_page(float (&score)[8][4], u32 query_tile, u32 key_tile,
                                                int first_row, int lane) {
@@ -94,41 +84,6 @@ struct Rows {
                 mma_16816<K_BF16>(score[2 * pair], a, b[0], b[1]);
                 mma_16816<K_BF16>(score[2 * pair + 1], a, b[2], b[3]);
             }
-        }
-    }
-
-    // Scores to shares of the running maximum; `first_row` counts within the diagonal page.
-    __device__ __forceinline__ void soften(float (&score)[8][4], bool diagonal, int first_row,
-                                           int lane) {
-        float best[2] = {maximum[0], maximum[1]};
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            const int n = i >> 2, c = i & 3;
-            const int key = 8 * n + 2 * (lane & 3) + (c & 1);
-            const int row = first_row + (lane >> 2) + 8 * (c >> 1);
-            const float scaled = score[n][c] * LOG2_SCALE;
-            score[n][c] = diagonal && key > row ? NEGATIVE_INFINITY : scaled;
-            best[c >> 1] = fmaxf(best[c >> 1], score[n][c]);
-        }
-        float factor[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            best[h] = fmaxf(best[h], __shfl_xor_sync(~0u, best[h], 1));
-            best[h] = fmaxf(best[h], __shfl_xor_sync(~0u, best[h], 2));
-            factor[h] = exp2_approx(maximum[h] - best[h]);
-            maximum[h] = best[h];
-            sum[h] *= factor[h];
-        }
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            const int n = i >> 2, c = i & 3;
-            score[n][c] = exp2_approx(score[n][c] - best[c >> 1]);
-            sum[c >> 1] += score[n][c];
-        }
-        // Multiplying by one changes no bit, so the vote is free to skip it.
-        if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-            for (int i = 0; i < 128; ++i) out[i >> 2][i & 3] *= factor[(i >> 1) & 1];
         }
     }
 
@@ -197,24 +152,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill(
         values.start(page, tile.valid_keys(page));
         rows.score_page(score, query_tile, shared_address(key_tile), first_row, lane);
         rows.soften(score, page == tile.last_page, first_row, lane);
+        rows.rescale();
         values.finish();
         __syncthreads();
         if (page < tile.last_page) keys.start(page + 1, tile.valid_keys(page + 1));
         rows.mix_page(score, shared_address(value_tile), lane);
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        rows.sum[h] += __shfl_xor_sync(~0u, rows.sum[h], 1);
-        rows.sum[h] += __shfl_xor_sync(~0u, rows.sum[h], 2);
-        const int row = first_row + (lane >> 2) + 8 * h;
-        if (!tile.has(row)) continue;
-        const GatedRow target(projections, output, tile.source_row(row), row_stride,
-                              first_head + (warp >> 2), kv_heads * GROUP);
-        const float inverse = 1.0f / rows.sum[h];
-#pragma unroll
-        for (int n = 0; n < 32; ++n) {
-            target.write(8 * n + 2 * (lane & 3), rows.out[n][2 * h] * inverse,
-                         rows.out[n][2 * h + 1] * inverse);
-        }
-    }
+    rows.write(projections, output, tile, row_stride, first_head + (warp >> 2), kv_heads * GROUP,
+               first_row, lane);
 }

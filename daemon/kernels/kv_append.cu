@@ -1,6 +1,6 @@
 // Queries, keys and values of new tokens: norm, rotation, and append to the KV pages.
 //
-// One block a row, one warp a head: RMS norm over 256 dims of queries and keys, rotary embedding of
+// Eight heads of a row a block, one warp a head: RMS norm over 256 dims of queries and keys, rotary embedding of
 // dims 0 … 63 in pairs (i, i + 32), queries written out in 16 bit for the attention kernels (bf16
 // when keys are bf16, else f16), keys and values stored in their format (kv_format.cuh).
 // Bytes a row: the projections read once, queries and 2 x kv_heads page rows written; latency-bound
@@ -69,9 +69,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) kv_append(
     long long layer_offset)                  // bytes from a page's start to this layer's K plane
 {
     __shared__ float cosines[ROTARY_PAIRS], sines[ROTARY_PAIRS];
-    wait_for_previous_kernel();
-    allow_next_kernel();
     const int row = blockIdx.x, lane = threadIdx.x & 31;
+    // Positions and tables were written before this step's graph began: no need to wait for them.
     const int position = positions[row];
     if (position < 0) return;
     if (threadIdx.x < ROTARY_PAIRS) {
@@ -87,32 +86,34 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) kv_append(
     const int token = position % PAGE;
     u8* k_plane = pool + page * page_bytes + layer_offset;
     u8* v_plane = k_plane + size_t(kv_heads) * kv_block_bytes(K_FORMAT);
+    wait_for_previous_kernel();
+    allow_next_kernel();
     const size_t first = size_t(row) * row_stride;
     const size_t k_first = first + size_t(q_heads) * 2 * HEAD_DIM;
 
-    for (int head = threadIdx.x >> 5; head < q_heads + 2 * kv_heads; head += WARPS) {
-        float x[8];
-        if (head < q_heads) {
-            load_head(x, projections, first + size_t(head) * 2 * HEAD_DIM, lane);
-            normalize(x, q_norm, eps, lane);
+    const int head = blockIdx.y * WARPS + (threadIdx.x >> 5);
+    if (head >= q_heads + 2 * kv_heads) return;
+    float x[8];
+    if (head < q_heads) {
+        load_head(x, projections, first + size_t(head) * 2 * HEAD_DIM, lane);
+        normalize(x, q_norm, eps, lane);
+        rotate(x, cosines, sines, lane);
+        constexpr bool BF16 = K_FORMAT == KV_BF16;
+        uint4 packed = {pack_16<BF16>(x[0], x[1]), pack_16<BF16>(x[2], x[3]),
+                        pack_16<BF16>(x[4], x[5]), pack_16<BF16>(x[6], x[7])};
+        u16* target = queries + (size_t(row) * q_heads + head) * HEAD_DIM + lane * 8;
+        *reinterpret_cast<uint4*>(target) = packed;
+    } else {
+        const int kv = head - q_heads;
+        load_head(x, projections, k_first + size_t(kv) * HEAD_DIM, lane);
+        if (kv < kv_heads) {
+            normalize(x, k_norm, eps, lane);
             rotate(x, cosines, sines, lane);
-            constexpr bool BF16 = K_FORMAT == KV_BF16;
-            uint4 packed = {pack_16<BF16>(x[0], x[1]), pack_16<BF16>(x[2], x[3]),
-                            pack_16<BF16>(x[4], x[5]), pack_16<BF16>(x[6], x[7])};
-            u16* target = queries + (size_t(row) * q_heads + head) * HEAD_DIM + lane * 8;
-            *reinterpret_cast<uint4*>(target) = packed;
+            u8* block = k_plane + size_t(kv) * kv_block_bytes(K_FORMAT);
+            kv_store_row<K_FORMAT>(block, token, lane, x);
         } else {
-            const int kv = head - q_heads;
-            load_head(x, projections, k_first + size_t(kv) * HEAD_DIM, lane);
-            if (kv < kv_heads) {
-                normalize(x, k_norm, eps, lane);
-                rotate(x, cosines, sines, lane);
-                u8* block = k_plane + size_t(kv) * kv_block_bytes(K_FORMAT);
-                kv_store_row<K_FORMAT>(block, token, lane, x);
-            } else {
-                u8* block = v_plane + size_t(kv - kv_heads) * kv_block_bytes(V_FORMAT);
-                kv_store_row<V_FORMAT>(block, token, lane, x);
-            }
+            u8* block = v_plane + size_t(kv - kv_heads) * kv_block_bytes(V_FORMAT);
+            kv_store_row<V_FORMAT>(block, token, lane, x);
         }
     }
 }

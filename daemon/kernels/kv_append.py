@@ -9,7 +9,8 @@ from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.kernel import Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
-THREADS = 256
+HEADS_PER_BLOCK = 8
+THREADS = HEADS_PER_BLOCK * 32
 PARAMETERS = ("pointer",) * 9 + ("float32",) * 2 + ("int32",) * 4 + ("int64",) * 2
 
 
@@ -60,7 +61,7 @@ class KvAppend:
         assert positions.shape == sequences.shape == (rows,)
         self._kernel.launch(
             self._stream,
-            (rows, 1, 1),
+            (rows, -(-(q_heads + 2 * self._layout.kv_heads) // HEADS_PER_BLOCK), 1),
             (THREADS, 1, 1),
             projections,
             positions,

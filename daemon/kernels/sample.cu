@@ -139,20 +139,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     int first_row, int row_stride,
     int num_tokens)                  // ids from here on are padding
 {
-    extern __shared__ __align__(16) u8 shared[];  // Bin [BINS], f32 [SLICE]
+    extern __shared__ __align__(16) u8 shared[];  // LocalBins, f32 [SLICE]
     const int index = first_row + blockIdx.y, block = blockIdx.x;
     RowGroup group(&scratch[index], block);
     const Row row = rows[index];
     Result* result = &results[index];
     wait_for_previous_kernel();
     const int first = block * SLICE;
-    const Slice slice = {reinterpret_cast<float*>(shared + BINS * sizeof(Bin)), first,
+    const Slice slice = {reinterpret_cast<float*>(shared + sizeof(LocalBins)), first,
                          max(0, min(SLICE, num_tokens - first))};
     const float* source = logits + size_t(index) * row_stride;
     for (int i = threadIdx.x; i < slice.count; i += THREADS) slice.values[i] = source[first + i];
     __syncthreads();
 
-    Search search(group, slice, reinterpret_cast<Bin*>(shared));
+    Search search(group, slice, *reinterpret_cast<LocalBins*>(shared));
     float log_total = 0;
     if (row.num_alternatives >= 0) {
         log_total = log_sum_exp(group, slice);

@@ -20,7 +20,7 @@ SOURCE = Path(__file__).with_suffix(".cu")
 PARAMETERS = ("pointer",) * 6 + ("int32",) * 3
 THREADS = 1024
 BINS = 1024
-BIN_BYTES = 16
+LOCAL_BIN_BYTES = 12
 MAX_BLOCKS = 16
 MAX_ALTERNATIVES = 32
 
@@ -118,7 +118,7 @@ class Sample:
     def __init__(self, device: Device, compiler: Compiler, vocab_size: int, max_rows: int) -> None:
         self._device = device
         self._blocks = blocks_for(device.num_sms) // 2 * 2
-        self._shared_bytes = BINS * BIN_BYTES + -(-vocab_size // self._blocks) * 4
+        self._shared_bytes = BINS * LOCAL_BIN_BYTES + -(-vocab_size // self._blocks) * 4
         cubin = compiler.cubin(SOURCE, defines(vocab_size, self._blocks))
         self._kernel = Module(cubin).kernel("sample", PARAMETERS, self._shared_bytes)
         self._scratch = device.allocate((max_rows, scratch_bytes(self._blocks)), ElementType.U8)

@@ -9,9 +9,10 @@ import pytest
 
 pytest.importorskip("cuda.core")
 
-from daemon.kernels import attention_decode, attention_prefill, kv_append
+from daemon.kernels import attention_decode, attention_prefill, attention_prefill_wgmma, kv_append
 from daemon.kernels.attention_decode import AttentionDecode
-from daemon.kernels.attention_prefill import AttentionPrefill, query_tiles
+from daemon.kernels.attention_prefill import AttentionPrefill
+from daemon.kernels.attention_tiles import query_tiles
 from daemon.kernels.kv_append import KvAppend
 from daemon.kernels.kv_format import HEAD_DIM, PAGE_TOKENS, KvFormat, KvLayout
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
@@ -25,9 +26,11 @@ BYTES_OF_ARCH = {"sm_80": 166912, "sm_90a": 232448}
 SMALL_SHARED = 101376
 FORMATS = list(KvFormat)
 MIXED = [*((f, f) for f in FORMATS), (KvFormat.Q8_0, KvFormat.Q4_0), (KvFormat.BF16, KvFormat.FP8)]
+COMPILED = [MIXED[1], *MIXED[-2:]]  # every format once at least
 FORMAT_IDS = [f"{k.name}-{v.name}" for k, v in MIXED]
-SPILL_BUDGET = {"sm_80": 48, "sm_90a": 64}
-SPILL_BUDGET_ONE_HEAD = 384  # cards with 99 KB: one query head a block, twice the page in registers
+# By query heads of a block: with one (cards with 99 KB) a thread holds twice as much of a page.
+SPILL_BUDGET = {1: 320, 2: 16}
+WGMMA_SPILL_BUDGET = 256  # of the producer, which has 88 registers
 
 
 def from_bf16(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -210,9 +213,14 @@ def prefill(
     compiler: Compiler,
     case: Case,
     spans: list[tuple[int, int, int, int]],
+    portable: bool,
 ) -> Any:
+    projection = case.projections.dtype
+    group = case.q_heads // case.layout.kv_heads
+    shared = device.shared_bytes_per_block
+    chosen = attention_prefill.variant(case.layout, group, projection, F32, shared)
     kernel = AttentionPrefill(
-        device, compiler, case.layout, case.q_heads, case.projections.dtype, F32
+        device, compiler, case.layout, case.q_heads, projection, F32, chosen if portable else None
     )
     output = device.allocate((case.queries.shape[0], case.q_heads, HEAD_DIM), F32)
     device.fill(output, 0xFF)
@@ -224,25 +232,25 @@ def prefill(
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("formats", MIXED, ids=FORMAT_IDS)
+@pytest.mark.parametrize("formats", COMPILED, ids=lambda f: f"{f[0].name}-{f[1].name}")
 def test_compiles_within_the_spill_budget(arch: str, formats: tuple[KvFormat, KvFormat]) -> None:
     layout = KvLayout(16, 4, *formats)
     shared = BYTES_OF_ARCH.get(arch, SMALL_SHARED)
     compiler = Compiler(arch, None)
     shape = attention_decode.choose_shape(layout, 6, 132, shared)
-    heads = attention_prefill.heads_per_block(6, shared)
-    prefill_budget = SPILL_BUDGET.get(arch, SPILL_BUDGET_ONE_HEAD)
+    tiled = attention_prefill.variant(layout, 6, F32, BF16, shared)
     variants = [
         (kv_append.SOURCE, kv_append.defines(layout, F32), 48),
         (attention_decode.SOURCE, attention_decode.defines(layout, 6, shape, F32, BF16), 0),
-        (
-            attention_prefill.SOURCE,
-            attention_prefill.defines(layout, 6, heads, F32, BF16),
-            prefill_budget,
-        ),
+        (tiled.source, tiled.defines, SPILL_BUDGET[tiled.heads]),
     ]
+    if attention_prefill_wgmma.fits(arch, 6):
+        hopper = attention_prefill_wgmma.variant(layout, 6, F32, BF16)
+        variants.append((hopper.source, hopper.defines, WGMMA_SPILL_BUDGET))
     for source, defines, budget in variants:
-        for resources in compiler.report(source, defines).kernels.values():
+        report = compiler.report(source, defines)
+        assert not report.serialized_wgmma
+        for resources in report.kernels.values():
             assert resources.spill_bytes <= budget
 
 
@@ -307,17 +315,19 @@ def test_decode(
 @pytest.mark.gpu
 @pytest.mark.parametrize("formats", MIXED, ids=FORMAT_IDS)
 @pytest.mark.parametrize("heads", [(24, 4), (4, 2), (32, 2)], ids=str)
+@pytest.mark.parametrize("portable", [True, False], ids=["portable", "best"])
 def test_prefill(
     device: Device,
     compiler: Compiler,
     formats: tuple[KvFormat, KvFormat],
     heads: tuple[int, int],
+    portable: bool,
 ) -> None:
     lengths = [5, 64, 321, 200]
     case = make_case(device, compiler, formats, lengths, heads)
     starts = [0, *np.cumsum(lengths)]
     spans = [(int(starts[i]), 0, n, i) for i, n in enumerate(lengths)]
-    out = prefill(device, compiler, case, spans)
+    out = prefill(device, compiler, case, spans, portable)
     q = queries_of(device, case)
     for line, (row, _, length, _) in enumerate(spans):
         keys, values = cached(device, case, line, length)
@@ -325,7 +335,7 @@ def test_prefill(
         want = expected(q[part], case.rows[part], keys, values, 0)
         assert relative_error(out[part], want) < 4e-3, length
     row = spans[2][0]
-    resumed = prefill(device, compiler, case, [(row + 192, 192, 129, 2)])
+    resumed = prefill(device, compiler, case, [(row + 192, 192, 129, 2)], portable)
     assert resumed[row + 192 : row + 321].tobytes() == out[row + 192 : row + 321].tobytes()
-    short = prefill(device, compiler, case, [(row + 64, 64, 7, 2)])
+    short = prefill(device, compiler, case, [(row + 64, 64, 7, 2)], portable)
     assert short[row + 64 : row + 71].tobytes() == out[row + 64 : row + 71].tobytes()

@@ -3,11 +3,20 @@
 // StripRing brings strips of a page from device memory to shared memory, K then V, as they lie there
 // (kv_format.cuh). StripAttention keeps running maxima, sums and outputs in registers. Dims are
 // taken in whatever order makes 16-byte shared loads give whole fragments: any order will do for the
-// sum over dims in q·k, and `output_dim` says where an output belongs.
+// sum over dims in q·k, and `dim_of_place` says which dim an output is.
 #pragma once
 #include "kv_format.cuh"
 
 constexpr int STRIP = 16;
+constexpr int OUTPUT_STRIDE = HEAD_DIM + 4;  // heads of a warp's lanes then fall into other banks
+
+// Outputs are kept in the order of tensor-core fragments; the dim that place `p` of 256 holds.
+template <int V_FMT>
+__device__ __forceinline__ int dim_of_place(int p) {
+    if constexpr (V_FMT == KV_BF16) return p;
+    if constexpr (V_FMT == KV_Q4_0) return 32 * (p & 7) + (p >> 3);
+    return 128 * (p >> 7) + 16 * (p & 7) + ((p >> 3) & 15);
+}
 
 __host__ __device__ constexpr int strip_bytes(int format) {
     return kv_block_bytes(format) / PAGE * STRIP;
@@ -119,13 +128,6 @@ struct StripAttention {
             return 32 * (4 * (step >> 3) + j) + 8 * ((step >> 1) & 3) + 4 * (step & 1) + 2 * half;
         }
         return 16 * (4 * (step >> 2) + j) + 4 * (step & 3) + 2 * half;
-    }
-
-    // Dim of output fragment `block` in lane row `g`, lower or upper half.
-    __device__ __forceinline__ static int output_dim(int block, int g, int half) {
-        if constexpr (V_BF16) return block * 16 + half * 8 + g;
-        if constexpr (V_FMT == KV_Q4_0) return 32 * g + 2 * block + half;
-        return 128 * (block >> 3) + 16 * g + 2 * (block & 7) + half;
     }
 
     // queries: 16-bit [HEADS, 256] of this KV head.
@@ -356,7 +358,8 @@ struct StripAttention {
         __syncwarp();
     }
 
-    // outputs f32 [HEADS, 256], maxima and sums f32 [HEADS] of this warp, in shared memory.
+    // outputs f32 [HEADS, OUTPUT_STRIDE] in order of place, maxima and sums f32 [HEADS] of this
+    // warp, in shared memory.
     __device__ __forceinline__ void store(float* outputs, float* maxima, float* sums, int lane) {
         const int g = lane >> 2, j = lane & 3;
 #pragma unroll
@@ -364,8 +367,9 @@ struct StripAttention {
 #pragma unroll
             for (int i = 0; i < 64; ++i) {
                 const int head = tile * 8 + 2 * j + (i & 1);
-                const int dim = output_dim(i >> 2, g, (i >> 1) & 1);
-                if (head < HEADS) outputs[head * HEAD_DIM + dim] = out[tile][i >> 2][i & 3];
+                if (head < HEADS) {
+                    outputs[head * OUTPUT_STRIDE + (i >> 1) * 8 + g] = out[tile][i >> 2][i & 3];
+                }
             }
 #pragma unroll
             for (int i = 0; i < 2; ++i) {

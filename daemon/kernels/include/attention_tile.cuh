@@ -16,7 +16,7 @@ struct PageInFlight {
     static constexpr int COUNT = PAGE * CHUNKS / THREADS;
 
     uint4 raw[COUNT];
-    u32 scale[COUNT];
+    u32 scale[COUNT / 2];  // two halves each
 
     __device__ __forceinline__ static int token_of(int i, int thread) {
         return (i * THREADS + thread) / CHUNKS;
@@ -29,6 +29,7 @@ struct PageInFlight {
 
     // Tokens from `valid` on become zero: an earlier owner of the page may have left infinities.
     __device__ __forceinline__ void load(const u8* block, int valid, int thread) {
+        asm volatile("" : "+r"(thread));
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
             const bool exists = token_of(i, thread) < valid;
@@ -37,12 +38,15 @@ struct PageInFlight {
             if constexpr (kv_has_scales(FORMAT)) {
                 const int group = chunk_of(i, thread) * CHUNK_DIMS / 32;
                 const int at = kv_scale_offset<FORMAT>(token_of(i, thread), group);
-                scale[i] = exists ? *reinterpret_cast<const u16*>(block + at) * 0x10001u : 0;
+                const u32 bits = exists ? *reinterpret_cast<const u16*>(block + at) : 0;
+                scale[i / 2] = i & 1 ? scale[i / 2] | bits << 16 : bits;
             }
         }
     }
 
     __device__ __forceinline__ void store(u8* tile, int thread) const {
+        // Hidden from the compiler, which would keep all addresses in registers across the loop.
+        asm volatile("" : "+r"(thread));
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
             const int token = token_of(i, thread), chunk = chunk_of(i, thread);
@@ -60,18 +64,22 @@ struct PageInFlight {
     }
 
    private:
+    __device__ __forceinline__ u32 scale_of(int i) const {
+        return __byte_perm(scale[i / 2], 0, i & 1 ? 0x3232 : 0x1010);
+    }
+
     __device__ __forceinline__ void store_nibbles(u8* tile, int token, int chunk, u32 word,
                                                   int i) const {
-        uint4 wide = {half_nibbles(word, scale[i]), half_nibbles(word >> 4, scale[i]),
-                      half_nibbles(word >> 8, scale[i]), half_nibbles(word >> 12, scale[i])};
+        uint4 wide = {half_nibbles(word, scale_of(i)), half_nibbles(word >> 4, scale_of(i)),
+                      half_nibbles(word >> 8, scale_of(i)), half_nibbles(word >> 12, scale_of(i))};
         *reinterpret_cast<uint4*>(tile + kv_chunk_offset<KV_BF16>(token, chunk)) = wide;
     }
 
     __device__ __forceinline__ void store_bytes(u8* tile, int token, int chunk, u32 low, u32 high,
                                                 int i) const {
-        uint4 wide = {half_low_bytes<FORMAT>(low, scale[i]), half_high_bytes<FORMAT>(low, scale[i]),
-                      half_low_bytes<FORMAT>(high, scale[i]),
-                      half_high_bytes<FORMAT>(high, scale[i])};
+        uint4 wide = {half_low_bytes<FORMAT>(low, scale_of(i)), half_high_bytes<FORMAT>(low, scale_of(i)),
+                      half_low_bytes<FORMAT>(high, scale_of(i)),
+                      half_high_bytes<FORMAT>(high, scale_of(i))};
         *reinterpret_cast<uint4*>(tile + kv_chunk_offset<KV_BF16>(token, chunk)) = wide;
     }
 };

@@ -13,6 +13,18 @@ struct Bin {
     u64 count;
 };
 
+// A block's own histogram in shared memory, which has fast additions of 32 bits only.
+struct LocalBins {
+    u32 count[BINS], low[BINS], high[BINS];
+
+    __device__ __forceinline__ void add(u32 bin, u64 mass) {
+        atomicAdd(&count[bin], 1u);
+        const u32 low_part = u32(mass), before = atomicAdd(&low[bin], low_part);
+        const u32 high_part = u32(mass >> 32) + (before + low_part < before);
+        if (high_part) atomicAdd(&high[bin], high_part);
+    }
+};
+
 // In global memory, one a row. Three histograms take turns, so that one can be cleared while
 // another is read.
 struct Scratch {
@@ -108,8 +120,8 @@ __device__ __forceinline__ u64 running_sum(u64 value) {
     __syncthreads();
     if (lane == 31) totals[warp] = value;
     __syncthreads();
-    u64 earlier = 0;
-    for (int w = 0; w < warp; ++w) earlier += totals[w];
+    u64 earlier = lane < warp ? totals[lane] : 0;
+    for (int step = 16; step > 0; step >>= 1) earlier += __shfl_xor_sync(~0u, earlier, step);
     return value + earlier;
 }
 
@@ -117,13 +129,15 @@ __device__ __forceinline__ u64 running_sum(u64 value) {
 struct Search {
     RowGroup& group;
     const Slice& slice;
-    Bin* local;           // shared memory, [BINS]
+    LocalBins& local;     // in shared memory
     float best = 0;       // of the row
     float per_unit = 0;   // exponent in base 2 for a logit difference of one
     u32 round = 0;        // of histograms so far
     u32 sums = 0;         // of totals so far
+    Bin coarse_mine = {0, 0};  // this thread's bin of the first histogram, which all searches share
+    bool has_coarse = false;
 
-    __device__ Search(RowGroup& group, const Slice& slice, Bin* local)
+    __device__ Search(RowGroup& group, const Slice& slice, LocalBins& local)
         : group(group), slice(slice), local(local) {}
 
     // Finds the best token, lowest id first, and begins with the slices as they are now.
@@ -143,6 +157,7 @@ struct Search {
             top = key > top ? key : top;
         }
         best = unordered(u32(top >> 32));
+        has_coarse = false;
         per_unit = 1.44269504088896f / (temperature > 0 ? temperature : 1.0f);
         return int(~u32(top));
     }
@@ -206,26 +221,23 @@ struct Search {
     }
 
     // Adds up a histogram over the row. `bin_of(i)` is the bin of slice value i, or none from BINS on.
-    template <bool BY_MASS, class BinOf>
+    template <class BinOf>
     __device__ Bin histogram(BinOf bin_of) {
         Bin* bins = group.scratch->bins[round % 3];
         Bin* next = group.scratch->bins[(round + 1) % 3];
         ++round;
-        local[threadIdx.x] = {0, 0};
+        local.count[threadIdx.x] = local.low[threadIdx.x] = local.high[threadIdx.x] = 0;
         __syncthreads();
         for (int i = threadIdx.x; i < slice.count; i += THREADS) {
             const u32 bin = bin_of(i);
-            const u64 amount = mass(slice.values[i]);
-            if (bin >= BINS || (BY_MASS && amount == 0)) continue;
-            atomicAdd(&local[bin].mass, amount);
-            atomicAdd(&local[bin].count, 1ull);
+            if (bin < BINS) local.add(bin, mass(slice.values[i]));
         }
         if (group.block == 0) next[threadIdx.x] = {0, 0};
         __syncthreads();
-        const Bin mine = local[threadIdx.x];
-        if (mine.count) {
-            atomicAdd(&bins[threadIdx.x].mass, mine.mass);
-            atomicAdd(&bins[threadIdx.x].count, mine.count);
+        if (const u64 count = local.count[threadIdx.x]) {
+            const u64 mass = u64(local.high[threadIdx.x]) << 32 | local.low[threadIdx.x];
+            atomicAdd(&bins[threadIdx.x].mass, mass);
+            atomicAdd(&bins[threadIdx.x].count, count);
         }
         group.meet();
         return {__ldcg(&bins[threadIdx.x].mass), __ldcg(&bins[threadIdx.x].count)};
@@ -255,8 +267,11 @@ struct Search {
     template <bool BY_MASS>
     __device__ Found search(u64 target) {
         Found found = {0, 0, 0};
-        const u32 coarse = crossing<BY_MASS>(
-            histogram<BY_MASS>([&](int i) { return coarse_bin(slice.values[i]); }), target, found);
+        if (!has_coarse) {
+            coarse_mine = histogram([&](int i) { return coarse_bin(slice.values[i]); });
+            has_coarse = true;
+        }
+        const u32 coarse = crossing<BY_MASS>(coarse_mine, target, found);
         // Keys of the bin lie in here; beyond 2^15 a float's step is no longer small against a bin.
         u32 low = 0, high = ordered(best);
         if (fabsf(best) < 32768.0f) {
@@ -267,7 +282,7 @@ struct Search {
             const int bits = 32 - __clz(high - low);
             const int shift = bits > 10 ? bits - 10 : 0;
             const u32 bin = crossing<BY_MASS>(
-                histogram<BY_MASS>([&](int i) {
+                histogram([&](int i) {
                     const u32 key = ordered(slice.values[i]);
                     const bool inside = key >= low && key <= high &&
                                         coarse_bin(slice.values[i]) == coarse;

@@ -1,0 +1,216 @@
+// Prompt tokens attend to their pages, causally: flash attention on wgmma, for sm_90a.
+//
+// What attention_prefill.cu does, in another shape: a block takes one tile of 64 positions (an
+// absolute multiple of 64) for two query heads of one KV head. Two warpgroups own a head each and
+// keep 64 x 256 outputs in registers; two more fill two K and two V tiles in shared memory ahead of
+// them, as 16-bit values. While a page's values are multiplied, the next page's scores already are.
+//
+// A row's sums run over the pages in order, each on its own: its bits depend on its position and its
+// sequence, not on the span, the tile's other rows or the launch.
+//
+// Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head, even),
+// PROJECTION_BF16, OUTPUT_BF16 (0: f32, 1: bf16).
+#include "attention_rows.cuh"
+#include "attention_wgmma.cuh"
+
+constexpr int WARPGROUP = 128;
+constexpr int HEADS = 2;
+constexpr int STAGES = 2;
+constexpr int HEAD_BLOCKS = GROUP / HEADS;
+constexpr bool K_BF16 = K_FORMAT == KV_BF16, V_BF16 = V_FORMAT == KV_BF16;
+constexpr int THREADS = (2 + HEADS) * WARPGROUP;
+// A block gets 128 registers for each of its threads at launch; asking for more would wait forever.
+constexpr int PRODUCER_REGISTERS = 48, CONSUMER_REGISTERS = 208;
+static_assert(2 * PRODUCER_REGISTERS + HEADS * CONSUMER_REGISTERS <= 65536 / WARPGROUP, "registers");
+
+// Tiles of keys, or of values, with barriers for "filled" and "emptied".
+struct Tiles {
+    u8* tiles;
+    u32 filled, emptied;
+
+    __device__ u8* tile(int page) const { return tiles + page % STAGES * TILE_BYTES; }
+    __device__ u32 is_filled(int page) const { return filled + page % STAGES * 8; }
+    __device__ u32 is_emptied(int page) const { return emptied + page % STAGES * 8; }
+
+    __device__ void init() const {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(is_filled(i), WARPGROUP);
+            barrier_init(is_emptied(i), HEADS * 4);
+        }
+    }
+
+    __device__ void wait_filled(int page) const { barrier_wait(is_filled(page), page / STAGES); }
+
+    __device__ void wait_emptied(int page) const {
+        if (page >= STAGES) barrier_wait(is_emptied(page), page / STAGES - 1);
+    }
+};
+
+// One warpgroup brings a plane's pages up to the tile's own, each as soon as its place is free.
+template <int FORMAT>
+__device__ __forceinline__ void produce(const Tiles& tiles, const u8* plane, const int* pages,
+                                        long long page_bytes, const QueryTile& tile, int thread) {
+    if constexpr (FORMAT == KV_BF16) {
+        for (int page = 0; page <= tile.last_page + 1; ++page) {
+            if (page <= tile.last_page) {
+                tiles.wait_emptied(page);
+                copy_page<WARPGROUP>(tiles.tile(page), plane + pages[page] * page_bytes,
+                                     tile.valid_keys(page), thread);
+            }
+            copy_async_commit();
+            if (page == 0) continue;
+            copy_async_wait<1>();
+            publish_shared();
+            barrier_arrive(tiles.is_filled(page - 1));
+        }
+    } else {
+        PageInFlight<FORMAT, WARPGROUP> in_flight;
+        in_flight.load(plane + pages[0] * page_bytes, tile.valid_keys(0), thread);
+        for (int page = 0; page <= tile.last_page; ++page) {
+            tiles.wait_emptied(page);
+            in_flight.store(tiles.tile(page), thread);
+            publish_shared();
+            barrier_arrive(tiles.is_filled(page));
+            if (page == tile.last_page) break;
+            in_flight.load(plane + pages[page + 1] * page_bytes, tile.valid_keys(page + 1), thread);
+        }
+    }
+}
+
+__device__ __forceinline__ void load_queries(u8* target, const u16* queries, const QueryTile& tile,
+                                             int head, int q_heads, int thread) {
+    const u32 address = shared_address(target);
+    for (int i = thread; i < PAGE * 32; i += WARPGROUP) {
+        const int row = i / 32, chunk = i % 32;
+        const bool exists = tile.has(row);
+        const size_t source = (size_t(tile.source_row(row)) * q_heads + head) * HEAD_DIM;
+        copy_async_16_or_zero(address + kv_chunk_offset<KV_BF16>(row, chunk),
+                              exists ? queries + source + chunk * 8 : queries, exists);
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
+    publish_shared();
+}
+
+// Issues score = queries x keysᵀ; both tiles [4 panels][64 rows][64 dims].
+__device__ __forceinline__ void start_scores(float (&score)[8][4], u32 queries, u32 keys) {
+    begin_products();
+#pragma unroll
+    for (int step = 0; step < 16; ++step) {
+        const u32 at = step / 4 * u32(PANEL_BYTES) + step % 4 * 32;
+        multiply_scores<K_BF16>(score, row_descriptor(queries + at), row_descriptor(keys + at),
+                                step > 0);
+    }
+    commit_products();
+}
+
+__device__ __forceinline__ void start_mix(float (&out)[32][4], const u32 (&shares)[4][4],
+                                          u32 values) {
+    begin_products();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+        multiply_values<V_BF16>(out, shares[step], values + step * 16 * 128);
+    }
+    commit_products();
+}
+
+__device__ __forceinline__ void pack_shares(u32 (&shares)[4][4], const float (&score)[8][4]) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        const float* pair = &score[2 * (i >> 2) + ((i >> 1) & 1)][2 * (i & 1)];
+        shares[i >> 2][i & 3] = pack_16<V_BF16>(pair[0], pair[1]);
+    }
+}
+
+// One warpgroup's 64 rows over all pages up to the tile's own.
+__device__ __forceinline__ void attend(SoftRows& rows, const Tiles& keys, const Tiles& values,
+                                       u32 queries, int last_page, int first_row, int lane) {
+    float score[8][4];
+    u32 shares[4][4];
+    rows.clear();
+    keys.wait_filled(0);
+    start_scores(score, queries, shared_address(keys.tile(0)));
+    wait_for_products<0>();
+    pin(score);
+    if (lane == 0) barrier_arrive(keys.is_emptied(0));
+    rows.soften(score, last_page == 0, first_row, lane);
+    pack_shares(shares, score);
+    for (int page = 0; page < last_page; ++page) {
+        keys.wait_filled(page + 1);
+        start_scores(score, queries, shared_address(keys.tile(page + 1)));
+        values.wait_filled(page);
+        start_mix(rows.out, shares, shared_address(values.tile(page)));
+        wait_for_products<1>();
+        pin(score);
+        if (lane == 0) barrier_arrive(keys.is_emptied(page + 1));
+        rows.soften(score, page + 1 == last_page, first_row, lane);
+        wait_for_products<0>();
+        pin(rows.out);
+        if (lane == 0) barrier_arrive(values.is_emptied(page));
+        rows.rescale();
+        pack_shares(shares, score);
+    }
+    values.wait_filled(last_page);
+    start_mix(rows.out, shares, shared_address(values.tile(last_page)));
+    wait_for_products<0>();
+    pin(rows.out);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma(
+    const u16* queries,                   // bf16 or f16 [rows, q_heads, 256], as kv_append
+    const void* projections,              // f32 or bf16 [rows, row_stride]
+    const int4* __restrict__ tiles,       // i32 [tiles, 4]: first row, first position, rows,
+                                          // sequence; heaviest last
+    const int* __restrict__ page_table,   // i32 [sequences, table_stride]
+    const u8* pool,                       // u8 [pages, page_bytes]
+    void* __restrict__ output,            // f32 or bf16 [rows, q_heads, 256]
+    int row_stride,                       // in elements
+    int table_stride, int kv_heads, long long page_bytes,
+    long long layer_offset)               // bytes from a page's start to this layer's K plane
+{
+    // Queries of two heads, STAGES tiles of keys, STAGES of values.
+    extern __shared__ __align__(1024) u8 shared[];
+    __shared__ __align__(8) u64 barriers[4 * STAGES];
+    const QueryTile tile(tiles[gridDim.x - 1 - blockIdx.x]);
+    if (tile.num_rows == 0) return;
+    u8* k_tiles = shared + HEADS * TILE_BYTES;
+    const u32 barrier = shared_address(barriers);
+    const Tiles keys = {k_tiles, barrier, barrier + 8 * STAGES};
+    const Tiles values = {k_tiles + STAGES * TILE_BYTES, barrier + 16 * STAGES,
+                          barrier + 24 * STAGES};
+    if (threadIdx.x == 0) {
+        keys.init();
+        values.init();
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    wait_for_previous_kernel();
+    allow_next_kernel();
+    __syncthreads();
+    const int kv_head = blockIdx.y / HEAD_BLOCKS;
+    const int warpgroup = threadIdx.x / WARPGROUP;
+
+    const int thread = threadIdx.x % WARPGROUP;
+    if (warpgroup >= HEADS) {
+        shrink_registers<PRODUCER_REGISTERS>();
+        const u8* k_planes = pool + layer_offset;
+        const u8* v_planes = k_planes + size_t(kv_heads) * kv_block_bytes(K_FORMAT);
+        const int* pages = page_table + size_t(tile.sequence) * table_stride;
+        if (warpgroup == HEADS) {
+            const u8* plane = k_planes + size_t(kv_head) * kv_block_bytes(K_FORMAT);
+            produce<K_FORMAT>(keys, plane, pages, page_bytes, tile, thread);
+        } else {
+            const u8* plane = v_planes + size_t(kv_head) * kv_block_bytes(V_FORMAT);
+            produce<V_FORMAT>(values, plane, pages, page_bytes, tile, thread);
+        }
+    } else {
+        grow_registers<CONSUMER_REGISTERS>();
+        const int head = kv_head * GROUP + blockIdx.y % HEAD_BLOCKS * HEADS + warpgroup;
+        const int lane = thread & 31, first_row = thread / 32 * 16;
+        u8* query_tile = shared + warpgroup * TILE_BYTES;
+        load_queries(query_tile, queries, tile, head, kv_heads * GROUP, thread);
+        asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+        SoftRows rows;
+        attend(rows, keys, values, shared_address(query_tile), tile.last_page, first_row, lane);
+        rows.write(projections, output, tile, row_stride, head, kv_heads * GROUP, first_row, lane);
+    }
+}
