@@ -1,16 +1,16 @@
 // Prompt tokens attend to their pages, causally: flash attention on mma.sync, for every card.
 //
-// A block takes one tile of 64 positions (an absolute multiple of 64) for HEADS query heads of one KV
-// head; a warp takes 16 rows of one head and keeps its 16 x 256 outputs in registers. Keys come page
-// by page from position 0, through one K and one V tile in shared memory; K of the next page loads
-// while V is multiplied, V while K is. The output gate is applied at the end.
+// A block takes one tile of 64 positions (an absolute multiple of 64) for HEADS query heads of one
+// KV head; a warp takes 16 rows of one head and keeps its 16 x 256 outputs in registers. Keys come
+// page by page from position 0, through one K and one V tile in shared memory; K of the next page
+// loads while V is multiplied, V while K is. The output gate is applied at the end.
 //
-// A row's sums run over the pages in order, each on its own: its bits depend on its position and its
-// sequence, not on the span, the tile's other rows or the launch.
-// 4 x 256 x keys x rows x heads flops against the tensor cores' rate: bound by arithmetic.
+// A row's sums run over the pages in order, each on its own: its bits depend on its position and
+// its sequence, not on the span, the tile's other rows or the launch. 4 x 256 x keys x rows x
+// heads flops against the tensor cores' rate: bound by arithmetic.
 //
-// Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head), HEADS (of a block:
-// 1 or 2, a divisor of GROUP), PROJECTION_BF16, OUTPUT_BF16 (0: f32, 1: bf16).
+// Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head), HEADS (of a
+// block: 1 or 2, a divisor of GROUP), PROJECTION_BF16, OUTPUT_BF16 (0: f32, 1: bf16).
 #include "attention_rows.cuh"
 #include "attention_tile.cuh"
 

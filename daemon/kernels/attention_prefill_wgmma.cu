@@ -2,11 +2,12 @@
 //
 // What attention_prefill.cu does, in another shape: a block takes one tile of 64 positions (an
 // absolute multiple of 64) for two query heads of one KV head. Two warpgroups own a head each and
-// keep 64 x 256 outputs in registers; two more fill two K and two V tiles in shared memory ahead of
-// them, as 16-bit values. While a page's values are multiplied, the next page's scores already are.
+// keep 64 x 256 outputs in registers; two more fill two K and two V tiles in shared memory ahead
+// of them, as 16-bit values. While a page's values are multiplied, the next page's scores already
+// are.
 //
-// A row's sums run over the pages in order, each on its own: its bits depend on its position and its
-// sequence, not on the span, the tile's other rows or the launch.
+// A row's sums run over the pages in order, each on its own: its bits depend on its position and
+// its sequence, not on the span, the tile's other rows or the launch.
 //
 // Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head, even),
 // PROJECTION_BF16, OUTPUT_BF16 (0: f32, 1: bf16).
@@ -21,7 +22,7 @@ constexpr bool K_BF16 = K_FORMAT == KV_BF16, V_BF16 = V_FORMAT == KV_BF16;
 constexpr int THREADS = (2 + HEADS) * WARPGROUP;
 // A block gets 128 registers for each of its threads at launch; asking for more would wait forever.
 constexpr int PRODUCER_REGISTERS = 48, CONSUMER_REGISTERS = 208;
-static_assert(2 * PRODUCER_REGISTERS + HEADS * CONSUMER_REGISTERS <= 65536 / WARPGROUP, "registers");
+static_assert(2 * PRODUCER_REGISTERS + HEADS * CONSUMER_REGISTERS <= 65536 / WARPGROUP, "");
 
 // Tiles of keys, or of values, with barriers for "filled" and "emptied".
 struct Tiles {

@@ -6,7 +6,9 @@
 // Compile-time: FORMAT (the GGUF type id), THREADS.
 #include "attention_numeric.cuh"
 
-enum { F32 = 0, F16 = 1, Q4_0 = 2, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_XS = 23, BF16 = 30 };
+enum Format {
+    F32 = 0, F16 = 1, Q4_0 = 2, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_XS = 23, BF16 = 30
+};
 
 __host__ __device__ constexpr int block_values(int format) {
     return format == Q4_0 || format == Q8_0 ? 32
@@ -22,7 +24,8 @@ __host__ __device__ constexpr int block_bytes(int format) {
 __device__ __forceinline__ u16 load_u16(const u8* p) { return u16(p[0] | p[1] << 8); }
 
 // Scale and minimum `s` of eight from the 12 packed bytes of Q4_K and Q5_K: 6 bits each.
-__device__ __forceinline__ void packed_scale(const u8* packed, int s, float& scale, float& minimum) {
+__device__ __forceinline__ void packed_scale(const u8* packed, int s, float& scale,
+                                             float& minimum) {
     if (s < 4) {
         scale = packed[s] & 63;
         minimum = packed[s + 4] & 63;

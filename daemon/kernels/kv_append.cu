@@ -1,10 +1,10 @@
 // Queries, keys and values of new tokens: norm, rotation, and append to the KV pages.
 //
-// Eight heads of a row a block, one warp a head: RMS norm over 256 dims of queries and keys, rotary embedding of
-// dims 0 … 63 in pairs (i, i + 32), queries written out in 16 bit for the attention kernels (bf16
-// when keys are bf16, else f16), keys and values stored in their format (kv_format.cuh).
-// Bytes a row: the projections read once, queries and 2 x kv_heads page rows written; latency-bound
-// in decode. A row's bits depend on nothing but the row.
+// Eight heads of a row a block, one warp a head: RMS norm over 256 dims of queries and keys,
+// rotary embedding of dims 0 … 63 in pairs (i, i + 32), queries written out in 16 bit for the
+// attention kernels (bf16 when keys are bf16, else f16), keys and values stored in their format
+// (kv_format.cuh). Bytes a row: the projections read once, queries and 2 x kv_heads page rows
+// written; latency-bound in decode. A row's bits depend on nothing but the row.
 //
 // Compile-time: K_FORMAT, V_FORMAT (KvFormat), PROJECTION_BF16 (0: f32 rows, 1: bf16 rows).
 #include "kv_format.cuh"
@@ -50,7 +50,7 @@ __device__ __forceinline__ void rotate(float (&x)[8], const float* cosines, cons
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) kv_append(
-    const void* projections,                 // f32 or bf16 [rows, row_stride]: (q | gate) a head, k, v
+    const void* projections,                 // f32 or bf16 [rows, row_stride]: (q | gate)s, k, v
     const int* __restrict__ positions,       // i32 [rows]; negative: the row is padding
     const int* __restrict__ sequences,       // i32 [rows]: the row's line of page_table
     const int* __restrict__ page_table,      // i32 [sequences, table_stride]

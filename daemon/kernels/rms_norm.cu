@@ -1,7 +1,8 @@
-// y = x / sqrt(mean(x²) + eps) * weight for each row, and, when ADD, first x = residual + x in place.
+// y = x / sqrt(mean(x²) + eps) * weight for each row, when ADD after residual += x and of that.
 //
-// One block a row; a thread keeps its values in registers between the two passes. Sums run over the
-// columns in an order that COLUMNS alone fixes. Bytes: the row in, the row out (twice when ADD).
+// One block a row; a thread keeps its values in registers between the two passes. Sums run over
+// the columns in an order that COLUMNS alone fixes. Bytes: the row in, the row out (twice when
+// ADD).
 //
 // Compile-time: COLUMNS (a multiple of 4), THREADS, ADD (0 or 1), OUTPUT_BF16 (0: f32, 1: bf16).
 #include "attention_numeric.cuh"

@@ -3,10 +3,10 @@
 //
 // BLOCKS blocks share a row, each with its slice of the vocabulary in shared memory; they meet at
 // barriers in global memory, so the launcher never starts more blocks than the card holds at once.
-// Nothing is sorted. Tokens are ordered by (logit, then lower id); every stage keeps a prefix of that
-// order, and is a search for the token at which a running count or mass passes a target. A search
-// adds up histograms of ever finer ranges of logits. Masses are 2^40ths of the best token's share as
-// integers, so that no sum depends on the order of its terms.
+// Nothing is sorted. Tokens are ordered by (logit, then lower id); every stage keeps a prefix of
+// that order, and is a search for the token at which a running count or mass passes a target. A
+// search adds up histograms of ever finer ranges of logits. Masses are 2^40ths of the best token's
+// share as integers, so that no sum depends on the order of its terms.
 //
 // Bytes: the logits once; some ten barriers of about 2 us decide the time.
 //

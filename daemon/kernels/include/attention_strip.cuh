@@ -1,9 +1,9 @@
 // One warp's attention over strips of 16 tokens, for up to 16 query heads of one KV head.
 //
-// StripRing brings strips of a page from device memory to shared memory, K then V, as they lie there
-// (kv_format.cuh). StripAttention keeps running maxima, sums and outputs in registers. Dims are
-// taken in whatever order makes 16-byte shared loads give whole fragments: any order will do for the
-// sum over dims in q·k, and `dim_of_place` says which dim an output is.
+// StripRing brings strips of a page from device memory to shared memory, K then V, as they lie
+// there (kv_format.cuh). StripAttention keeps running maxima, sums and outputs in registers. Dims
+// are taken in whatever order makes 16-byte shared loads give whole fragments: any order will do
+// for the sum over dims in q·k, and `dim_of_place` says which dim an output is.
 #pragma once
 #include "kv_format.cuh"
 
@@ -29,6 +29,11 @@ __device__ __forceinline__ int strip_chunk(int token, int chunk) {
     } else {
         return kv_chunk_offset<FORMAT>(token, chunk);
     }
+}
+
+template <int FORMAT>
+__device__ __forceinline__ uint4 load_chunk(const u8* strip, int token, int chunk) {
+    return *reinterpret_cast<const uint4*>(strip + strip_chunk<FORMAT>(token, chunk));
 }
 
 template <int FORMAT>
@@ -178,7 +183,7 @@ struct StripAttention {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int token = g + 8 * half, chunk = 4 * i + j;
-                raw[half] = *reinterpret_cast<const uint4*>(keys + strip_chunk<K_FMT>(token, chunk));
+                raw[half] = load_chunk<K_FMT>(keys, token, chunk);
                 if constexpr (K_FMT == KV_Q8_0) {
                     scale[half] = strip_scale<K_FMT>(keys, token, chunk >> 1) * 0x10001u;
                 }
@@ -200,8 +205,8 @@ struct StripAttention {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int chunk = 4 * i + j;
-            const uint4 x = *reinterpret_cast<const uint4*>(keys + strip_chunk<K_FMT>(g, chunk));
-            const uint4 y = *reinterpret_cast<const uint4*>(keys + strip_chunk<K_FMT>(g + 8, chunk));
+            const uint4 x = load_chunk<K_FMT>(keys, g, chunk);
+            const uint4 y = load_chunk<K_FMT>(keys, g + 8, chunk);
             const u32 low[4] = {x.x, x.y, x.z, x.w}, high[4] = {y.x, y.y, y.z, y.w};
             const u32 low_scale = strip_scale<K_FMT>(keys, g, chunk) * 0x10001u;
             const u32 high_scale = strip_scale<K_FMT>(keys, g + 8, chunk) * 0x10001u;
@@ -283,8 +288,7 @@ struct StripAttention {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int token = token_of(i, j);
-            const uint4 raw =
-                *reinterpret_cast<const uint4*>(values + strip_chunk<V_FMT>(token, chunk));
+            const uint4 raw = load_chunk<V_FMT>(values, token, chunk);
             words[i][0] = raw.x, words[i][1] = raw.y, words[i][2] = raw.z, words[i][3] = raw.w;
         }
         if constexpr (kv_has_scales(V_FMT)) {

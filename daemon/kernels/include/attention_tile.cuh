@@ -77,9 +77,9 @@ struct PageInFlight {
 
     __device__ __forceinline__ void store_bytes(u8* tile, int token, int chunk, u32 low, u32 high,
                                                 int i) const {
-        uint4 wide = {half_low_bytes<FORMAT>(low, scale_of(i)), half_high_bytes<FORMAT>(low, scale_of(i)),
-                      half_low_bytes<FORMAT>(high, scale_of(i)),
-                      half_high_bytes<FORMAT>(high, scale_of(i))};
+        const u32 scale = scale_of(i);
+        uint4 wide = {half_low_bytes<FORMAT>(low, scale), half_high_bytes<FORMAT>(low, scale),
+                      half_low_bytes<FORMAT>(high, scale), half_high_bytes<FORMAT>(high, scale)};
         *reinterpret_cast<uint4*>(tile + kv_chunk_offset<KV_BF16>(token, chunk)) = wide;
     }
 };

@@ -1,8 +1,8 @@
 // Hopper's asynchronous tensor-core products and barriers, for prefill attention. sm_90a only.
 //
-// Operands in shared memory are 16-bit tiles of 128-byte rows with the 128-byte swizzle, in panels of
-// 64 columns (attention_tile.cuh). Accumulators lie as those of mma.sync: element [n][c] is column
-// 8 n + 2 (lane & 3) + (c & 1) of row 16 warp + lane / 4 + 8 (c >> 1).
+// Operands in shared memory are 16-bit tiles of 128-byte rows with the 128-byte swizzle, in panels
+// of 64 columns (attention_tile.cuh). Accumulators lie as those of mma.sync: element [n][c] is
+// column 8 n + 2 (lane & 3) + (c & 1) of row 16 warp + lane / 4 + 8 (c >> 1).
 #pragma once
 #include "attention_tile.cuh"
 
@@ -82,7 +82,7 @@ __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// The compiler must not move uses of accumulators across the wait: it does not know who writes them.
+// Keeps the compiler from moving uses of accumulators across the wait.
 template <int N>
 __device__ __forceinline__ void pin(float (&x)[N][4]) {
 #pragma unroll
@@ -95,7 +95,8 @@ __device__ __forceinline__ void publish_shared() {
 }
 
 __device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)
+                 : "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {

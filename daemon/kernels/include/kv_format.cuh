@@ -1,4 +1,5 @@
-// Where keys and values lie in memory: pages of 64 tokens, all attention layers of a page together.
+// Where keys and values lie in memory: pages of 64 tokens, all attention layers of a page
+// together.
 //
 //   pool   u8 [pages][layers][K plane | V plane]     one page of all layers is one contiguous copy
 //   plane  [kv_heads][head block]                    K and V each in their own format
@@ -10,8 +11,8 @@
 //
 // The 16-byte chunks of a row are exchanged by the token's low bits, so that a linear copy of a
 // block to shared memory can be read without bank conflicts; panels of bf16 are the 128-byte
-// swizzle that wgmma expects. q8_0 and q4_0 have one f16 scale for 32 dims, as in GGUF. In a word of
-// q4_0, dims 0, 2, 4, 6 are the low four nibbles and dims 1, 3, 5, 7 the high four.
+// swizzle that wgmma expects. q8_0 and q4_0 have one f16 scale for 32 dims, as in GGUF. In a word
+// of q4_0, dims 0, 2, 4, 6 are the low four nibbles and dims 1, 3, 5, 7 the high four.
 #pragma once
 #include "attention_numeric.cuh"
 
@@ -88,7 +89,7 @@ __device__ __forceinline__ u32 half_high_bytes(u32 x, u32 scale) {
     return FORMAT == KV_FP8 ? fp8_pair_to_half2(x >> 16) : half_bytes(x, 0x4342, scale);
 }
 
-// Eight consecutive dims of one token from floats to the page; `lane` holds dims 8 lane … 8 lane + 7.
+// Eight dims of one token from floats to the page; `lane` holds dims 8 lane … 8 lane + 7.
 template <int FORMAT>
 __device__ __forceinline__ void kv_store_row(u8* block, int token, int lane, const float (&x)[8]);
 

@@ -220,7 +220,7 @@ struct Search {
         return u32(fminf((best - value) * BINS_PER_UNIT, float(BINS - 1)));
     }
 
-    // Adds up a histogram over the row. `bin_of(i)` is the bin of slice value i, or none from BINS on.
+    // Adds up a histogram over the row. `bin_of(i)` is the bin of slice value i; BINS: none.
     template <class BinOf>
     __device__ Bin histogram(BinOf bin_of) {
         Bin* bins = group.scratch->bins[round % 3];
