@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) delta_gate(
         const float4 gate = to_float4(load4(z + static_cast<long long>(i) * z_stride));
         const float2 left = from_half_pair(packed.x), right = from_half_pair(packed.y);
         const float4 o = make_float4(left.x, left.y, right.x, right.y);
-        const float scale = rsqrtf(warp_sum(dot4(o, o)) / HEAD_DIM + norm_eps);
+        const float scale = reciprocal_root(warp_sum(dot4(o, o)) / HEAD_DIM + norm_eps);
         store4(out + static_cast<long long>(i) * v_heads * HEAD_DIM,
                gated(o, scale, weight, gate));
     }

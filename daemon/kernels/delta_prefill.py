@@ -148,7 +148,8 @@ class DeltaPrefill:
         Args:
             tables: from `chunk_tables`; written at least two launches before.
             output: `[rows, v_heads * 128]`; rows of the spans are written.
-            dependent: start before the previous kernel has ended.
+            dependent: start before the previous kernel has ended. (Scan and gate do not: blocks
+                that wait take the place of blocks that work.)
         """
         assert output.shape[1:] == (self._sizes.value_size,)
         assert workspace_bytes(self._sizes, tables.chunks.shape[0]) <= self._workspace.num_bytes
@@ -195,7 +196,6 @@ class DeltaPrefill:
             *(inputs.qkv.stride, rule_stride, ring_stride),
             *self._sizes,
             shared_bytes=self._scan_shared,
-            dependent=True,
         )
 
     def gate(
@@ -212,5 +212,4 @@ class DeltaPrefill:
             (THREADS, 1, 1),
             *(inputs.z.address, constants.norm, tables.chunks, self._workspace, output),
             *(inputs.z.stride, *self._sizes, self._norm_eps),
-            dependent=True,
         )

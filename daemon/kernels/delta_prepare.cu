@@ -14,7 +14,7 @@
 #include "delta_tiles.cuh"
 
 #ifndef MIN_BLOCKS
-#define MIN_BLOCKS 4
+#define MIN_BLOCKS 3
 #endif
 
 constexpr int WARPS = 4;
@@ -73,7 +73,7 @@ __device__ void write_head(u8* tile, const HeadRows& rows, const float4* taps, i
     for (int i = 0; i < ROWS; ++i) {
         float4 x = rows.mixed(i, tap);
         float scale = 1.0f;
-        if (length > 0.0f) scale = rsqrtf(warp_sum(dot4(x, x)) + L2_EPS) * length;
+        if (length > 0.0f) scale = reciprocal_root(warp_sum(dot4(x, x)) + L2_EPS) * length;
         if (first + i >= num_rows) scale = 0.0f;
         const uint2 packed = make_uint2(half_pair(x.x * scale, x.y * scale),
                                         half_pair(x.z * scale, x.w * scale));
@@ -119,21 +119,25 @@ __device__ void write_gates(float* beta, float* sums, u8* decays, const Gate* ga
         make_float2(exp_approx(end - sum.x), exp_approx(end - sum.y));
 }
 
-// The warp's 16 rows of left * keys', columns up to the diagonal.
-__device__ void gram_rows(float (&c)[8][4], u32 left, u32 keys, int warp, int lane) {
+// The warp's 16 rows of k k' and of q k'.
+__device__ __forceinline__ void products_with_keys(float (&kk)[8][4], float (&qk)[8][4], u32 keys,
+                                                   u32 queries, int warp, int lane) {
     const PanelLanes lanes(lane);
 #pragma unroll
     for (int step = 0; step < HEAD_DIM / 16; ++step) {
         const int panel = step / 4 * PANEL_BYTES;
-        u32 a[4], b[4];
-        load_matrices(a, left + panel + (warp * 16 + lanes.row_k) * 128 +
-                             (((step % 4 * 2 + lanes.unit_k) ^ lanes.lane7) << 4));
+        const int own = panel + (warp * 16 + lanes.row_k) * 128 +
+                        (((step % 4 * 2 + lanes.unit_k) ^ lanes.lane7) << 4);
+        u32 k[4], q[4], b[4][4];
+        load_matrices(k, keys + own);
+        load_matrices(q, queries + own);
 #pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-            if (pair > warp) break;
-            load_matrices(b, lanes.by_rows(keys + panel, pair, step % 4));
-            multiply(c[pair * 2], a, b[0], b[1]);
-            multiply(c[pair * 2 + 1], a, b[2], b[3]);
+        for (int pair = 0; pair < 4; ++pair)
+            load_matrices(b[pair], lanes.by_rows(keys + panel, pair, step % 4));
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+            multiply(kk[n], k, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+            multiply(qk[n], q, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
         }
     }
 }
@@ -371,13 +375,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) delta_prepa
     const Activation* ring = entry.history < 0 ? nullptr : rings + entry.history * ring_stride;
     const int first = warp * ROWS;
 
-    HeadRows head_rows;
-    int column = (k_heads + k_head) * HEAD_DIM + lane * 4;
-    head_rows.load(rows, qkv_stride, column, first, entry.num_rows, ring, conv_dim);
-    write_head(shared.keys, head_rows, taps + column, first, entry.num_rows, 1.0f, lane);
-    column = k_head * HEAD_DIM + lane * 4;
-    head_rows.load(rows, qkv_stride, column, first, entry.num_rows, ring, conv_dim);
-    write_head(shared.queries, head_rows, taps + column, first, entry.num_rows, QUERY_SCALE, lane);
+    const int key = (k_heads + k_head) * HEAD_DIM + lane * 4, query = k_head * HEAD_DIM + lane * 4;
+    {
+        HeadRows key_rows, query_rows;
+        key_rows.load(rows, qkv_stride, key, first, entry.num_rows, ring, conv_dim);
+        query_rows.load(rows, qkv_stride, query, first, entry.num_rows, ring, conv_dim);
+        write_head(shared.keys, key_rows, taps + key, first, entry.num_rows, 1.0f, lane);
+        write_head(shared.queries, query_rows, taps + query, first, entry.num_rows, QUERY_SCALE,
+                   lane);
+    }
     for (int i = warp; i < group; i += WARPS) {
         const int head = k_head + i * k_heads;
         write_gates(betas + i * CHUNK, sums + i * CHUNK, work.decays(chunk, head), gate_rows,
@@ -385,11 +391,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) delta_prepa
     }
     __syncthreads();
 
-    const u32 keys = shared_address(shared.keys);
     float qk[8][4] = {};
     {
         float kk[8][4] = {};
-        gram_rows(kk, keys, keys, warp, lane);
+        products_with_keys(kk, qk, shared_address(shared.keys), shared_address(shared.queries),
+                           warp, lane);
         float* gram = shared.gram + (first + (lane >> 2)) * GRAM_STRIDE + (lane & 3) * 2;
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
@@ -398,7 +404,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) delta_prepa
                 make_float2(kk[n][2], kk[n][3]);
         }
     }
-    gram_rows(qk, shared_address(shared.queries), keys, warp, lane);
     copy_out(work.keys(chunk, k_head) + warp * (2 * TILE_BYTES / WARPS),
              shared.keys + warp * (2 * TILE_BYTES / WARPS), 2 * TILE_BYTES / WARPS, lane);
     __syncthreads();
@@ -407,12 +412,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) delta_prepa
     for (int i = 0; i < group; ++i)
         write_scores(work.scores(chunk, k_head + i * k_heads), scratch, qk, sums + i * CHUNK, warp,
                      lane);
+    HeadRows value_rows, next_rows;
+    const int value = (2 * k_heads + k_head) * HEAD_DIM + lane * 4, apart = k_heads * HEAD_DIM;
+    value_rows.load(rows, qkv_stride, value, first, entry.num_rows, ring, conv_dim);
     for (int i = 0; i < group; ++i) {
-        const int head = k_head + i * k_heads;
-        column = (2 * k_heads + head) * HEAD_DIM + lane * 4;
-        head_rows.load(rows, qkv_stride, column, first, entry.num_rows, ring, conv_dim);
-        write_head(work.values(chunk, head), head_rows, taps + column, first, entry.num_rows, 0.0f,
-                   lane);
+        const int column = value + i * apart;
+        if (i + 1 < group)
+            next_rows.load(rows, qkv_stride, column + apart, first, entry.num_rows, ring, conv_dim);
+        write_head(work.values(chunk, k_head + i * k_heads), value_rows, taps + column, first,
+                   entry.num_rows, 0.0f, lane);
+        value_rows = next_rows;
     }
     for (int i = warp; i < group; i += WARPS) {
         const Inversion inversion{shared.gram,

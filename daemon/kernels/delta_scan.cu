@@ -48,30 +48,36 @@ __device__ __forceinline__ void copy_in(u8* target, const u8* source) {
 struct Loader {
     Workspace work;
     Buffers* buffers;
-    int k_head, v_head, panel, end;
+    int k_head, v_head, panel, first, end;  // chunks of the span
 
-    __device__ __forceinline__ void keys_and_decays(int chunk, int step) const {
+    __device__ __forceinline__ void keys_and_decays(int step) const {
+        const int chunk = first + step;
         if (chunk >= end) return;
         copy_in<TILE_BYTES>(buffers->keys[step % KEY_DEPTH], work.keys(chunk, k_head));
         copy_in<DECAY_BYTES>(buffers->decays[step % KEY_DEPTH], work.decays(chunk, v_head));
     }
-    __device__ __forceinline__ void queries(int chunk, int step) const {
+    __device__ __forceinline__ void queries(int step) const {
+        const int chunk = first + step;
         if (chunk >= end) return;
         copy_in<TILE_BYTES>(buffers->queries[step % DEPTH], work.queries(chunk, k_head));
     }
-    __device__ __forceinline__ void values_inverse_scores(int chunk, int step) const {
+    __device__ __forceinline__ void values_inverse_scores(int step) const {
+        const int chunk = first + step;
         if (chunk >= end) return;
-        const u8* values = work.values(chunk, v_head) + panel * PANEL_BYTES;
-        copy_in<PANEL_BYTES>(buffers->values[step % DEPTH], values);
+        copy_in<PANEL_BYTES>(buffers->values[step % DEPTH], values(step));
         copy_in<PANEL_BYTES>(buffers->inverse[step % DEPTH], work.inverse(chunk, v_head));
         copy_in<PANEL_BYTES>(buffers->scores[step % DEPTH], work.scores(chunk, v_head));
     }
     // One group of copies, also past the last chunk, so that their number is the same everywhere.
-    __device__ __forceinline__ void all(int chunk, int step) const {
-        keys_and_decays(chunk, step);
-        queries(chunk, step);
-        values_inverse_scores(chunk, step);
+    __device__ __forceinline__ void all(int step) const {
+        keys_and_decays(step);
+        queries(step);
+        values_inverse_scores(step);
         copy_async_commit();
+    }
+    // The panel of values in the workspace, which outputs replace.
+    __device__ __forceinline__ u8* values(int step) const {
+        return work.values(first + step, v_head) + panel * PANEL_BYTES;
     }
 };
 
@@ -141,7 +147,8 @@ __device__ __forceinline__ void subtract_read(TokenOperand& y, const TokenColumn
             const float* c = read[step * 2 + half];
             const float2 g =
                 *reinterpret_cast<const float2*>(growth + (step * 2 + half) * 8 + (lane & 3) * 2);
-            const float2 top = from_half_pair(v[half * 2]), bottom = from_half_pair(v[half * 2 + 1]);
+            const float2 top = from_half_pair(v[half * 2]);
+            const float2 bottom = from_half_pair(v[half * 2 + 1]);
             y[step][half * 2] = half_pair(fmaf(-g.x, c[0], top.x), fmaf(-g.y, c[1], top.y));
             y[step][half * 2 + 1] =
                 half_pair(fmaf(-g.x, c[2], bottom.x), fmaf(-g.y, c[3], bottom.y));
@@ -163,15 +170,108 @@ __device__ __forceinline__ void store_outputs(u8* panel, const TokenOperand& o, 
     }
 }
 
-// The last rows up to a chunk's end into a slot's convolution ring, `count` channels from `channel`
-// on. Rows before a span's first chunk are in the ring already.
-__device__ void store_ring(Activation* ring, const Activation* rows, int stride, ChunkEntry entry,
-                           int conv_dim, int channel, int count) {
-    for (int i = threadIdx.x; i < CONV_RING * count; i += THREADS) {
-        const int row = entry.num_rows - 1 - i / count, at = channel + i % count;
-        if (row >= 0 || entry.history < 0)
-            ring[(row + CHUNK) % CONV_RING * conv_dim + at] =
-                rows[static_cast<long long>(row) * stride + at];
+// Where the block's head and columns lie in the slots, and the rows that a convolution ring keeps.
+struct SlotColumns {
+    const Activation* qkv;
+    float* rules;
+    Activation* rings;
+    long long rule_stride, ring_stride;
+    int qkv_stride, k_heads, v_heads, v_head, split;
+
+    // The lane's first column of the first row of the warp's part of the state.
+    __device__ __forceinline__ float* rule(int slot, int lane) const {
+        const int column = split * BLOCK_COLUMNS + (threadIdx.x >> 5) * WARP_COLUMNS + (lane >> 2);
+        return rules + slot * rule_stride + static_cast<long long>(v_head) * HEAD_DIM * HEAD_DIM +
+               column;
+    }
+
+    // `count` channels from `channel` on, of the last rows up to a chunk's end. Rows before a
+    // span's first chunk are in the ring already.
+    __device__ void keep_rows(int slot, ChunkEntry entry, int channel, int count) const {
+        const int conv_dim = (2 * k_heads + v_heads) * HEAD_DIM;
+        Activation* ring = rings + slot * ring_stride;
+        for (int i = threadIdx.x; i < CONV_RING * count; i += THREADS) {
+            const int row = entry.num_rows - 1 - i / count, at = channel + i % count;
+            if (row >= 0 || entry.history < 0)
+                ring[(row + CHUNK) % CONV_RING * conv_dim + at] =
+                    qkv[static_cast<long long>(entry.first_row + row) * qkv_stride + at];
+        }
+    }
+
+    // The state at a chunk's end. q and k are kept by the first head that uses them.
+    __device__ void keep(int slot, ChunkEntry entry, const KeyColumns& state, int lane) const {
+        store_state(rule(slot, lane), state, lane);
+        const int value = (2 * k_heads + v_head) * HEAD_DIM + split * BLOCK_COLUMNS;
+        keep_rows(slot, entry, value, BLOCK_COLUMNS);
+        if (v_head >= k_heads || split > 0) return;
+        keep_rows(slot, entry, v_head * HEAD_DIM, HEAD_DIM);
+        keep_rows(slot, entry, (k_heads + v_head) * HEAD_DIM, HEAD_DIM);
+    }
+};
+
+// One chunk: the state moves to its end. `outputs` are the last chunk's on entry, which are stored
+// while the tensor cores work, and this one's on return.
+__device__ __forceinline__ void advance(KeyColumns& state, TokenOperand& outputs,
+                                        const Loader& load, int step, int warp, int lane) {
+    // This chunk's operands are here, and all warps are done with the last step's buffers.
+    copy_async_wait<AHEAD - 1>();
+    publish_panels();
+    __syncthreads();
+    if (DEPTH > 1)
+        load.all(step + AHEAD);
+    else
+        load.keys_and_decays(step + 1);
+
+    Buffers& buffers = *load.buffers;
+    const PanelLanes lanes(lane);
+    const u32 keys = shared_address(buffers.keys[step % KEY_DEPTH]);
+    const float* growth = reinterpret_cast<const float*>(buffers.decays[step % KEY_DEPTH]);
+    const float* remaining = growth + CHUNK;
+    KeyOperand m;
+    TokenColumns by_keys, out, fresh;
+    to_operand(m, state);
+    scale_state(state, growth[CHUNK - 1]);
+    hold(state);
+    products_begin();
+    read_tile(by_keys, m, keys, lanes);
+    products_commit();
+    read_tile(out, m, shared_address(buffers.queries[step % DEPTH]), lanes);
+    products_commit();
+    if (step > 0) store_outputs(load.values(step - 1), outputs, warp, lane);
+    products_wait<1>();
+    hold(by_keys);
+
+    TokenOperand y, d;
+    subtract_read(y, by_keys, shared_address(buffers.values[step % DEPTH]), growth, warp, lane);
+    products_begin();
+    multiply_lower_transposed(fresh, y, shared_address(buffers.inverse[step % DEPTH]), lanes);
+    products_commit();
+    products_wait<1>();
+    hold(out);
+    scale_tokens(out, growth, lane);
+    hold(out);
+    if (DEPTH == 1) {
+        __syncthreads();
+        load.queries(step + 1);
+    }
+    products_wait<0>();
+    hold(fresh);
+
+    to_operand(y, fresh);
+    scale_tokens(fresh, remaining, lane);
+    to_operand(d, fresh);
+    products_begin();
+    add_outer(state, d, keys, lanes);
+    add_lower(out, y, shared_address(buffers.scores[step % DEPTH]), lanes);
+    products_commit();
+    products_wait<0>();
+    hold(state);
+    hold(out);
+    to_operand(outputs, out);
+    if (DEPTH == 1) {
+        __syncthreads();
+        load.values_inverse_scores(step + 1);
+        copy_async_commit();
     }
 }
 
@@ -188,109 +288,36 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_scan(
     Buffers& buffers = *reinterpret_cast<Buffers*>(memory);
     constexpr int BLOCKS_PER_HEAD = HEAD_DIM / BLOCK_COLUMNS;
     const int v_head = blockIdx.x / BLOCKS_PER_HEAD, split = blockIdx.x % BLOCKS_PER_HEAD;
-    const int k_head = v_head % k_heads;
     const int lane = threadIdx.x & 31;
     const int first_column = split * BLOCK_COLUMNS + (threadIdx.x >> 5) * WARP_COLUMNS;
     const int panel = first_column / CHUNK, warp = first_column % CHUNK / WARP_COLUMNS;
     const SpanEntry span = spans[blockIdx.y];
     if (span.num_chunks == 0) return;
     const Workspace work{workspace, k_heads, v_heads};
-    const int first = span.first_chunk, end = first + span.num_chunks;
-    const Loader load{work, &buffers, k_head, v_head, panel, end};
-    const PanelLanes lanes(lane);
-    const long long state_offset =
-        static_cast<long long>(v_head) * HEAD_DIM * HEAD_DIM + first_column + (lane >> 2);
+    const int end = span.first_chunk + span.num_chunks;
+    const Loader load{work, &buffers, v_head % k_heads, v_head, panel, span.first_chunk, end};
+    const SlotColumns slots{qkv,        rules,   rings,   rule_stride, ring_stride,
+                            qkv_stride, k_heads, v_heads, v_head,      split};
 
     KeyColumns state;
-    load_state(state, rules + span.slot * rule_stride + state_offset, lane);
     wait_for_previous_kernel();
     allow_next_kernel();
+    load_state(state, slots.rule(span.slot, lane), lane);
 #pragma unroll
-    for (int step = 0; step < AHEAD; ++step) load.all(first + step, step);
+    for (int step = 0; step < AHEAD; ++step) load.all(step);
     TokenOperand outputs;
 
     for (int step = 0; step < span.num_chunks; ++step) {
-        const int chunk = first + step;
-        // This chunk's operands are here, and all warps are done with the last step's buffers.
-        copy_async_wait<AHEAD - 1>();
-        publish_panels();
-        __syncthreads();
-        if (DEPTH > 1)
-            load.all(chunk + AHEAD, step + AHEAD);
-        else
-            load.keys_and_decays(chunk + 1, step + 1);
-
-        const u32 keys = shared_address(buffers.keys[step % KEY_DEPTH]);
-        const float* growth = reinterpret_cast<const float*>(buffers.decays[step % KEY_DEPTH]);
-        const float* remaining = growth + CHUNK;
-        KeyOperand m;
-        TokenColumns by_keys, out, fresh;
-        to_operand(m, state);
-        scale_state(state, growth[CHUNK - 1]);
-        hold(state);
-        products_begin();
-        read_tile(by_keys, m, keys, lanes);
-        products_commit();
-        read_tile(out, m, shared_address(buffers.queries[step % DEPTH]), lanes);
-        products_commit();
-        if (step > 0)
-            store_outputs(work.values(chunk - 1, v_head) + panel * PANEL_BYTES, outputs, warp,
-                          lane);
-        products_wait<1>();
-        hold(by_keys);
-
-        TokenOperand y, d;
-        subtract_read(y, by_keys, shared_address(buffers.values[step % DEPTH]), growth, warp, lane);
-        products_begin();
-        multiply_lower_transposed(fresh, y, shared_address(buffers.inverse[step % DEPTH]), lanes);
-        products_commit();
-        products_wait<1>();
-        hold(out);
-        scale_tokens(out, growth, lane);
-        hold(out);
-        if (DEPTH == 1) {
-            __syncthreads();
-            load.queries(chunk + 1, step + 1);
-        }
-        products_wait<0>();
-        hold(fresh);
-
-        to_operand(y, fresh);
-        scale_tokens(fresh, remaining, lane);
-        to_operand(d, fresh);
-        products_begin();
-        add_outer(state, d, keys, lanes);
-        add_lower(out, y, shared_address(buffers.scores[step % DEPTH]), lanes);
-        products_commit();
-        products_wait<0>();
-        hold(state);
-        hold(out);
-        to_operand(outputs, out);
-        if (DEPTH == 1) {
-            __syncthreads();
-            load.values_inverse_scores(chunk + 1, step + 1);
-            copy_async_commit();
-        }
-
-        const ChunkEntry entry = chunks[chunk];
+        advance(state, outputs, load, step, warp, lane);
+        const ChunkEntry entry = chunks[span.first_chunk + step];
         const bool is_last = step + 1 == span.num_chunks;
         if (entry.capture < 0 && !is_last) continue;
 #pragma unroll 1
-        for (int copy = 0; copy < 2; ++copy) {
-            const int slot = copy == 0 ? entry.capture : span.slot;
-            if (slot < 0 || (copy == 1 && !is_last)) continue;
-            store_state(rules + slot * rule_stride + state_offset, state, lane);
-            Activation* ring = rings + slot * ring_stride;
-            const Activation* rows = qkv + static_cast<long long>(entry.first_row) * qkv_stride;
-            const int conv_dim = (2 * k_heads + v_heads) * HEAD_DIM;
-            const int values = (2 * k_heads + v_head) * HEAD_DIM + split * BLOCK_COLUMNS;
-            store_ring(ring, rows, qkv_stride, entry, conv_dim, values, BLOCK_COLUMNS);
-            if (v_head >= k_heads || split > 0) continue;
-            const int query = k_head * HEAD_DIM, key = (k_heads + k_head) * HEAD_DIM;
-            store_ring(ring, rows, qkv_stride, entry, conv_dim, query, HEAD_DIM);
-            store_ring(ring, rows, qkv_stride, entry, conv_dim, key, HEAD_DIM);
+        for (int i = 0; i < 2; ++i) {
+            const int target = i == 0 ? entry.capture : is_last ? span.slot : -1;
+            if (target >= 0) slots.keep(target, entry, state, lane);
         }
     }
-    store_outputs(work.values(end - 1, v_head) + panel * PANEL_BYTES, outputs, warp, lane);
+    store_outputs(load.values(span.num_chunks - 1), outputs, warp, lane);
     copy_async_wait<0>();
 }

@@ -11,20 +11,7 @@
 #include "delta_math.cuh"
 #include "warp.cuh"
 
-#if STREAM == 1
-#define LOAD_STATE(p) __ldcs(p)
-#define STORE_STATE(p, x) __stcs(p, x)
-#elif STREAM == 2
-#define LOAD_STATE(p) *(p)
-#define STORE_STATE(p, x) __stcs(p, x)
-#else
-#define LOAD_STATE(p) *(p)
-#define STORE_STATE(p, x) *(p) = (x)
-#endif
-#ifndef STEP_BLOCKS
-#define STEP_BLOCKS 2
-#endif
-constexpr int ROWS = 16;                 // of the state, a thread
+constexpr int ROWS = 16;                     // of the state, a thread
 constexpr int COLUMN_GROUPS = HEAD_DIM / 4;  // of four columns: a warp spans a row
 constexpr int WARPS = HEAD_DIM / ROWS;
 constexpr int THREADS = WARPS * 32;
@@ -120,7 +107,7 @@ struct Reads {
 
 // Grid (v_heads, sequences). Slots, captures and positions must have been written at least two
 // launches before; a sequence with slot -1 is padding and is left out.
-extern "C" __global__ void __launch_bounds__(THREADS, STEP_BLOCKS) delta_step(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) delta_step(
     const Activation* qkv,   // [sequences, qkv_stride]: q heads, k heads, v heads
     const Activation* z,     // [sequences, z_stride]: v heads
     const Gate* gates,       // [sequences, gates_stride]: beta per v head, alpha per v head
@@ -148,11 +135,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, STEP_BLOCKS) delta_step(
     float* rule = rules + slot * rule_stride + first;
     Activation* ring = rings + slot * ring_stride;
 
-    // Before the wait: what earlier kernels of this step do not write.
+    // Before the wait: what earlier kernels of this step do not write. The state is next needed
+    // after all other layers have passed through the L2 cache, so it should not stay there.
     float4 state[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
-        state[i] = LOAD_STATE(reinterpret_cast<const float4*>(rule + i * WARPS * HEAD_DIM));
+        state[i] = __ldcs(reinterpret_cast<const float4*>(rule + i * WARPS * HEAD_DIM));
     ThreadChannels channels;
     channels.load(taps, ring, newest, head, k_heads, v_heads);
     const float rate = rates[head], bias = dt_bias[head];
@@ -172,15 +160,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, STEP_BLOCKS) delta_step(
     const float4 q4 = reinterpret_cast<const float4*>(mixed)[lane];
     const float4 k4 = reinterpret_cast<const float4*>(mixed + HEAD_DIM)[lane];
     const float4 v4 = reinterpret_cast<const float4*>(mixed + 2 * HEAD_DIM)[lane];
-    const float q_scale = rsqrtf(warp_sum(dot4(q4, q4)) + L2_EPS) * QUERY_SCALE;
-    const float k_scale = rsqrtf(warp_sum(dot4(k4, k4)) + L2_EPS);
+    const float q_scale = reciprocal_root(warp_sum(dot4(q4, q4)) + L2_EPS) * QUERY_SCALE;
+    const float k_scale = reciprocal_root(warp_sum(dot4(k4, k4)) + L2_EPS);
     const float kq = warp_sum(dot4(k4, q4)) * k_scale * q_scale;
     const Reads reads(state, mixed, partials, warp, lane);
     const float4 error = combine(v4, beta, reads.by_k, -beta * decay * k_scale);
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         state[i] = combine(error, mixed[HEAD_DIM + i * WARPS + warp] * k_scale, state[i], decay);
-        STORE_STATE(reinterpret_cast<float4*>(rule + i * WARPS * HEAD_DIM), state[i]);
+        __stcs(reinterpret_cast<float4*>(rule + i * WARPS * HEAD_DIM), state[i]);
     }
     if (capture >= 0) {
         float* copy = rules + capture * rule_stride + first;
@@ -190,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STEP_BLOCKS) delta_step(
     }
     if (warp != 0) return;
     const float4 o = combine(error, kq, reads.by_q, decay * q_scale);
-    const float scale = rsqrtf(warp_sum(dot4(o, o)) / HEAD_DIM + norm_eps);
+    const float scale = reciprocal_root(warp_sum(dot4(o, o)) / HEAD_DIM + norm_eps);
     store4(out + (sequence * v_heads + head) * HEAD_DIM + lane * 4,
            gated(o, scale, weight, to_float4(z4)));
 }

@@ -1,8 +1,8 @@
 // Elementwise arithmetic of the gated delta net, shared by its decode and prefill kernels.
 //
 // ACTIVATION_BF16, GATES_BF16 and OUTPUT_BF16 (0 or 1) say which arrays are bfloat16, not float32.
-// Arithmetic and state are float32. Exponentials are ex2.approx (2 ulp), which is far inside the
-// rounding of activations.
+// Arithmetic and state are float32. Exponentials, reciprocals and roots are approximate (2 ulp),
+// which is far inside the rounding of activations.
 #pragma once
 
 constexpr int HEAD_DIM = 128;  // of keys and of values
@@ -67,9 +67,20 @@ __device__ __forceinline__ float exp2_approx(float x) {
 
 __device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * LOG2_E); }
 
-__device__ __forceinline__ float sigmoid(float x) {
-    return __fdividef(1.0f, 1.0f + exp_approx(-x));
+// Without the flush to zero, the compiler surrounds these with scaling for denormals.
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
+
+__device__ __forceinline__ float reciprocal_root(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp_approx(-x)); }
 
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 

@@ -47,7 +47,9 @@ struct Workspace {
     __device__ u8* values(int chunk, int v_head) const {  // outputs after the scan
         return keys(chunk, k_heads) + v_head * (2ll * TILE_BYTES + DECAY_BYTES);
     }
-    __device__ u8* inverse(int chunk, int v_head) const { return values(chunk, v_head) + TILE_BYTES; }
+    __device__ u8* inverse(int chunk, int v_head) const {
+        return values(chunk, v_head) + TILE_BYTES;
+    }
     __device__ u8* scores(int chunk, int v_head) const {
         return inverse(chunk, v_head) + PANEL_BYTES;
     }
