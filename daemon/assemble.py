@@ -3,7 +3,6 @@
 Runs on the main thread; the model itself is loaded on the engine's thread, which will own it.
 """
 
-import os
 import time
 from collections.abc import Callable
 from importlib.resources import files
@@ -19,7 +18,8 @@ from daemon.cache.checkpoint_cache import CheckpointCache
 from daemon.cache.prefix_hash import fingerprint
 from daemon.checkpoint import PAGE_TOKENS
 from daemon.config import DEFAULT_CONTEXT, Config, EngineConfig, ModelConfig
-from daemon.engine.backends.numpy_backend import NumpyBackend
+from daemon.devices import make_backend, prefill_tokens
+from daemon.engine.backends.backend import Backend
 from daemon.engine.checkpointing import CheckpointStore, NoCheckpoints
 from daemon.engine.engine import StepEngine
 from daemon.engine.engine_thread import EngineThread
@@ -91,16 +91,17 @@ def open_model_file(config: ModelConfig) -> GGUFFile:
     return open_gguf(config.path or embedded_model())
 
 
-def load_reference_model(file: GGUFFile) -> Model:
-    """The model on the NumPy backend, without state memory.
+def load_for_evaluation(config: Config) -> Model:
+    """The model on its backend, without state memory, for `engine.evaluation`.
 
     Raises:
         ModelError: see `load_model`.
-        OutOfDeviceMemory: its float32 weights do not fit.
+        DeviceError: see `make_backend`.
     """
+    file = open_model_file(config.model)
     shape = model_shape(file)
-    _check_host_memory(file)
-    return load_model(file, NumpyBackend(shape.rms_eps))
+    backend = make_backend(config.engine, file, shape, shape.context_length)
+    return load_model(file, backend)
 
 
 def assemble(config: Config) -> Daemon:
@@ -114,12 +115,21 @@ def assemble(config: Config) -> Daemon:
     tokenizer = Tokenizer.from_metadata(file.metadata)
     template_source = _template_source(file, config.model)
     template = ChatTemplate(template_source, tokenizer.control_tokens)
-    identity = _identity(file, template_source)
+    context = _context_length(shape, config.engine)
+    backend = make_backend(config.engine, file, shape, context)
+    identity = _identity(file, template_source, backend)
     cache = _open_cache(config, identity, _model_name(file, config.model))
     replies = NoReplies() if cache is None else cache.sampled
-    info = _info(file, shape, config, tokenizer.num_real_tokens)
+    info = EngineInfo(
+        model_name=_model_name(file, config.model),
+        context_length=context,
+        vocab_size=min(tokenizer.num_real_tokens, shape.vocab_size),
+        num_parameters=sum(tensor.num_elements for tensor in file.tensors.values()),
+        backend=backend.name,
+        max_sequences=config.engine.parallel,
+    )
     engine = EngineThread(
-        _engine_builder(file, config.engine, info, cache or NoCheckpoints()),
+        _engine_builder(file, backend, config.engine, info, cache or NoCheckpoints()),
         info,
         max_requests=config.engine.parallel + config.engine.max_waiting,
     )
@@ -146,21 +156,19 @@ def assemble(config: Config) -> Daemon:
 
 
 def _engine_builder(
-    file: GGUFFile, config: EngineConfig, info: EngineInfo, store: CheckpointStore
+    file: GGUFFile,
+    backend: Backend,
+    config: EngineConfig,
+    info: EngineInfo,
+    store: CheckpointStore,
 ) -> Callable[[Callable[[], None]], StepEngine]:
     """Loads the weights and reserves memory when called, on the thread that calls."""
 
     def build(wake: Callable[[], None]) -> StepEngine:
-        model = load_reference_model(file)
-        pages_each = -(-info.context_length // PAGE_TOKENS)
-        limits = Limits(
-            max_sequences=config.parallel,
-            max_waiting=config.max_waiting,
-            prefill_tokens=config.prefill_tokens,
-            num_pages=pages_each * config.parallel + 1,
-            num_capture_slots=NUM_CAPTURE_SLOTS,
-        )
-        model.backend.allocate(model.shape, limits.num_slots, limits.num_pages)
+        backend.attach()
+        model = load_model(file, backend)
+        limits = _limits(model, config, info.context_length)
+        backend.allocate(model.shape, limits.num_slots, limits.num_pages)
         return StepEngine(
             model,
             Scheduler(limits),
@@ -172,6 +180,29 @@ def _engine_builder(
         )
 
     return build
+
+
+def _limits(model: Model, config: EngineConfig, context_length: int) -> Limits:
+    """Pages for all sequences at full length where they fit, for one at least.
+
+    Raises:
+        OutOfDeviceMemory: not even one sequence of the context length fits.
+    """
+    limits = Limits(
+        max_sequences=config.parallel,
+        max_waiting=config.max_waiting,
+        prefill_tokens=prefill_tokens(config),
+        num_pages=-(-context_length // PAGE_TOKENS) * config.parallel + 1,
+        num_capture_slots=NUM_CAPTURE_SLOTS,
+    )
+    fitting = model.backend.fit_pages(model.shape, limits.num_slots, limits.num_pages)
+    if fitting * PAGE_TOKENS < context_length + PAGE_TOKENS:
+        raise OutOfDeviceMemory(
+            f"a context of {context_length} tokens does not fit beside the weights; "
+            f"{max(fitting - 1, 0) * PAGE_TOKENS} tokens would: pass --ctx, fewer --parallel, or "
+            "smaller KV formats (-ctk, -ctv)"
+        )
+    return msgspec.structs.replace(limits, num_pages=fitting)
 
 
 def _open_cache(config: Config, identity: bytes, model_name: str) -> CheckpointCache | None:
@@ -186,30 +217,23 @@ def _open_cache(config: Config, identity: bytes, model_name: str) -> CheckpointC
     )
 
 
-def _identity(file: GGUFFile, template_source: str) -> bytes:
+def _identity(file: GGUFFile, template_source: str, backend: Backend) -> bytes:
     """What a state depends on: equal identities may use one another's checkpoints."""
     return fingerprint(
         {
             "weights": weights_digest(file),
             "template": template_source.encode(),
-            "numerics": NumpyBackend(0.0).numerics.encode(),
+            "numerics": backend.numerics.encode(),
             "state": STATE_VERSION.to_bytes(4, "little"),
         }
     )
 
 
-def _info(file: GGUFFile, shape: ModelShape, config: Config, num_tokens: int) -> EngineInfo:
-    asked = config.engine.context
+def _context_length(shape: ModelShape, config: EngineConfig) -> int:
+    asked = config.context
     if asked is not None and asked > shape.context_length:
         raise ConfigError(f"--ctx {asked} is more than the model's {shape.context_length} tokens")
-    return EngineInfo(
-        model_name=_model_name(file, config.model),
-        context_length=asked or min(shape.context_length, DEFAULT_CONTEXT),
-        vocab_size=min(num_tokens, shape.vocab_size),
-        num_parameters=sum(tensor.num_elements for tensor in file.tensors.values()),
-        backend=NumpyBackend(shape.rms_eps).name,
-        max_sequences=config.engine.parallel,
-    )
+    return asked or min(shape.context_length, DEFAULT_CONTEXT)
 
 
 def _model_name(file: GGUFFile, config: ModelConfig) -> str:
@@ -240,13 +264,3 @@ def _recommended_sampling(file: GGUFFile) -> SamplingParams:
         top_p=float(get("general.sampling.top_p", RECOMMENDED.top_p)),
         top_k=int(get("general.sampling.top_k", RECOMMENDED.top_k)),
     )
-
-
-def _check_host_memory(file: GGUFFile) -> None:
-    needed = 4 * sum(tensor.num_elements for tensor in file.tensors.values())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > free:
-        raise OutOfDeviceMemory(
-            f"{file.paths[0].name} takes {needed / 2**30:.1f} GiB as float32 on the CPU reference "
-            f"backend; {free / 2**30:.1f} GiB are free"
-        )

@@ -22,6 +22,7 @@ from daemon.config import (
     default_cache_folder,
     parse_bytes,
 )
+from daemon.engine.requests import EngineInfo
 from daemon.errors import ConfigError, QwendError
 
 CLIENT_COMMANDS = {"chat": "qwend_clients.chat", "inspect": "qwend_clients.inspect_cache"}
@@ -60,16 +61,17 @@ def _serve(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     configure_logs()
     with bind(config.server.host, config.server.port) as listener, assemble(config) as daemon:
-        name = daemon.service.model_name
-        run_server(daemon.app(), listener, on_ready=lambda url: _announce(url, name, config))
+        info = daemon.engine.info
+        run_server(daemon.app(), listener, on_ready=lambda url: _announce(url, info, config))
 
 
-def _announce(url: str, model: str, config: Config) -> None:
+def _announce(url: str, info: EngineInfo, config: Config) -> None:
+    model, backend = info.model_name, info.backend
     if config.model.path is None:
         print("No --model given: serving the embedded tiny-coder (15 M), for trying things out.")
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "hello"}]})
     cache = f"checkpoints in {config.cache.folder}" if config.cache.enabled else "no checkpoints"
-    print(f"qwend {__version__} serves {model} at {url}/v1 ({cache})")
+    print(f"qwend {__version__} serves {model} at {url}/v1 on {backend} ({cache})")
     print(f"Try: curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
     print(f"Or:  qwend chat --url {url}", flush=True)
 
@@ -98,15 +100,19 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _logits(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from daemon.assemble import load_reference_model, open_model_file
+    from daemon.assemble import load_for_evaluation
     from daemon.engine.evaluation import evaluate
 
     try:
         tokens = np.load(arguments.tokens, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"--tokens {arguments.tokens}: {error}") from error
-    file = open_model_file(ModelConfig(path=arguments.model))
-    logits = evaluate(load_reference_model(file), tokens)
+    config = Config(
+        model=ModelConfig(path=arguments.model),
+        engine=EngineConfig(device=arguments.device),
+        cache=CacheConfig(enabled=False, folder=default_cache_folder()),
+    )
+    logits = evaluate(load_for_evaluation(config), tokens)
     try:
         np.save(arguments.out, logits)
     except OSError as error:
@@ -126,6 +132,9 @@ def _config(arguments: argparse.Namespace) -> Config:
             chat_template_file=arguments.chat_template_file,
         ),
         engine=EngineConfig(
+            device=arguments.device,
+            key_format=arguments.cache_type_k,
+            value_format=arguments.cache_type_v,
             context=arguments.ctx,
             parallel=arguments.parallel if is_server else 1,
             strict=arguments.strict,
@@ -159,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_cache_flags(generate)
     logits = commands.add_parser("logits", help="write the logits of a list of token ids")
     logits.add_argument("--model", "-m", type=Path, help="GGUF file (default: the embedded model)")
+    _add_device_flag(logits)
     logits.add_argument("--tokens", type=Path, required=True, help="token ids, an .npy vector")
     logits.add_argument(
         "--out", type=Path, required=True, help="where to write float32 [tokens, vocab], .npy"
@@ -176,9 +186,22 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--ctx", "-c", type=_positive, metavar="TOKENS",
         help=f"context length (default: the model's, at most {DEFAULT_CONTEXT})",
     )  # fmt: skip
+    _add_device_flag(group)
+    for which in ("k", "v"):
+        group.add_argument(
+            f"--cache-type-{which}", f"-ct{which}", choices=("bf16", "q8_0", "fp8", "q4_0"),
+            default="bf16", help=f"how the GPU keeps {which.upper()} of the cache (%(default)s)",
+        )  # fmt: skip
     group.add_argument(
         "--strict", action="store_true",
         help="resume only from states born by prompt evaluation, which equal a cold run bit by bit",
+    )  # fmt: skip
+
+
+def _add_device_flag(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="where to compute; auto takes the GPU where there is one (%(default)s)",
     )  # fmt: skip
 
 

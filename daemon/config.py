@@ -5,6 +5,7 @@ Made by cli.py from flags; only assemble.py sees all sections.
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from msgspec import Struct
 
@@ -23,13 +24,19 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):
-    """`context` None: the model's own, at most DEFAULT_CONTEXT. `prefill_tokens` is a step's."""
+    """`context` None: the model's own, at most DEFAULT_CONTEXT.
 
+    `device` "auto" takes the GPU where there is one. `key_format` and `value_format` are how the
+    GPU keeps the KV cache; the CPU keeps float32.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     context: int | None = None
     parallel: int = 4
     max_waiting: int = 64
-    prefill_tokens: int = 256
     strict: bool = False
+    key_format: str = "bf16"
+    value_format: str = "bf16"
 
 
 class CacheConfig(Struct, frozen=True, kw_only=True):
@@ -58,9 +65,19 @@ class Config(Struct, frozen=True, kw_only=True):
 
 
 def default_cache_folder() -> Path:
+    """Where checkpoints are kept."""
+    return _user_cache() / "checkpoints"
+
+
+def kernel_cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    return _user_cache() / "kernels"
+
+
+def _user_cache() -> Path:
     """`qwend/` in the user's cache folder, by the XDG base directory specification."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qwend" / "checkpoints"
+    return (Path(base) if base else Path.home() / ".cache") / "qwend"
 
 
 def parse_bytes(text: str) -> int:

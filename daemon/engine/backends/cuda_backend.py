@@ -148,6 +148,9 @@ class CudaBackend:
                 f"{num_pages * PAGE_TOKENS} tokens of KV do not fit the GPU beside the weights; "
                 f"{self.fit_pages(shape, num_slots, num_pages) * PAGE_TOKENS} tokens would"
             )
+        # Recorded graphs hold the addresses of what was allocated before.
+        self._graphs.clear()
+        self._warm.clear()
         self.shape = shape
         self._layout = self._kv_layout(shape)
         self._pool = self._device.allocate((num_pages, self._layout.page_bytes), ElementType.U8)
@@ -158,7 +161,9 @@ class CudaBackend:
         self._staging = self._device.allocate_pinned(max(slot_bytes, self._layout.page_bytes))
         self._max_pages = -(-self._limits.context_length // PAGE_TOKENS) + 1
         self._decode_tables = DecodeTables(self._device, MAX_TOKENS, self._max_pages)
-        self._frequencies = self._device.to_device(np.asarray(shape.rope.frequencies, np.float64))
+        self._frequencies = self._device.to_device(
+            np.asarray(shape.rope.frequencies).view(np.uint64)
+        )
         self._make_workspace(shape)
         self._make_kernels(shape, sizes)
 
