@@ -1,16 +1,18 @@
-// Float32 rows to the fp16 operands of quant_gemv (panels) or quant_gemm (rows), optionally normed.
+// Float32 rows to the fp16 operands of quant_gemv (panels) or quant_gemm (chunks), maybe normed.
 //
 // One block a token. Reads the row twice (the second time from cache) and writes half of it:
 // latency at one token, bandwidth at many. The order of the sum of squares depends on the number
-// of columns alone. Macros: NORM (0, 1), LAYOUT (0 panels, 1 rows).
+// of columns alone. Macros: NORM (0, 1), LAYOUT (0 panels, 1 chunks).
 //
 // Panels: [token / 8, columns / 256, 8 chunks, lane 4 (token % 8) + t, 8], columns 64t + 8 chunk.
-// Rows: [tokens, columns] with the columns of each 256 permuted: position 16 j + 8 h + 2 t + e
-// holds column 64 t + 4 j + 2 h + e, which is what lane t of step j multiplies.
+// Chunks: [columns / 64, padded tokens, 64]. The columns of each 256 are permuted: position
+// 16 j + 8 h + 2 t + e holds column 64 t + 4 j + 2 h + e, which is what lane t of step j
+// multiplies; and 16-byte units of a line are exchanged by XOR with token % 8, as the tensor
+// cores read shared memory, so that a tile is one contiguous copy.
 #include "mma.cuh"
 #include "warp.cuh"
 
-constexpr int THREADS = 512;
+constexpr int THREADS = 256;  // few registers in all, to fit beside two blocks of quant_gemv
 constexpr float ACTIVATION_SCALE = 0.125f;
 
 __device__ float block_sum(float value) {
@@ -33,15 +35,21 @@ __device__ __forceinline__ void write_panel(u8* out, int token, int column, int 
     *(uint4*)(out + (unit * 8 + chunk) * 512 + (token % 8 * 4 + t) * 16) = v;
 }
 
-__device__ __forceinline__ void write_row(u8* out, int token, int column, int columns, uint4 v) {
-    const int t = column % 256 / 64, j = column % 64 / 4;
-    u32* at = (u32*)(out + ((long long)token * columns + column / 256 * 256 + 16 * j) * 2);
-    at[t] = v.x, at[4 + t] = v.y, at[8 + t] = v.z, at[12 + t] = v.w;
+__device__ __forceinline__ void write_chunk(u8* out, int token, int column, int padded, uint4 v) {
+    const int t = column % 256 / 64, step = column % 64 / 4, unit = step % 4 * 2;
+    const long long line = (long long)(column / 256 * 4 + step / 4) * padded + token;
+    u8* at = out + line * 128 + 4 * t;
+    const int swizzle = token % 8;
+    *(u32*)(at + (unit ^ swizzle) * 16) = v.x;
+    *(u32*)(at + ((unit + 1) ^ swizzle) * 16) = v.y;
+    *(u32*)(at + ((unit + 2) ^ swizzle) * 16) = v.z;
+    *(u32*)(at + ((unit + 3) ^ swizzle) * 16) = v.w;
 }
 
 // x: float32 [tokens, columns]; norm: float32 [columns], unused without NORM; out: fp16.
 extern "C" __global__ void __launch_bounds__(THREADS) quant_activations(
-    const float* x, const float* norm, u8* out, int columns, float eps) {
+    const float* x, const float* norm, u8* out, int columns, int padded_tokens,
+    float eps) {
     allow_next_kernel();
     wait_for_previous_kernel();
     const int token = blockIdx.x, i = threadIdx.x;
@@ -63,6 +71,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) quant_activations(
         const uint4 v = {half2_of(a.x * scale, a.y * scale), half2_of(a.z * scale, a.w * scale),
                          half2_of(b.x * scale, b.y * scale), half2_of(b.z * scale, b.w * scale)};
         if (LAYOUT == 0) write_panel(out, token, c, columns, v);
-        else write_row(out, token, c, columns, v);
+        else write_chunk(out, token, c, padded_tokens, v);
     }
 }

@@ -8,11 +8,11 @@ from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.kernel import Kernel, Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
-PARAMETERS = ("pointer", "pointer", "pointer", "int32", "float32")
-THREADS = 512
-PANEL_TOKENS = 8
+PARAMETERS = ("pointer", "pointer", "pointer", "int32", "int32", "float32")
+THREADS = 256
+GROUP_TOKENS = 8
 
-PANELS, ROWS = 0, 1
+PANELS, CHUNKS = 0, 1
 """Layouts: for quant_gemv (up to 16 tokens), and for quant_gemm."""
 
 
@@ -24,10 +24,9 @@ class ActivationKernels:
         self._compiler = compiler
         self._kernels: dict[tuple[int, int], Kernel] = {}
 
-    def operand(self, num_tokens: int, columns: int, layout: int) -> DeviceArray:
-        """Memory for an operand, `[tokens, columns]` fp16; panels in whole groups of 8 tokens."""
-        padded = -(-num_tokens // PANEL_TOKENS) * PANEL_TOKENS
-        return self._device.allocate((padded, columns), ElementType.F16)
+    def operand(self, num_tokens: int, columns: int) -> DeviceArray:
+        """Memory for an operand in either layout: `[padded_tokens(num_tokens), columns]` fp16."""
+        return self._device.allocate((padded_tokens(num_tokens), columns), ElementType.F16)
 
     def convert(
         self,
@@ -44,9 +43,10 @@ class ActivationKernels:
         num_tokens, columns = x.shape
         assert x.dtype is ElementType.F32
         assert columns % 256 == 0
-        assert out.num_bytes >= num_tokens * columns * 2
+        padded = padded_tokens(num_tokens)
+        assert out.num_bytes >= padded * columns * 2
         kernel = self._kernel(int(norm is not None), layout)
-        arguments = (x, norm if norm is not None else 0, out, columns, eps)
+        arguments = (x, norm if norm is not None else 0, out, columns, padded, eps)
         grid, block = (num_tokens, 1, 1), (THREADS, 1, 1)
         kernel.launch(self._device.stream, grid, block, *arguments, dependent=True)
 
@@ -57,3 +57,8 @@ class ActivationKernels:
             kernel = Module(cubin).kernel("quant_activations", PARAMETERS)
             self._kernels[norm, layout] = kernel
         return kernel
+
+
+def padded_tokens(num_tokens: int) -> int:
+    """Tokens of an operand, in whole groups of 8; those added may hold anything."""
+    return -(-num_tokens // GROUP_TOKENS) * GROUP_TOKENS

@@ -2,18 +2,19 @@
 //
 // One launch takes a group of matrices that share their input. Persistent blocks of WARPS warps;
 // the host deals the stripes' units (64 rows x 256 columns) to the blocks in order, in equal
-// bytes, so a stripe may be cut into pieces. Each warp streams whole tiles through its own ring in
-// shared memory, keeps the values of x for a unit in registers, and adds 16 steps of m16n8k16 a
-// tile. Sums of warps, then of pieces, are taken in a fixed order that depends on the matrices
-// and the card alone: a token's bits are the same whatever the other tokens are.
+// bytes, so a stripe may be cut into pieces. A warp takes one of a unit's four tiles, streams its
+// tiles through its own ring in shared memory, and adds 16 steps of m16n8k16 a tile. Sums of
+// warps, then of pieces, are taken in a fixed order that depends on the matrices and the card
+// alone: a token's bits are the same whatever the other tokens are.
 // Bound: bytes of the weights, each read once.
 //
 // Macros: TYPES (bit mask of QuantTypes), NUM_PANELS (1: up to 8 tokens, 2: up to 16), SLOTS and
-// SLOT_BYTES (a warp's ring), EPILOGUE (0 store, 1 add to a residual, 2 SwiGLU of paired rows).
+// SLOT_BYTES (a warp's ring), WARPS (a multiple of 4), EPILOGUE (0 store, 1 add to a residual, 2 SwiGLU of paired rows),
+// BULK_COPIES (1: the copy engine fills the rings, sm_90 on; 0: cp.async).
 #include "quant_blocks.cuh"
 #include "warp.cuh"
 
-constexpr int WARPS = 8;
+constexpr int LANES_OF_UNITS = WARPS / 4;  // units in work at once
 constexpr int TOKENS = 8 * NUM_PANELS;
 constexpr int THREADS = 32 * WARPS;
 constexpr float ACTIVATION_SCALE = 0.125f;  // x in fp16 is x / 8: values up to 524,000 fit
@@ -33,7 +34,7 @@ struct Ring {
     int slot, phase;
 };
 
-#if __CUDA_ARCH__ >= 900
+#if BULK_COPIES
 __device__ __forceinline__ void issue_copy(Ring& ring, int slot, const u8* from, int bytes, int lane) {
     if (lane != 0) return;
     const u32 barrier = shared_address(ring.full + slot);
@@ -72,93 +73,101 @@ __device__ __forceinline__ void wait_for_slot(Ring&) {
 }
 #endif
 
-// Walks the tiles of a warp: every WARPS-th unit of the block's pieces, four tiles a unit.
+// Walks the tiles of a warp: one of every LANES_OF_UNITS-th unit of the block's pieces.
 struct Walk {
     const Piece* piece;
     const Piece* end;
-    const u8* units;
-    int tile_bytes, num_units, unit, tile;
+    const u8* next;  // the tile to copy
+    int tile_bytes, num_units, unit;
 };
 
-__device__ __forceinline__ void enter(Walk& w) {
+__device__ __forceinline__ void enter(Walk& w, int tile) {
     if (w.piece == w.end) return;
-    w.units = w.piece->units;
     w.tile_bytes = w.piece->tile_bytes;
     w.num_units = w.piece->num_units;
+    w.next = w.piece->units + (w.unit * 4 + tile) * w.tile_bytes;
 }
 
-__device__ __forceinline__ void settle(Walk& w) {
+__device__ __forceinline__ void step(Walk& w, int tile, int units) {
+    w.unit += units;
+    w.next += units * 4 * w.tile_bytes;
     while (w.piece < w.end && w.unit >= w.num_units) {
         w.unit -= w.num_units;
         w.piece++;
-        enter(w);
+        enter(w, tile);
     }
 }
 
-__device__ __forceinline__ void issue_next(Ring& ring, int slot, Walk& w, int lane) {
+__device__ __forceinline__ void issue_next(Ring& ring, int slot, Walk& w, int tile, int lane) {
     if (w.piece == w.end) return issue_nothing();
-    const u8* from = w.units + (long long)(w.unit * 4 + w.tile) * w.tile_bytes;
-    issue_copy(ring, slot, from, w.tile_bytes, lane);
-    if (++w.tile < 4) return;
-    w.tile = 0;
-    w.unit += WARPS;
-    settle(w);
+    issue_copy(ring, slot, w.next, w.tile_bytes, lane);
+    step(w, tile, LANES_OF_UNITS);
 }
 
-// The activations of one unit, as B operands: 8 x 16 bytes a lane and panel.
+// x of a product: fp16 panels [NUM_PANELS, num_chunks, 32 lanes, 8], eight chunks a unit.
+struct Input {
+    const u8* panels;
+    int num_chunks, num_tokens;
+};
+
+// Activations of a unit, as B operands: 16 bytes a lane, chunk and panel.
+template <int chunks>
 __device__ __forceinline__ void load_panels(
-    uint4 (&x)[NUM_PANELS][8], const u8* panels, int block, int num_blocks, int num_tokens, int lane) {
+    uint4 (&x)[NUM_PANELS][chunks], const Input& in, int chunk, int lane) {
+    const u8* at = in.panels + chunk * 512 + lane * 16;
+#pragma unroll
+    for (int n = 0; n < NUM_PANELS; n++) {
+        if (8 * n + lane / 4 < in.num_tokens) {
+#pragma unroll
+            for (int i = 0; i < chunks; i++) x[n][i] = *(const uint4*)(at + i * 512);
+        } else {
+#pragma unroll
+            for (int i = 0; i < chunks; i++) x[n][i] = make_uint4(0, 0, 0, 0);
+        }
+        at += in.num_chunks * 512;
+    }
+}
+
+typedef float Sums[NUM_PANELS][2][4];  // even and odd steps apart, to shorten the chain of products
+
+// How much of x a warp holds at once: a whole tile's, as far as registers reach.
+constexpr int HELD_CHUNKS = NUM_PANELS == 1 ? 8 : 4;
+
+template <int type>
+__device__ __forceinline__ void multiply_tile(
+    Sums& sum, const u8* tile, const Input& in, int chunk, Ring& ring, int lane) {
+    uint4 x[NUM_PANELS][HELD_CHUNKS];
+    load_panels(x, in, chunk, lane);
+    wait_for_slot(ring);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        HalfTile h;
+        load_half<type>(h, tile, lane, half);
+        if (half == 1 && HELD_CHUNKS == 4) load_panels(x, in, chunk + 4, lane);
+#pragma unroll
+        for (int step = 0; step < 8; step++) {
+            u32 a[4];
+            fragment<type>(a, h, tile, lane, half, step);
+#pragma unroll
+            for (int n = 0; n < NUM_PANELS; n++) {
+                const uint4& v = x[n][(half * 4 + step / 2) % HELD_CHUNKS];
+                if (step % 2 == 0) mma_m16n8k16(sum[n][0], a, v.x, v.y);
+                else mma_m16n8k16(sum[n][1], a, v.z, v.w);
+            }
+        }
+    }
+}
+
+// Sums of a warp's 16 rows to shared memory, [token][64 rows] for each lane of units.
+__device__ __forceinline__ void leave_sums(float* to, const Sums& sum, int tile, int lane) {
 #pragma unroll
     for (int n = 0; n < NUM_PANELS; n++)
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const u8* at = panels + ((long long)(n * num_blocks + block) * 8 + i) * 512 + lane * 16;
-            x[n][i] = 8 * n + lane / 4 < num_tokens ? *(const uint4*)at : make_uint4(0, 0, 0, 0);
+        for (int c = 0; c < 4; c++) {
+            const int token = 8 * n + (lane & 3) * 2 + (c & 1);
+            const int row = 16 * tile + (lane >> 2) + (c >> 1) * 8;
+            to[token * 64 + row] = sum[n][0][c] + sum[n][1][c];
         }
-}
-
-template <int type>
-__device__ __forceinline__ void multiply_unit(
-    float (&sum)[4][NUM_PANELS][2][4], const uint4 (&x)[NUM_PANELS][8], Ring& ring, Walk& ahead,
-    int lane) {
-#pragma unroll
-    for (int tile = 0; tile < 4; tile++) {
-        wait_for_slot(ring);
-        const u8* at = ring.slots + ring.slot * SLOT_BYTES;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            HalfTile h;
-            load_half<type>(h, at, lane, half);
-#pragma unroll
-            for (int step = 0; step < 8; step++) {
-                u32 a[4];
-                fragment<type>(a, h, at, lane, half, step);
-#pragma unroll
-                for (int n = 0; n < NUM_PANELS; n++) {
-                    const uint4& v = x[n][half * 4 + step / 2];
-                    if (step % 2 == 0) mma_m16n8k16(sum[tile][n][0], a, v.x, v.y);
-                    else mma_m16n8k16(sum[tile][n][1], a, v.z, v.w);
-                }
-            }
-        }
-        __syncwarp();
-        issue_next(ring, ring.slot, ahead, lane);
-        if (++ring.slot == SLOTS) ring.slot = 0, ring.phase ^= 1;
-    }
-}
-
-// Sums of a warp to shared memory, [token][row], rows 64.
-__device__ __forceinline__ void leave_sums(float* to, float (&sum)[4][NUM_PANELS][2][4], int lane) {
-#pragma unroll
-    for (int tile = 0; tile < 4; tile++)
-#pragma unroll
-        for (int n = 0; n < NUM_PANELS; n++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                const int token = 8 * n + (lane & 3) * 2 + (c & 1);
-                const int row = 16 * tile + (lane >> 2) + (c >> 1) * 8;
-                to[token * 64 + row] = sum[tile][n][0][c] + sum[tile][n][1][c];
-            }
 }
 
 struct Output {
@@ -200,17 +209,17 @@ __device__ __forceinline__ bool is_last_piece(const Piece& p, int* counters, int
     return *shared_flag;
 }
 
-// Adds warps in order; for a cut stripe adds pieces in order, in the last block to arrive.
+// Adds lanes of units in order; for a cut stripe adds pieces in order, in the last block to arrive.
 __device__ void reduce_piece(
-    const Piece& p, float* warp_sums, float* partial, int* counters, int* flag, const Output& out) {
+    const Piece& p, float* sums, float* partial, int* counters, int* flag, const Output& out) {
     __syncthreads();
     float* pieces_sums = partial + (long long)p.slot * TOKENS * 64;
     for (int i = threadIdx.x; i < TOKENS * 64; i += THREADS) {
         float total = 0.0f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) total += warp_sums[w * TOKENS * 64 + i];
+        for (int u = 0; u < LANES_OF_UNITS; u++) total += sums[u * TOKENS * 64 + i];
         if (p.slot >= 0) __stcg(pieces_sums + i, total);
-        else warp_sums[i] = total;
+        else sums[i] = total;
     }
     if (p.slot >= 0) {
         if (!is_last_piece(p, counters, flag)) return;
@@ -218,28 +227,27 @@ __device__ void reduce_piece(
             float total = 0.0f;
             for (int s = 0; s < p.num_slots; s++)
                 total += __ldcg(partial + (long long)(p.first_slot + s) * TOKENS * 64 + i);
-            warp_sums[i] = total;
+            sums[i] = total;
         }
     }
     __syncthreads();
-    finish(out, p, warp_sums);
+    finish(out, p, sums);
     __syncthreads();
 }
 
 template <int type>
 __device__ __forceinline__ void dispatch(
-    int wanted, float (&sum)[4][NUM_PANELS][2][4], const uint4 (&x)[NUM_PANELS][8], Ring& ring,
-    Walk& ahead, int lane) {
+    int wanted, Sums& sum, const u8* tile, const Input& in, int chunk, Ring& ring, int lane) {
     if constexpr (type < 7) {
         if constexpr ((TYPES >> type) & 1) {
-            if (wanted == type) return multiply_unit<type>(sum, x, ring, ahead, lane);
+            if (wanted == type) return multiply_tile<type>(sum, tile, in, chunk, ring, lane);
         }
-        dispatch<type + 1>(wanted, sum, x, ring, ahead, lane);
+        dispatch<type + 1>(wanted, sum, tile, in, chunk, ring, lane);
     }
 }
 
-__device__ __forceinline__ void start_ring(Ring& ring, Walk& ahead, int lane) {
-#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void start_ring(Ring& ring, Walk& ahead, int tile, int lane) {
+#if BULK_COPIES
     if (lane == 0) {
         for (int s = 0; s < SLOTS; s++)
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(ring.full + s)));
@@ -248,40 +256,44 @@ __device__ __forceinline__ void start_ring(Ring& ring, Walk& ahead, int lane) {
     }
     __syncwarp();
 #endif
-    for (int s = 0; s < SLOTS; s++) issue_next(ring, s, ahead, lane);
+    for (int s = 0; s < SLOTS; s++) issue_next(ring, s, ahead, tile, lane);
 }
 
 // pieces: Piece [number of pieces]; piece_start: int32 [blocks + 1]; panels: fp16 panels of x,
-// [NUM_PANELS, num_blocks, 8, 32 lanes, 8]; rows: float32 [num_tokens, stride] or null;
+// [NUM_PANELS, num_blocks * 8, 32 lanes, 8]; rows: float32 [num_tokens, stride] or null;
 // out_panels: fp16 panels or null; partial: float32 [slots, TOKENS, 64]; counters: int32, zero.
-extern "C" __global__ void __launch_bounds__(THREADS, NUM_PANELS == 1 ? 2 : 1) quant_gemv(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) quant_gemv(
     const Piece* pieces, const int* piece_start, const u8* panels, float* rows, u8* out_panels,
     float* partial, int* counters, int num_blocks, int num_tokens, int stride) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ u64 full[WARPS * SLOTS];
     __shared__ int flag;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float* warp_sums = (float*)(memory + WARPS * SLOTS * SLOT_BYTES);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own_tile = warp % 4;
+    float* sums = (float*)(memory + WARPS * SLOTS * SLOT_BYTES);
     Ring ring = {memory + warp * SLOTS * SLOT_BYTES, full + warp * SLOTS, 0, 0};
     const Piece* end = pieces + piece_start[blockIdx.x + 1];
-    Walk here = {pieces + piece_start[blockIdx.x], end, nullptr, 0, 0, warp, 0};
-    enter(here);
-    settle(here);
+    Walk here = {pieces + piece_start[blockIdx.x], end, nullptr, 0, 0, warp / 4};
+    enter(here, own_tile);
+    step(here, own_tile, 0);
     Walk ahead = here;
-    allow_next_kernel();
-    start_ring(ring, ahead, lane);
+    start_ring(ring, ahead, own_tile, lane);
     wait_for_previous_kernel();
     const Output out = {rows, out_panels, stride, num_tokens};
+    const Input in = {panels, num_blocks * 8, num_tokens};
     for (const Piece* p = pieces + piece_start[blockIdx.x]; p < end; p++) {
-        float sum[4][NUM_PANELS][2][4] = {};
+        Sums sum = {};
+        const int type = p->type, first_chunk = p->first_block * 8;
         while (here.piece == p) {
-            uint4 x[NUM_PANELS][8];
-            load_panels(x, panels, p->first_block + here.unit, num_blocks, num_tokens, lane);
-            dispatch<0>(p->type, sum, x, ring, ahead, lane);
-            here.unit += WARPS;
-            settle(here);
+            const u8* tile = ring.slots + ring.slot * SLOT_BYTES;
+            dispatch<0>(type, sum, tile, in, first_chunk + here.unit * 8, ring, lane);
+            __syncwarp();
+            issue_next(ring, ring.slot, ahead, own_tile, lane);
+            if (++ring.slot == SLOTS) ring.slot = 0, ring.phase ^= 1;
+            step(here, own_tile, LANES_OF_UNITS);
+            // Late, so that no block of the next kernel takes a place that this one still needs.
+            if (ahead.piece == end) allow_next_kernel();
         }
-        leave_sums(warp_sums + warp * TOKENS * 64, sum, lane);
-        reduce_piece(*p, warp_sums, partial, counters, &flag, out);
+        leave_sums(sums + warp / 4 * TOKENS * 64, sum, own_tile, lane);
+        reduce_piece(*p, sums, partial, counters, &flag, out);
     }
 }

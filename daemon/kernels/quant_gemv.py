@@ -20,11 +20,20 @@ from daemon.kernels.runtime.kernel import Kernel, Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
 PARAMETERS = ("pointer",) * 7 + ("int32",) * 3
-WARPS = 8
+ROOMY_SHARED_BYTES = 160 * 1024
+"""Cards with more take 16 warps a block, others 8, so that each warp's ring has several slots."""
+
 MAX_TOKENS = 16
 PANEL_TOKENS = 8
-RING_BYTES = 84 * 1024
-"""In flight per block. Half of a Hopper multiprocessor, so that the next kernel's ring fits too."""
+RING_BYTES = 160 * 1024
+"""In flight per block. More than half of a multiprocessor's shared memory: one block each. Were two
+to fit, the next kernel's early blocks would gather on some multiprocessors and miss on others."""
+
+STATIC_SHARED_BYTES = 2048
+"""Barriers and a flag."""
+
+WITHOUT_COPY_ENGINE = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
+"""Plain sm_90 leaves Hopper's own instructions out: tests run the portable code with it."""
 
 STORE, ADD, SWIGLU = 0, 1, 2
 """What happens to the sums; SWIGLU needs a paired matrix and gives panels for the next product."""
@@ -78,6 +87,7 @@ class GemvKernels:
     def __init__(self, device: Device, compiler: Compiler) -> None:
         self._device = device
         self._compiler = compiler
+        self._warps = 16 if device.shared_bytes_per_block > ROOMY_SHARED_BYTES else 8
         self._kernels: dict[tuple[int, ...], Kernel] = {}
 
     def plan(self, matrix: PackedMatrix) -> Plan:
@@ -109,7 +119,7 @@ class GemvKernels:
         num_panels = -(-num_tokens // PANEL_TOKENS)
         matrix = plan.matrix
         types, slot_bytes = _types_and_slot(matrix)
-        slots = _slots(slot_bytes, self._device.shared_bytes_per_block, num_panels)
+        slots = self._slots(slot_bytes, num_panels)
         kernel = self._kernel((types, num_panels, slots, slot_bytes), epilogue)
         stride = matrix.rows // 2 if epilogue == SWIGLU else matrix.rows
         rows, out_panels = (0, out) if epilogue == SWIGLU else (out, 0)
@@ -118,51 +128,53 @@ class GemvKernels:
         kernel.launch(
             self._device.stream,
             (plan.num_blocks, 1, 1),
-            (32 * WARPS, 1, 1),
+            (32 * self._warps, 1, 1),
             *(plan.pieces, plan.piece_start, panels, rows, out_panels, plan.partial, plan.counters),
             *(matrix.columns // BLOCK_COLUMNS, num_tokens, stride),
-            shared_bytes=shared_bytes(slots, slot_bytes, num_panels),
+            shared_bytes=shared_bytes(self._warps, slots, slot_bytes, num_panels),
             dependent=True,
         )
+
+    def _slots(self, slot_bytes: int, num_panels: int) -> int:
+        limit = self._device.shared_bytes_per_block - STATIC_SHARED_BYTES
+        room = limit - shared_bytes(self._warps, 0, 0, num_panels)
+        return max(1, min(RING_BYTES, room) // (self._warps * slot_bytes))
 
     def _kernel(self, variant: tuple[int, int, int, int], epilogue: int) -> Kernel:
         key = (*variant, epilogue)
         if key not in self._kernels:
             _, num_panels, slots, slot_bytes = variant
-            cubin = self._compiler.cubin(SOURCE, defines(*variant, epilogue))
-            shared = shared_bytes(slots, slot_bytes, num_panels)
+            macros = defines(self._warps, *variant, epilogue, self._compiler.arch)
+            cubin = self._compiler.cubin(SOURCE, macros)
+            shared = shared_bytes(self._warps, slots, slot_bytes, num_panels)
             self._kernels[key] = Module(cubin).kernel("quant_gemv", PARAMETERS, shared)
         return self._kernels[key]
 
 
 def defines(
-    types: int, num_panels: int, slots: int, slot_bytes: int, epilogue: int
+    warps: int, types: int, num_panels: int, slots: int, slot_bytes: int, epilogue: int, arch: str
 ) -> dict[str, int]:
     """The macros of a variant."""
     return {
+        "WARPS": warps,
         "TYPES": types,
         "NUM_PANELS": num_panels,
         "SLOTS": slots,
         "SLOT_BYTES": slot_bytes,
         "EPILOGUE": epilogue,
+        "BULK_COPIES": int(arch not in WITHOUT_COPY_ENGINE),
     }
 
 
-def shared_bytes(slots: int, slot_bytes: int, num_panels: int) -> int:
-    """Rings of all warps, and their sums."""
-    return WARPS * (slots * slot_bytes + num_panels * PANEL_TOKENS * STRIPE_ROWS * 4)
+def shared_bytes(warps: int, slots: int, slot_bytes: int, num_panels: int) -> int:
+    """Rings of all warps, and the sums of each lane of units."""
+    return warps * slots * slot_bytes + warps // 4 * num_panels * PANEL_TOKENS * STRIPE_ROWS * 4
 
 
 def _types_and_slot(matrix: PackedMatrix) -> tuple[int, int]:
     kinds = {segment.kind for segment in matrix.segments}
     types = sum(1 << kind.code for kind in kinds)
     return types, max(kind.tile_bytes for kind in kinds)
-
-
-def _slots(slot_bytes: int, limit: int, num_panels: int) -> int:
-    wanted = max(2, RING_BYTES // (WARPS * slot_bytes))
-    fitting = (limit - 4096 - shared_bytes(0, 0, num_panels)) // (WARPS * slot_bytes)
-    return max(1, min(wanted, fitting))
 
 
 def deal(matrix: PackedMatrix, num_blocks: int) -> tuple[Table, Table, int, int]:
@@ -172,7 +184,7 @@ def deal(matrix: PackedMatrix, num_blocks: int) -> tuple[Table, Table, int, int]
         pieces (PIECE), the first piece of each block `[num_blocks + 1]` int32, and how many slots
         for partial sums and counters they use.
     """
-    stripes = _stripes(matrix)
+    stripes = stripes_of(matrix)
     units = matrix.columns // BLOCK_COLUMNS
     weights = np.repeat([stripe.tile_bytes for stripe in stripes], units)
     ends = np.cumsum(weights)
@@ -193,7 +205,8 @@ def deal(matrix: PackedMatrix, num_blocks: int) -> tuple[Table, Table, int, int]
     return table, starts, num_slots, num_counters
 
 
-def _stripes(matrix: PackedMatrix) -> list[Stripe]:
+def stripes_of(matrix: PackedMatrix) -> list[Stripe]:
+    """All stripes in the order of their rows."""
     stripes = []
     for kind, first_row, rows, tiles in matrix.segments:
         stripe_bytes = tiles.num_bytes // tiles.shape[0]

@@ -83,8 +83,8 @@ class Device:
         self._context = checked(driver.cuDevicePrimaryCtxRetain(self._handle), "start the GPU")
         self.use_here()
         self.index = index
-        self.name = checked(driver.cuDeviceGetName(128, self._handle), "name the GPU")
-        self.name = self.name.rstrip(b"\0").decode()
+        name = checked(driver.cuDeviceGetName(128, self._handle), "name the GPU")
+        self.name = name.split(b"\0")[0].decode()
         capability = (
             self._attribute(_ATTRIBUTE.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
             self._attribute(_ATTRIBUTE.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
