@@ -1,13 +1,11 @@
 """Daemons for the tests: one that serves a whole file's tests, and as many more as a test asks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from daemon_process import DaemonProcess
-
-StartDaemon = Callable[..., DaemonProcess]
+from daemon_process import DaemonProcess, StartDaemon
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ from openai import OpenAI
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 60.0
-QUIET = {**os.environ, "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""One thread each: several daemons and the tests share few cores, and threads that wait for one
+another then take ten times as long."""
 
 
 def qwend(
@@ -27,7 +29,7 @@ def qwend(
     return subprocess.run(
         command(*arguments),
         cwd=ROOT,
-        env=QUIET,
+        env=ENVIRONMENT,
         input=stdin,
         capture_output=True,
         text=True,
@@ -56,7 +58,7 @@ class DaemonProcess:
             self._process = subprocess.Popen(
                 command("serve", "--port", "0", *store, *flags),
                 cwd=ROOT,
-                env=QUIET,
+                env=ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -131,3 +133,7 @@ class DaemonProcess:
     def _close_output(self) -> None:
         if self._process.stdout is not None:
             self._process.stdout.close()
+
+
+StartDaemon = Callable[..., DaemonProcess]
+"""Starts `qwend serve` with these flags; see the fixture `start_daemon`."""

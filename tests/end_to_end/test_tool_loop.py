@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon_process import DaemonProcess
+from daemon_process import DaemonProcess, StartDaemon
 from openai.types.chat import ChatCompletionChunk
 from workspace_tools import TOOLS, Workspace
 
@@ -136,12 +136,33 @@ def check_usage(daemon: DaemonProcess, usages: list[Any], before: dict[str, Any]
     assert after["tokens_evaluated"] - before["tokens_evaluated"] == sum(prompts) - sum(cached)
 
 
-def test_the_step_after_a_tool_call_evaluates_only_what_is_new(daemon: DaemonProcess) -> None:
-    """The call comes back as text, and is the same tokens that were sampled."""
-    messages: list[dict[str, Any]] = [{"role": "user", "content": "Where is render defined?"}]
+def write_a_file(daemon: DaemonProcess) -> tuple[Any, Any]:
+    """A call as long as a page or more, and its answer; the usage of both steps."""
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "You are a coding agent."},
+        {
+            "role": "user",
+            "content": "Create src/queue.py with `get`: Return the next item of the queue.",
+        },
+    ]
     message, _, first = ask(daemon, messages)
     [call] = message["tool_calls"]
-    answer = {"role": "tool", "tool_call_id": call["id"], "content": "src/view.py:12:def render("}
+    assert call["function"]["name"] == "write_file"
+    answer = {"role": "tool", "tool_call_id": call["id"], "content": "ok"}
     _, _, second = ask(daemon, [*messages, message, answer])
+    return first, second
+
+
+def test_a_call_that_comes_back_is_the_tokens_that_were_sampled(daemon: DaemonProcess) -> None:
+    """Only its last page and the tool's answer are evaluated."""
+    first, second = write_a_file(daemon)
     sampled_until = first.prompt_tokens + first.completion_tokens
     assert second.prompt_tokens_details.cached_tokens == sampled_until // 64 * 64
+    assert second.prompt_tokens_details.cached_tokens > first.prompt_tokens
+
+
+def test_strict_evaluates_sampled_tokens_again(start_daemon: StartDaemon) -> None:
+    """The end of the reply is a state born by decoding; the prompt's checkpoints are not."""
+    with start_daemon("--strict") as daemon:
+        first, second = write_a_file(daemon)
+    assert 0 < second.prompt_tokens_details.cached_tokens <= first.prompt_tokens

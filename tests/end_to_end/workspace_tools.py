@@ -50,6 +50,7 @@ TOOLS = [
         old="text to replace",
         new="replacement text",
     ),
+    _tool("write_file", "Write a new file.", path="path of the file", content="the whole text"),
     _tool("grep", "Search the workspace.", pattern="regular expression"),
 ]
 
@@ -73,6 +74,7 @@ class Workspace:
             "list_dir": self._list_dir,
             "run_shell": self._run_shell,
             "edit_file": self._edit_file,
+            "write_file": self._write,
             "grep": self._grep,
         }
         return tools[name](**arguments)
@@ -111,6 +113,7 @@ class Workspace:
             if re.search(pattern, line)
         )
 
-    def _write(self, path: str, text: str) -> None:
+    def _write(self, path: str, content: str) -> str:
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
-        (self.root / path).write_text(text)
+        (self.root / path).write_text(content)
+        return "ok"
