@@ -18,6 +18,10 @@ LayerKind = Literal["delta_net", "attention"]
 FAMILY_ROPE_BASE = 1e7
 """Of all Qwen 3.5 sizes; a file that leaves it out does not mean the old default of 10,000."""
 
+MAX_SIZE = 2**24
+MAX_LAYERS = 1024
+"""Beyond any real model: a damaged file must not make the daemon allocate what it claims."""
+
 
 class AttentionShape(Struct, frozen=True):
     """Gated full attention: sizes in heads and elements; `rope_dim` of `head_dim` rotate."""
@@ -145,7 +149,11 @@ class _Keys:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
             raise ModelFileError(
                 f"metadata {self.architecture}.{key} is missing"
                 if value is None
@@ -155,29 +163,45 @@ class _Keys:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.number(key, default)
-        if value != int(value):
-            raise ModelFileError(f"metadata {self.architecture}.{key} is {value}, not an integer")
+        if not value <= MAX_SIZE or value != int(value):
+            raise ModelFileError(f"metadata {self.architecture}.{key} is {value}, not a size")
         return int(value)
+
+    def optional_integer(self, key: str) -> int:
+        """0 when it is absent or says 0."""
+        value = self.get(key, 0)
+        return 0 if type(value) is int and value == 0 else self.integer(key)
 
     def per_attention_layer(self, key: str, layers: tuple[LayerKind, ...]) -> int:
         """One value for all attention layers; newer files may give an array over all layers."""
-        value = self.get(key)
-        if not isinstance(value, np.ndarray | list):
+        if not isinstance(self.get(key), np.ndarray | list):
             return self.integer(key)
-        used = {int(v) for v, kind in zip(value, layers, strict=False) if kind == "attention"}
-        if len(used) != 1 or min(used) < 1:
-            raise UnsupportedModel(f"{self.architecture}.{key} differs between layers: {value}")
+        counts = self.per_block(key)
+        used = {n for n, kind in zip(counts, layers, strict=False) if kind == "attention"}
+        if len(used) != 1 or not 1 <= min(used) <= MAX_SIZE:
+            raise UnsupportedModel(f"{self.architecture}.{key} differs between layers: {counts}")
         return used.pop()
+
+    def per_block(self, key: str) -> list[int]:
+        """An array of integers or flags."""
+        value = self.get(key)
+        values = value.tolist() if isinstance(value, np.ndarray) else value
+        if not isinstance(values, list) or not all(isinstance(item, int) for item in values):
+            raise ModelFileError(f"metadata {self.architecture}.{key} is not an array of integers")
+        return values
 
 
 def _read_layers(keys: _Keys) -> tuple[LayerKind, ...]:
-    num_layers = keys.integer("block_count") - int(keys.get("nextn_predict_layers", 0))
+    num_layers = keys.integer("block_count") - keys.optional_integer("nextn_predict_layers")
     if num_layers < 1:
         raise ModelFileError("the file has no trunk layers (a drafter file?); it cannot be served")
-    recurrent = keys.get("attention.recurrent_layers")
-    if recurrent is None:
+    if num_layers > MAX_LAYERS:
+        raise ModelFileError(f"the file claims {num_layers} layers")
+    if keys.get("attention.recurrent_layers") is None:
         interval = keys.integer("full_attention_interval", 4)
-        recurrent = [(layer + 1) % interval != 0 for layer in range(num_layers)]
+        recurrent = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    else:
+        recurrent = keys.per_block("attention.recurrent_layers")
     if len(recurrent) < num_layers:
         raise ModelFileError(f"attention.recurrent_layers has {len(recurrent)} of {num_layers}")
     kinds: tuple[LayerKind, ...] = tuple(
@@ -224,7 +248,7 @@ def _read_experts(keys: _Keys) -> ExpertsShape:
         num_experts=keys.integer("expert_count"),
         num_used=keys.integer("expert_used_count"),
         expert_dim=keys.integer("expert_feed_forward_length"),
-        shared_dim=int(keys.get("expert_shared_feed_forward_length", 0)),
+        shared_dim=keys.optional_integer("expert_shared_feed_forward_length"),
     )
     if shape.num_used > shape.num_experts:
         raise ModelFileError(f"{shape.num_used} of {shape.num_experts} experts used")
@@ -234,11 +258,15 @@ def _read_experts(keys: _Keys) -> ExpertsShape:
 def _read_rope(keys: _Keys, rope_dim: int) -> RopeShape:
     """Plain, linear or YaRN-scaled frequencies (arXiv 2309.00071, equations 17 to 22)."""
     theta = keys.number("rope.freq_base", FAMILY_ROPE_BASE)
+    if theta <= 1:
+        raise ModelFileError(f"rope.freq_base is {theta}, not above one")
     frequencies = theta ** -(np.arange(0, rope_dim, 2) / rope_dim)
     scaling = keys.get("rope.scaling.type", "none")
     if scaling == "none":
         return RopeShape(tuple(frequencies.tolist()), 1.0)
     factor = keys.number("rope.scaling.factor")
+    if factor < 1:
+        raise ModelFileError(f"rope.scaling.factor is {factor}, below one")
     if scaling == "linear":
         return RopeShape(tuple((frequencies / factor).tolist()), 1.0)
     if scaling != "yarn":
@@ -253,7 +281,8 @@ def _yarn_kept_share(keys: _Keys, rope_dim: int, theta: float) -> np.ndarray[Any
     original = keys.number("rope.scaling.original_context_length")
 
     def pair_of(rotations: float) -> float:
-        return rope_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        wavelengths = math.log(original) - math.log(rotations) - math.log(2 * math.pi)
+        return rope_dim * wavelengths / (2 * math.log(theta))
 
     fast = keys.number("rope.scaling.yarn_beta_fast", 32.0)
     slow = keys.number("rope.scaling.yarn_beta_slow", 1.0)
