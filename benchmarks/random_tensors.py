@@ -111,7 +111,8 @@ def random_blocks(
     blocks = _random_bytes(rng, count // block_elements, block_bytes)
     scale = std / _unit_std(format)
     if format is MXFP4:
-        blocks[:, 0] = 127 + round(np.log2(scale)) - (blocks[:, 0] & 1)
+        # Half of the blocks are twice as large: together they have the variance 2.5.
+        blocks[:, 0] = 127 + round(np.log2(scale * 2.5**-0.5)) + (blocks[:, 0] & 1)
     else:
         # The sign takes away what is left of the mean where a format's codes are not symmetric.
         signs = np.where(blocks[:, -1] & 1, np.float32(-scale), np.float32(scale))
