@@ -22,7 +22,7 @@ from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.graph import Graph
 from daemon.kernels.runtime.kernel import Module
 
-WARM_UP_S = 0.25
+WARM_UP_S = 0.1
 """An idle card takes that long to raise its clocks."""
 
 READ = """

@@ -176,12 +176,38 @@ struct Output {
     int stride, num_tokens;
 };
 
-__device__ __forceinline__ void finish(const Output& out, const Piece& p, const float* total) {
+// The sums of a block's lanes of units in shared memory, added in order.
+struct BlockSums {
+    const float* sums;
+
+    __device__ __forceinline__ float operator()(int i) const {
+        float total = 0.0f;
+#pragma unroll
+        for (int u = 0; u < LANES_OF_UNITS; u++) total += sums[u * TOKENS * 64 + i];
+        return total;
+    }
+};
+
+// The sums of all pieces of a cut stripe, added in order.
+struct PieceSums {
+    const float* first;
+    int num_slots;
+
+    __device__ __forceinline__ float operator()(int i) const {
+        float total = 0.0f;
+        for (int s = 0; s < num_slots; s++) total += __ldcg(first + s * TOKENS * 64 + i);
+        return total;
+    }
+};
+
+// Writes a stripe; `sums(i)` gives that of token i / 64, row i % 64.
+template <typename Sources>
+__device__ __forceinline__ void finish(const Output& out, const Piece& p, const Sources& sums) {
     for (int i = threadIdx.x; i < out.num_tokens * 64; i += THREADS) {
         const int token = i / 64, row = i % 64;
         if (EPILOGUE == 2) {
             if (row % 16 >= 8) continue;
-            const float gate = total[i] / ACTIVATION_SCALE, up = total[i + 8] / ACTIVATION_SCALE;
+            const float gate = sums(i) / ACTIVATION_SCALE, up = sums(i + 8) / ACTIVATION_SCALE;
             const float y = gate / (1.0f + __expf(-gate)) * up;
             const int k = p.row / 2 + row / 16 * 8 + row % 8, t = k % 256 / 64, e = k % 64;
             const long long unit = (long long)(token / 8 * (out.stride / 256) + k / 256) * 8 + e / 8;
@@ -189,50 +215,46 @@ __device__ __forceinline__ void finish(const Output& out, const Piece& p, const 
             *(u16*)at = float_half(y * ACTIVATION_SCALE);
         } else if (row < p.num_rows) {
             float* at = out.rows + (long long)token * out.stride + p.row + row;
-            const float y = total[i] / ACTIVATION_SCALE;
+            const float y = sums(i) / ACTIVATION_SCALE;
             *at = EPILOGUE == 1 ? *at + y : y;
         }
     }
 }
 
-// True for the block that brings the last piece of a stripe; all sums are then visible to it.
-__device__ __forceinline__ bool is_last_piece(const Piece& p, int* counters, int* shared_flag) {
-    __threadfence();
+// A whole stripe is finished; a cut one's sums go to its slot. The block's next piece must leave
+// its sums elsewhere: this ends without a barrier.
+__device__ __forceinline__ void reduce_piece(
+    const Piece& p, const BlockSums& sums, float* partial, const Output& out) {
     __syncthreads();
-    if (threadIdx.x == 0) {
-        const int before = atomicAdd(counters + p.counter, 1);
-        *shared_flag = before == p.num_slots - 1;
-        if (*shared_flag) counters[p.counter] = 0;
-        __threadfence();
-    }
-    __syncthreads();
-    return *shared_flag;
+    if (p.slot < 0) return finish(out, p, sums);
+    float* slot = partial + (long long)p.slot * TOKENS * 64;
+    for (int i = threadIdx.x; i < out.num_tokens * 64; i += THREADS) __stcg(slot + i, sums(i));
 }
 
-// Adds lanes of units in order; for a cut stripe adds pieces in order, in the last block to arrive.
-__device__ void reduce_piece(
-    const Piece& p, float* sums, float* partial, int* counters, int* flag, const Output& out) {
+__device__ __forceinline__ void join_pieces(const Piece& p, const float* partial, const Output& out) {
+    finish(out, p, PieceSums{partial + (long long)p.first_slot * TOKENS * 64, p.num_slots});
+}
+
+// Only a block's first and last piece can be cut. Whoever brings the last piece of a stripe joins
+// them; both are announced together, at the end, because a round trip costs microseconds.
+__device__ void finish_cut_stripes(
+    const Piece* first, const Piece* last, const float* partial, int* counters, int* is_last,
+    const Output& out) {
+    __threadfence();
     __syncthreads();
-    float* pieces_sums = partial + (long long)p.slot * TOKENS * 64;
-    for (int i = threadIdx.x; i < TOKENS * 64; i += THREADS) {
-        float total = 0.0f;
-#pragma unroll
-        for (int u = 0; u < LANES_OF_UNITS; u++) total += sums[u * TOKENS * 64 + i];
-        if (p.slot >= 0) __stcg(pieces_sums + i, total);
-        else sums[i] = total;
-    }
-    if (p.slot >= 0) {
-        if (!is_last_piece(p, counters, flag)) return;
-        for (int i = threadIdx.x; i < TOKENS * 64; i += THREADS) {
-            float total = 0.0f;
-            for (int s = 0; s < p.num_slots; s++)
-                total += __ldcg(partial + (long long)(p.first_slot + s) * TOKENS * 64 + i);
-            sums[i] = total;
+    if (threadIdx.x < 2) {
+        const Piece* p = threadIdx.x == 0 ? first : last;
+        int yes = 0;
+        if (p->slot >= 0 && (threadIdx.x == 0 || first != last)) {
+            yes = atomicAdd(counters + p->counter, 1) == p->num_slots - 1;
+            if (yes) counters[p->counter] = 0;
+            __threadfence();
         }
+        is_last[threadIdx.x] = yes;
     }
     __syncthreads();
-    finish(out, p, sums);
-    __syncthreads();
+    if (is_last[0]) join_pieces(*first, partial, out);
+    if (is_last[1]) join_pieces(*last, partial, out);
 }
 
 template <int type>
@@ -259,20 +281,21 @@ __device__ __forceinline__ void start_ring(Ring& ring, Walk& ahead, int tile, in
     for (int s = 0; s < SLOTS; s++) issue_next(ring, s, ahead, tile, lane);
 }
 
-// pieces: Piece [number of pieces]; piece_start: int32 [blocks + 1]; panels: fp16 panels of x,
+// pieces: Piece [blocks, max_pieces]; num_pieces: int32 [blocks]; panels: fp16 panels of x,
 // [NUM_PANELS, num_blocks * 8, 32 lanes, 8]; rows: float32 [num_tokens, stride] or null;
 // out_panels: fp16 panels or null; partial: float32 [slots, TOKENS, 64]; counters: int32, zero.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) quant_gemv(
-    const Piece* pieces, const int* piece_start, const u8* panels, float* rows, u8* out_panels,
-    float* partial, int* counters, int num_blocks, int num_tokens, int stride) {
+    const Piece* pieces, const int* num_pieces, const u8* panels, float* rows, u8* out_panels,
+    float* partial, int* counters, int max_pieces, int num_blocks, int num_tokens, int stride) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ u64 full[WARPS * SLOTS];
-    __shared__ int flag;
+    __shared__ int is_last[2];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own_tile = warp % 4;
     float* sums = (float*)(memory + WARPS * SLOTS * SLOT_BYTES);
     Ring ring = {memory + warp * SLOTS * SLOT_BYTES, full + warp * SLOTS, 0, 0};
-    const Piece* end = pieces + piece_start[blockIdx.x + 1];
-    Walk here = {pieces + piece_start[blockIdx.x], end, nullptr, 0, 0, warp / 4};
+    const Piece* first = pieces + blockIdx.x * max_pieces;
+    const Piece* end = first + num_pieces[blockIdx.x];
+    Walk here = {first, end, nullptr, 0, 0, warp / 4};
     enter(here, own_tile);
     step(here, own_tile, 0);
     Walk ahead = here;
@@ -280,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quant_gemv(
     wait_for_previous_kernel();
     const Output out = {rows, out_panels, stride, num_tokens};
     const Input in = {panels, num_blocks * 8, num_tokens};
-    for (const Piece* p = pieces + piece_start[blockIdx.x]; p < end; p++) {
+    for (const Piece* p = first; p < end; p++) {
         Sums sum = {};
         const int type = p->type, first_chunk = p->first_block * 8;
         while (here.piece == p) {
@@ -293,7 +316,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quant_gemv(
             // Late, so that no block of the next kernel takes a place that this one still needs.
             if (ahead.piece == end) allow_next_kernel();
         }
-        leave_sums(sums + warp / 4 * TOKENS * 64, sum, own_tile, lane);
-        reduce_piece(*p, sums, partial, counters, &flag, out);
+        float* own = sums + (p - first) % 2 * LANES_OF_UNITS * TOKENS * 64;
+        leave_sums(own + warp / 4 * TOKENS * 64, sum, own_tile, lane);
+        reduce_piece(*p, BlockSums{own}, partial, out);
     }
+    if (first < end) finish_cut_stripes(first, end - 1, partial, counters, is_last, out);
 }

@@ -19,7 +19,7 @@ from daemon.kernels.runtime.device_array import DeviceArray
 from daemon.kernels.runtime.kernel import Kernel, Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
-PARAMETERS = ("pointer",) * 7 + ("int32",) * 3
+PARAMETERS = ("pointer",) * 7 + ("int32",) * 4
 ROOMY_SHARED_BYTES = 160 * 1024
 """Cards with more take 16 warps a block, others 8, so that each warp's ring has several slots."""
 
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
 
     matrix: PackedMatrix
     pieces: DeviceArray
-    piece_start: DeviceArray
+    num_pieces: DeviceArray
     partial: DeviceArray
     counters: DeviceArray
     num_blocks: int
@@ -93,14 +93,14 @@ class GemvKernels:
     def plan(self, matrix: PackedMatrix) -> Plan:
         """Deal a matrix to the blocks, once, when the model is loaded."""
         num_blocks = self._device.num_sms
-        pieces, starts, num_slots, num_counters = deal(matrix, num_blocks)
+        pieces, num_pieces, num_slots, num_counters = deal(matrix, num_blocks)
         counters = self._device.allocate((max(num_counters, 1),), np.int32)
         self._device.fill(counters, 0)
         partial = (max(num_slots, 1), MAX_TOKENS, STRIPE_ROWS)
         return Plan(
             matrix,
-            self._device.to_device(pieces.view(np.uint8)),
-            self._device.to_device(starts),
+            self._device.to_device(pieces.view(np.uint8).reshape(num_blocks, -1)),
+            self._device.to_device(num_pieces),
             self._device.allocate(partial, np.float32),
             counters,
             num_blocks,
@@ -122,6 +122,7 @@ class GemvKernels:
         slots = self._slots(slot_bytes, num_panels)
         kernel = self._kernel((types, num_panels, slots, slot_bytes), epilogue)
         stride = matrix.rows // 2 if epilogue == SWIGLU else matrix.rows
+        max_pieces = plan.pieces.shape[1] // PIECE.itemsize
         rows, out_panels = (0, out) if epilogue == SWIGLU else (out, 0)
         assert matrix.paired == (epilogue == SWIGLU)
         assert out.num_bytes >= num_tokens * stride * (2 if epilogue == SWIGLU else 4)
@@ -129,8 +130,8 @@ class GemvKernels:
             self._device.stream,
             (plan.num_blocks, 1, 1),
             (32 * self._warps, 1, 1),
-            *(plan.pieces, plan.piece_start, panels, rows, out_panels, plan.partial, plan.counters),
-            *(matrix.columns // BLOCK_COLUMNS, num_tokens, stride),
+            *(plan.pieces, plan.num_pieces, panels, rows, out_panels, plan.partial, plan.counters),
+            *(max_pieces, matrix.columns // BLOCK_COLUMNS, num_tokens, stride),
             shared_bytes=shared_bytes(self._warps, slots, slot_bytes, num_panels),
             dependent=True,
         )
@@ -167,8 +168,9 @@ def defines(
 
 
 def shared_bytes(warps: int, slots: int, slot_bytes: int, num_panels: int) -> int:
-    """Rings of all warps, and the sums of each lane of units."""
-    return warps * slots * slot_bytes + warps // 4 * num_panels * PANEL_TOKENS * STRIPE_ROWS * 4
+    """Rings of all warps, and the sums of each lane of units, of two pieces in turn."""
+    sums = warps // 4 * num_panels * PANEL_TOKENS * STRIPE_ROWS * 4
+    return warps * slots * slot_bytes + 2 * sums
 
 
 def _types_and_slot(matrix: PackedMatrix) -> tuple[int, int]:
@@ -181,8 +183,8 @@ def deal(matrix: PackedMatrix, num_blocks: int) -> tuple[Table, Table, int, int]
     """Cut the units of all stripes, in order, into runs of equal bytes.
 
     Returns:
-        pieces (PIECE), the first piece of each block `[num_blocks + 1]` int32, and how many slots
-        for partial sums and counters they use.
+        pieces (PIECE) `[num_blocks, most of a block]`, how many each block has `[num_blocks]`
+        int32, and how many slots for partial sums and counters they use.
     """
     stripes = stripes_of(matrix)
     units = matrix.columns // BLOCK_COLUMNS
@@ -200,9 +202,12 @@ def deal(matrix: PackedMatrix, num_blocks: int) -> tuple[Table, Table, int, int]
             pieces.append([index, first, count])
             start += count
         counts.append(len(pieces) - before)
-    starts = np.array([0, *accumulate(counts)], np.int32)
     table, num_slots, num_counters = _piece_table(pieces, stripes)
-    return table, starts, num_slots, num_counters
+    by_block = np.zeros((num_blocks, max(counts)), PIECE)
+    starts = [0, *accumulate(counts)]
+    for block, (start, count) in enumerate(zip(starts, counts, strict=False)):
+        by_block[block, :count] = table[start : start + count]
+    return by_block, np.array(counts, np.int32), num_slots, num_counters
 
 
 def stripes_of(matrix: PackedMatrix) -> list[Stripe]:

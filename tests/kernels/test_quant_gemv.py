@@ -35,11 +35,10 @@ def fake_matrix(columns: int, parts: list[tuple[object, int]]) -> PackedMatrix:
 @pytest.mark.parametrize("num_blocks", [1, 7, 132])
 def test_every_unit_is_dealt_once_in_equal_shares(num_blocks: int) -> None:
     matrix = fake_matrix(1536, [(Q4_K, 1000), (Q6_K, 330), (F16, 20)])
-    pieces, starts, num_slots, num_counters = deal(matrix, num_blocks)
-    assert len(starts) == num_blocks + 1
-    assert starts[0] == 0
-    assert starts[-1] == len(pieces)
-    assert pieces.dtype == PIECE
+    by_block, counts, num_slots, num_counters = deal(matrix, num_blocks)
+    assert by_block.shape == (num_blocks, max(counts))
+    assert by_block.dtype == PIECE
+    pieces = np.concatenate([row[:n] for row, n in zip(by_block, counts, strict=True)])
     units = [
         (row, first + i)
         for row, first, n in zip(
@@ -49,9 +48,10 @@ def test_every_unit_is_dealt_once_in_equal_shares(num_blocks: int) -> None:
     ]
     stripes = [r for s in matrix.segments for r in range(s.first_row, s.first_row + s.rows, 64)]
     assert units == [(row, block) for row in stripes for block in range(6)]
-    cost = pieces["num_units"] * pieces["tile_bytes"]
-    share = [cost[a:b].sum() for a, b in zip(starts, starts[1:], strict=False)]
-    assert max(share) - sum(share) / num_blocks <= 2 * F16.tile_bytes
+    share = (by_block["num_units"] * by_block["tile_bytes"]).sum(1)
+    assert share.max() - share.mean() <= 2 * F16.tile_bytes
+    for row, count in zip(by_block, counts, strict=True):
+        assert (row["slot"][1 : count - 1] == -1).all()
     cut = pieces[pieces["slot"] >= 0]
     assert sorted(cut["slot"]) == list(range(num_slots))
     for counter in range(num_counters):
