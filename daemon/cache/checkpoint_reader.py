@@ -105,7 +105,7 @@ def _read_page(reader: Reader, wanted: Wanted, index: int) -> HostBytes:
     return payload
 
 
-def _state(reader: Reader, key: bytes) -> tuple[StateHeader, bytearray]:
+def _state(reader: Reader, key: bytes) -> tuple[StateHeader, bytes]:
     record = reader.header("states", key)
     if record is None:
         raise DamagedRecord("a state without header")
@@ -116,7 +116,7 @@ def _state(reader: Reader, key: bytes) -> tuple[StateHeader, bytearray]:
     return header, payload
 
 
-def _page(reader: Reader, key: bytes) -> tuple[PageHeader, bytearray]:
+def _page(reader: Reader, key: bytes) -> tuple[PageHeader, bytes]:
     record = reader.header("pages", key)
     if record is None:
         raise DamagedPage(key, "a page without header")

@@ -79,20 +79,19 @@ class Reader:
         pairs = self._txn.cursor(self._tables["models"])
         return {bytes(key): bytes(name).decode(errors="replace") for key, name in pairs}
 
-    def payload(self, table: str, key: bytes, num_bytes: int) -> bytearray:
-        """The payload of a record in "pages" or "states", copied.
+    def payload(self, table: str, key: bytes, num_bytes: int) -> bytes:
+        """The payload of a record in "pages" or "states", copied once.
 
         Raises:
             DamagedRecord: a chunk is missing or has another length.
         """
-        payload = bytearray(num_bytes)
+        chunks = []
         for number, start in enumerate(range(0, num_bytes, CHUNK_BYTES)):
             chunk = self._txn.get(_chunk_key(key, number), db=self._tables[_PAYLOADS[table]])
-            stop = min(start + CHUNK_BYTES, num_bytes)
-            if chunk is None or len(chunk) != stop - start:
+            if chunk is None or len(chunk) != min(CHUNK_BYTES, num_bytes - start):
                 raise DamagedRecord("a payload with a missing chunk")
-            payload[start:stop] = chunk
-        return payload
+            chunks.append(chunk)
+        return b"".join(chunks)
 
 
 class Store:

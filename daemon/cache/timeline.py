@@ -106,12 +106,13 @@ class StoredTimeline:
             payload_bytes=memoryview(snapshot.state).nbytes,
         )
         pages = [
-            self._queued_page(index, snapshot.num_grid_pages, snapshot.pages[index])
-            for index in sorted(snapshot.pages)
+            self._queued_page(index, header, payload)
+            for index, payload in sorted(snapshot.pages.items())
         ]
         self._transfer.save(QueuedState(header, snapshot.state), pages)
 
-    def _queued_page(self, index: int, num_grid_pages: int, payload: HostBytes) -> QueuedPage:
+    def _queued_page(self, index: int, state: StateHeader, payload: HostBytes) -> QueuedPage:
+        num_grid_pages = state.num_grid_pages
         header = PageHeader(
             hash=self._chain.hashes[index],
             variant=self._variant(index, num_grid_pages),
@@ -119,7 +120,7 @@ class StoredTimeline:
             fingerprint=self._fingerprint,
             index=index,
             tokens=self._chain.page_tokens(index),
-            created_us=self._now_us(),
+            created_us=state.created_us,
             payload_bytes=memoryview(payload).nbytes,
         )
         return QueuedPage(header, payload)

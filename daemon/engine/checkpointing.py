@@ -36,8 +36,8 @@ class Timeline(Protocol):
     def missing_pages(self, position: int, num_grid_pages: int) -> Sequence[int]:
         """Indices of the pages below `position` that are not stored (or queued).
 
-        The first `num_grid_pages` are looked for among pages computed on the grid, the later ones
-        among those that were not: their bits differ, so they never stand in for one another.
+        The first `num_grid_pages` were computed on the grid: any sequence's will do. The later ones
+        have bits of their own: only those that this sequence saved or restored count as stored.
         """
         ...
 
