@@ -23,7 +23,6 @@ from daemon.config import (
     default_cache_folder,
     parse_bytes,
 )
-from daemon.engine.requests import EngineInfo
 from daemon.errors import ConfigError, QwendError
 
 CLIENT_COMMANDS = {"chat": "qwend_clients.chat", "inspect": "qwend_clients.inspect_cache"}
@@ -63,11 +62,14 @@ def _serve(arguments: argparse.Namespace) -> None:
     configure_logs()
     with bind(config.server.host, config.server.port) as listener, assemble(config) as daemon:
         info = daemon.engine.info
-        run_server(daemon.app(), listener, on_ready=lambda url: _announce(url, info, config))
+        run_server(
+            daemon.app(),
+            listener,
+            lambda url: _announce(url, info.model_name, info.backend, config),
+        )
 
 
-def _announce(url: str, info: EngineInfo, config: Config) -> None:
-    model, backend = info.model_name, info.backend
+def _announce(url: str, model: str, backend: str, config: Config) -> None:
     if config.model.path is None:
         print("No --model given: serving the embedded tiny-coder (15 M), for trying things out.")
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "hello"}]})

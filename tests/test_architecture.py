@@ -24,7 +24,10 @@ ALLOWED = {
     "daemon.kernels": {"daemon.kernels"},
     "daemon.api": {"daemon.api", "daemon.text", "daemon.engine.requests"},
     "daemon.generate": {"daemon.api", "daemon.text", "daemon.engine.requests"},
-    "daemon.assemble": {"daemon.api", "daemon.text", "daemon.engine", "daemon.cache"},
+    "daemon.devices": {"daemon.engine", "daemon.kernels"},
+    "daemon.assemble": {
+        "daemon.api", "daemon.text", "daemon.engine", "daemon.cache", "daemon.devices",
+    },
     "daemon.cli": {
         "daemon.assemble", "daemon.generate", "daemon.api.server", "daemon.engine.evaluation",
     },
