@@ -10,14 +10,23 @@ import numpy as np
 
 from daemon.engine.backends.backend import Sampled, SamplingRow
 from daemon.engine.requests import SamplingParams, TokenLogprobs
+from daemon.errors import DeviceError
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 MASK64 = (1 << 64) - 1
+COLDEST = 1e-6
+"""Temperatures below it divide to infinity; there is no difference left to draw from."""
 
 
 def sample(logits: Logits, row: SamplingRow) -> Sampled:
-    """Choose one token from logits `[tokens]`. Greedy at temperature 0: the lowest best id."""
+    """Choose one token from logits `[tokens]`. Greedy at temperature 0: the lowest best id.
+
+    Raises:
+        DeviceError: the best logit is not a finite number, so the model's arithmetic has failed.
+    """
+    if not np.isfinite(logits.max()):
+        raise DeviceError("the model's logits are not finite; the weights or the device are faulty")
     params = row.params
     adjusted = bias(penalize(logits, row), params)
     if params.temperature == 0:
@@ -55,16 +64,16 @@ def bias(logits: Logits, params: SamplingParams) -> Logits:
         return logits
     adjusted = logits.copy()
     for token, amount in params.logit_bias:
-        if token < len(adjusted):
+        if 0 <= token < len(adjusted):
             adjusted[token] += np.float32(amount)
     return adjusted
 
 
 def candidates(logits: Logits, params: SamplingParams) -> tuple[Ids, np.ndarray[Any, Any]]:
     """Token ids that stay, best first (ties: lower id), and their shares, which sum to one."""
-    scaled = logits.astype(np.float64) / params.temperature
-    ids = _best_first(scaled, params.top_k)
-    shares = np.exp(scaled[ids] - scaled[ids[0]])
+    ids = _best_first(logits, params.top_k)
+    best = logits[ids].astype(np.float64)
+    shares = np.exp((best - best[0]) / max(params.temperature, COLDEST))
     shares /= shares.sum()
     keep = np.ones(len(ids), bool)
     if params.top_p < 1:
@@ -76,14 +85,14 @@ def candidates(logits: Logits, params: SamplingParams) -> tuple[Ids, np.ndarray[
     return ids[keep], kept / kept.sum()
 
 
-def _best_first(scaled: np.ndarray[Any, Any], top_k: int) -> Ids:
-    if 0 < top_k < len(scaled):
-        threshold = np.partition(scaled, -top_k)[-top_k]
-        ids = np.flatnonzero(scaled >= threshold)
+def _best_first(scores: np.ndarray[Any, Any], top_k: int) -> Ids:
+    if 0 < top_k < len(scores):
+        threshold = np.partition(scores, -top_k)[-top_k]
+        ids = np.flatnonzero(scores >= threshold)
     else:
-        ids = np.arange(len(scaled))
-        top_k = len(scaled)
-    return ids[np.argsort(-scaled[ids], kind="stable")][:top_k]
+        ids = np.arange(len(scores))
+        top_k = len(scores)
+    return ids[np.argsort(-scores[ids], kind="stable")][:top_k]
 
 
 def uniform(seed: int, step: int) -> float:
