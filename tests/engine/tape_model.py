@@ -1,0 +1,102 @@
+"""A model whose state is the list of its tokens: it notices every wrong place and position.
+
+Stands in for Model and Backend. A slot holds the tokens that were fed, a page the tokens of its 64
+positions, and the next token is a checksum of all of them. So a reply is right only if every token
+was evaluated once, in order, into the right slot and pages, whatever happened in between.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from daemon.checkpoint import PAGE_TOKENS
+from daemon.engine.backends.backend import Sampled, SamplingRow
+from daemon.engine.batch import Batch, Span
+
+VOCAB = 50_000
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    return zlib.crc32(np.asarray(tokens, np.int32).tobytes()) % VOCAB
+
+
+def continuation(prompt: Sequence[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class TapeModel:
+    """`before_batch` may raise, as a device would; `batches` are those that were evaluated."""
+
+    def __init__(self, num_slots: int, num_pages: int) -> None:
+        self.backend = self
+        self.slots: list[list[int] | None] = [None] * num_slots
+        self.pages = np.full((num_pages, PAGE_TOKENS), -1, np.int32)
+        self.before_batch: Callable[[Batch], None] = lambda batch: None
+        self.batches: list[Batch] = []
+
+    # ── Model ─────────────────────────────────────────────────────────────────────────────────
+
+    def logits(self, batch: Batch) -> list[int]:
+        self.before_batch(batch)
+        self.batches.append(batch)
+        slots = [span.slot for span in batch.spans]
+        slots += [capture.slot for span in batch.spans for capture in span.captures]
+        assert len(slots) == len(set(slots)), "a slot occurs twice"
+        pages = [page for span in batch.spans for page in span.pages]
+        assert len(pages) == len(set(pages)), "a page occurs twice"
+        assert batch.spans
+        return [row for span in batch.spans for row in self._feed(batch, span)]
+
+    def _feed(self, batch: Batch, span: Span) -> list[int]:
+        tokens = self.slots[span.slot]
+        assert tokens is not None, "an undefined state was used"
+        assert len(tokens) == span.start, "the state is at another position"
+        assert len(span.tokens), "a span has no tokens"
+        assert len(span.pages) * PAGE_TOKENS >= span.end, "the pages are too few"
+        if batch.kind == "prefill":
+            assert span.start % PAGE_TOKENS == 0, "a prompt is evaluated off the grid"
+        else:
+            assert len(span.tokens) == 1
+        table = self.pages[list(span.pages)].reshape(-1)
+        assert table[: span.start].tolist() == tokens, "the pages hold other tokens"
+        self.slots[span.slot] = tokens = [*tokens, *span.tokens.tolist()]
+        for position in range(span.start, span.end):
+            page = span.pages[position // PAGE_TOKENS]
+            self.pages[page, position % PAGE_TOKENS] = tokens[position]
+        for capture in span.captures:
+            assert span.start < capture.position <= span.end
+            assert capture.position % PAGE_TOKENS == 0
+            self.slots[capture.slot] = tokens[: capture.position]
+        return [next_token(tokens)] if span.samples else []
+
+    # ── Backend ───────────────────────────────────────────────────────────────────────────────
+
+    def sample(
+        self, logits: list[int], rows: Sequence[SamplingRow], num_tokens: int
+    ) -> list[Sampled]:
+        assert len(logits) == len(rows)
+        return [Sampled(token, None) for token in logits]
+
+    def clear_slot(self, slot: int) -> None:
+        self.slots[slot] = []
+
+    def copy_slot(self, source: int, target: int) -> None:
+        tokens = self.slots[source]
+        assert tokens is not None
+        self.slots[target] = list(tokens)
+
+    def read_slot(self, slot: int) -> bytes:
+        return np.asarray(self.slots[slot], np.int32).tobytes()
+
+    def write_slot(self, slot: int, state: bytes) -> None:
+        self.slots[slot] = np.frombuffer(state, np.int32).tolist()
+
+    def read_page(self, page: int) -> bytes:
+        return self.pages[page].tobytes()
+
+    def write_page(self, page: int, content: bytes) -> None:
+        self.pages[page] = np.frombuffer(content, np.int32)
