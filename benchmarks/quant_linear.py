@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU, GemvKernels, Plan
 from daemon.kernels.quant_pack import FORMATS, PackedMatrix, Packer, RawMatrix
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
+from daemon.kernels.runtime.device_array import DeviceArray
 from daemon.kernels.runtime.graph import Graph
 from daemon.kernels.runtime.kernel import Module
 
-WARM_UP_S = 0.1
+WARM_UP_S = 0.25
 """An idle card takes that long to raise its clocks."""
 
 READ = """
@@ -102,6 +104,12 @@ class Products:
         return 2**31 / self.median_ms(lambda: kernel.launch(stream, grid, block, *arguments)) / 1e6
 
 
+def run_all(jobs: list[Callable[[], None]]) -> None:
+    """One launch after another."""
+    for job in jobs:
+        job()
+
+
 Shapes = dict[str, tuple[PackedMatrix, int]]
 
 
@@ -140,11 +148,8 @@ def prefill(products: Products) -> list[dict[str, object]]:
             plan = gemm.plan(matrix)
             target = middle if epilogue == SWIGLU else out
 
-            def launches(plan=plan, epilogue=epilogue, target=target, n=tokens) -> None:  # type: ignore[no-untyped-def]
-                for _ in range(4):
-                    gemm.multiply(plan, chunks, n, target, epilogue)
-
-            ms = products.median_ms(launches, 5) / 4
+            job = partial(gemm.multiply, plan, chunks, tokens, target, epilogue)
+            ms = products.median_ms(partial(run_all, [job] * 4), 5) / 4
             work = 2 * matrix.rows * matrix.columns * tokens
             total, flops = total + ms * share[name], flops + work * share[name]
             print(f"{name:10} n={tokens:4} {ms * 1e3:8.1f} us {work / ms / 1e9:6.0f} TFLOP/s")
@@ -178,12 +183,8 @@ def decode(products: Products) -> list[dict[str, object]]:
         for tokens in (1, 8, 16):
             rounds = max(1, 20 // copies)
 
-            def launches(tokens: int = tokens, rounds: int = rounds) -> None:
-                for _ in range(rounds):
-                    for plan in plans:
-                        run(plan, epilogue, tokens)
-
-            ms = products.median_ms(launches) / (rounds * copies)
+            jobs = [partial(run, plan, epilogue, tokens) for plan in plans] * rounds
+            ms = products.median_ms(partial(run_all, jobs)) / len(jobs)
             rate = matrix.num_bytes / ms / 1e6
             size = f"{matrix.num_bytes / 1e6:7.1f} MB"
             print(f"{name:10} m={tokens:2} {size} {ms * 1e3:7.1f} us {rate:6.0f} GB/s")
@@ -192,7 +193,13 @@ def decode(products: Products) -> list[dict[str, object]]:
     return results
 
 
-def whole_token(products, shapes, run, x, panels) -> list[dict[str, object]]:  # type: ignore[no-untyped-def]
+def whole_token(
+    products: Products,
+    shapes: Shapes,
+    run: Callable[[Plan, int, int], None],
+    x: DeviceArray,
+    panels: DeviceArray,
+) -> list[dict[str, object]]:
     """All products and norms of a token, weights in their own memory for each layer."""
     device, gemv = products.device, products.gemv
     norm = device.to_device(np.ones(HIDDEN, np.float32))
@@ -202,23 +209,19 @@ def whole_token(products, shapes, run, x, panels) -> list[dict[str, object]]:  #
         names = [*mixer, "ssm_out", "gate|up", "down Q6" if index % 2 else "down"]
         return [(gemv.plan(products.copy(shapes[n][0])), shapes[n][1]) for n in names]
 
-    layers = [layer(index) for index in range(64)]
-    head = gemv.plan(shapes["head"][0])
-    num_bytes = sum(plan.matrix.num_bytes for plans in layers for plan, _ in plans)
-    num_bytes += head.matrix.num_bytes
+    plans = [plan for index in range(64) for plan in layer(index)]
+    plans.append((gemv.plan(shapes["head"][0]), STORE))
+    num_bytes = sum(plan.matrix.num_bytes for plan, _ in plans)
     results: list[dict[str, object]] = []
     for tokens in (1, 8, 16):
         hidden = x.view((tokens, HIDDEN))
-
-        def launches(tokens: int = tokens, hidden=hidden) -> None:  # type: ignore[no-untyped-def]
-            for plans in layers:
-                for number, (plan, epilogue) in enumerate(plans):
-                    if number % 2 == 0:
-                        products.activations.convert(hidden, panels, PANELS, norm)
-                    run(plan, epilogue, tokens)
-            run(head, STORE, tokens)
-
-        ms = products.median_ms(launches)
+        jobs: list[Callable[[], None]] = []
+        for number, (plan, epilogue) in enumerate(plans):
+            if number % 2 == 0:
+                convert = products.activations.convert
+                jobs.append(partial(convert, hidden, panels, PANELS, norm))
+            jobs.append(partial(run, plan, epilogue, tokens))
+        ms = products.median_ms(partial(run_all, jobs))
         rate = num_bytes / ms / 1e6
         print(f"all linear m={tokens:2} {num_bytes / 1e9:.2f} GB {ms:.3f} ms {rate:.0f} GB/s")
         results.append({"product": "all", "tokens": tokens, "us": ms * 1e3, "gbps": rate})

@@ -1,4 +1,4 @@
-// Many rows times quantized matrices, for prompts: y[token, row] = sum over k of W[row, k] x[token, k].
+// Many rows times quantized matrices, for prompts: y[token, row] = W[row, :] . x[token, :].
 //
 // Weights are dequantized from their packed tiles into registers and multiplied as the A operand;
 // tokens are the columns. On sm_90a: two consumer warpgroups of 64 rows x COLUMNS tokens by wgmma,
@@ -29,14 +29,16 @@ struct Output {
     int stride, num_tokens, padded_tokens;
 };
 
-__device__ __forceinline__ void write_swiglu(const Output& out, int token, int k, float gate, float up) {
+__device__ __forceinline__ void write_swiglu(
+    const Output& out, int token, int k, float gate, float up) {
     gate /= ACTIVATION_SCALE, up /= ACTIVATION_SCALE;
     const float y = gate / (1.0f + __expf(-gate)) * up;
     const int t = k % 256 / 64, e = k % 64;
     const int position = e / 4 * 16 + e % 4 / 2 * 8 + 2 * t + e % 2;
     const long long line = (long long)(k / 256 * 4 + position / 64) * out.padded_tokens + token;
     const int unit = (position % 64 / 8) ^ (token % 8);
-    *(u16*)(out.chunks + line * 128 + unit * 16 + position % 8 * 2) = float_half(y * ACTIVATION_SCALE);
+    u8* at = out.chunks + line * 128 + unit * 16 + position % 8 * 2;
+    *(u16*)at = float_half(y * ACTIVATION_SCALE);
 }
 
 // Sums of a lane to SwiGLU: rows `row` (gate) and row + 8 (up), tokens `token`, + 1, + 8, + 9, ...
@@ -159,11 +161,13 @@ __device__ __forceinline__ void release_chunk(const Rings& rings, int& stage, in
 // All of a stripe's units: the sums of 64 rows.
 template <int type>
 __device__ __forceinline__ void multiply_stripe(
-    Sums& sum, const Rings& rings, Cursor& w, Cursor& c, int num_blocks, int group, int warp, int lane) {
+    Sums& sum, const Rings& rings, Cursor& w, Cursor& c, int num_blocks, int group, int warp,
+    int lane) {
     int held = -1;
     for (int block = 0; block < num_blocks; block++) {
         barrier_wait(rings.weights_full + w.stage, w.phase);
-        const u8* tile = rings.weights + (w.stage * 2 + group) * UNIT_BYTES + warp * TILE_BYTES[type];
+        const u8* tile =
+            rings.weights + (w.stage * 2 + group) * UNIT_BYTES + warp * TILE_BYTES[type];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             HalfTile h;
@@ -228,7 +232,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quant_gemm(
     rings.chunks_full = barriers + 2 * WEIGHT_STAGES;
     rings.chunks_empty = rings.chunks_full + CHUNK_STAGES;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 2 * WEIGHT_STAGES; i++) barrier_init(barriers + i, i < WEIGHT_STAGES ? 1 : 8);
+        for (int i = 0; i < 2 * WEIGHT_STAGES; i++)
+            barrier_init(barriers + i, i < WEIGHT_STAGES ? 1 : 8);
         for (int i = 0; i < 2 * CHUNK_STAGES; i++)
             barrier_init(rings.chunks_full + i, i < CHUNK_STAGES ? 1 : 8);
         barrier_init_done();
@@ -281,7 +286,8 @@ __device__ __forceinline__ void multiply_chunk(
 
 template <int type = 0>
 __device__ __forceinline__ void dispatch(
-    int wanted, float (&sum)[COLUMNS / 8][4], const u8* tile, const u8* chunk, int quarter, int lane) {
+    int wanted, float (&sum)[COLUMNS / 8][4], const u8* tile, const u8* chunk, int quarter,
+    int lane) {
     if constexpr (type < 7) {
         if constexpr ((TYPES >> type) & 1) {
             if (wanted == type) return multiply_chunk<type>(sum, tile, chunk, quarter, lane);
@@ -317,14 +323,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) quant_gemm(
     for (int chunk = 0; chunk < CHUNK_STAGES - 1; chunk++) issue(chunk);
     float sum[COLUMNS / 8][4] = {};
     for (int block = 0; block < num_blocks; block++) {
-        const u8* tile = weight_ring + block % WEIGHT_STAGES * UNIT_BYTES + warp * stripe.tile_bytes;
+        const u8* unit = weight_ring + block % WEIGHT_STAGES * UNIT_BYTES;
 #pragma unroll
         for (int quarter = 0; quarter < 4; quarter++) {
             const int chunk = block * 4 + quarter;
             copy_async_wait<CHUNK_STAGES - 2>();
             __syncthreads();
             issue(chunk + CHUNK_STAGES - 1);
-            dispatch(stripe.type, sum, tile, memory + chunk % CHUNK_STAGES * CHUNK_BYTES, quarter, lane);
+            dispatch(stripe.type, sum, unit + warp * stripe.tile_bytes,
+                     memory + chunk % CHUNK_STAGES * CHUNK_BYTES, quarter, lane);
         }
     }
     const Output out = {rows, chunks, stride, num_tokens, padded_tokens};

@@ -9,10 +9,13 @@
 // Bound: bytes of the weights, each read once.
 //
 // Macros: TYPES (bit mask of QuantTypes), NUM_PANELS (1: up to 8 tokens, 2: up to 16), SLOTS and
-// SLOT_BYTES (a warp's ring), WARPS (a multiple of 4), EPILOGUE (0 store, 1 add to a residual, 2 SwiGLU of paired rows),
-// BULK_COPIES (1: the copy engine fills the rings, sm_90 on; 0: cp.async).
+// SLOT_BYTES (a warp's ring), WARPS (a multiple of 4), EPILOGUE (0 store, 1 add to a residual,
+// 2 SwiGLU of paired rows), BULK_COPIES (1: the copy engine fills the rings, sm_90 on; 0: cp.async)
 #include "quant_blocks.cuh"
 #include "warp.cuh"
+#if BULK_COPIES
+#include "pipeline.cuh"
+#endif
 
 constexpr int LANES_OF_UNITS = WARPS / 4;  // units in work at once
 constexpr int TOKENS = 8 * NUM_PANELS;
@@ -35,31 +38,21 @@ struct Ring {
 };
 
 #if BULK_COPIES
-__device__ __forceinline__ void issue_copy(Ring& ring, int slot, const u8* from, int bytes, int lane) {
+__device__ __forceinline__ void issue_copy(
+    Ring& ring, int slot, const u8* from, int bytes, int lane) {
     if (lane != 0) return;
-    const u32 barrier = shared_address(ring.full + slot);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                 : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(ring.slots + slot * SLOT_BYTES)),
-        "l"(from), "r"(bytes), "r"(barrier)
-        : "memory");
+    barrier_expect(ring.full + slot, bytes);
+    copy_bulk(ring.slots + slot * SLOT_BYTES, from, bytes, ring.full + slot);
 }
 
 __device__ __forceinline__ void issue_nothing() {}
 
 __device__ __forceinline__ void wait_for_slot(Ring& ring) {
-    const u32 barrier = shared_address(ring.full + ring.slot);
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(barrier),
-        "r"(ring.phase)
-        : "memory");
+    barrier_wait(ring.full + ring.slot, ring.phase);
 }
 #else
-__device__ __forceinline__ void issue_copy(Ring& ring, int slot, const u8* from, int bytes, int lane) {
+__device__ __forceinline__ void issue_copy(
+    Ring& ring, int slot, const u8* from, int bytes, int lane) {
     const u32 to = shared_address(ring.slots + slot * SLOT_BYTES);
     for (int at = lane * 16; at < bytes; at += 512) copy_async_16(to + at, from + at);
     copy_async_commit();
@@ -210,7 +203,7 @@ __device__ __forceinline__ void finish(const Output& out, const Piece& p, const 
             const float gate = sums(i) / ACTIVATION_SCALE, up = sums(i + 8) / ACTIVATION_SCALE;
             const float y = gate / (1.0f + __expf(-gate)) * up;
             const int k = p.row / 2 + row / 16 * 8 + row % 8, t = k % 256 / 64, e = k % 64;
-            const long long unit = (long long)(token / 8 * (out.stride / 256) + k / 256) * 8 + e / 8;
+            const int unit = (token / 8 * (out.stride / 256) + k / 256) * 8 + e / 8;
             u8* at = out.panels + unit * 512 + (token % 8 * 4 + t) * 16 + e % 8 * 2;
             *(u16*)at = float_half(y * ACTIVATION_SCALE);
         } else if (row < p.num_rows) {
@@ -231,7 +224,8 @@ __device__ __forceinline__ void reduce_piece(
     for (int i = threadIdx.x; i < out.num_tokens * 64; i += THREADS) __stcg(slot + i, sums(i));
 }
 
-__device__ __forceinline__ void join_pieces(const Piece& p, const float* partial, const Output& out) {
+__device__ __forceinline__ void join_pieces(
+    const Piece& p, const float* partial, const Output& out) {
     finish(out, p, PieceSums{partial + (long long)p.first_slot * TOKENS * 64, p.num_slots});
 }
 
@@ -271,10 +265,8 @@ __device__ __forceinline__ void dispatch(
 __device__ __forceinline__ void start_ring(Ring& ring, Walk& ahead, int tile, int lane) {
 #if BULK_COPIES
     if (lane == 0) {
-        for (int s = 0; s < SLOTS; s++)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(ring.full + s)));
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        for (int s = 0; s < SLOTS; s++) barrier_init(ring.full + s, 1);
+        barrier_init_done();
     }
     __syncwarp();
 #endif

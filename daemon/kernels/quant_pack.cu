@@ -47,7 +47,8 @@ __device__ __forceinline__ u32 six_bit_minimum(const u8* sc, int s) {
 }
 
 __device__ __forceinline__ u32 iq4_scale(const u8* block, int s) {
-    return ((block[4 + s / 2] >> (4 * (s & 1))) & 15) | (((read_16(block + 2) >> (2 * s)) & 3) << 4);
+    const u32 high = (read_16(block + 2) >> (2 * s)) & 3;
+    return ((block[4 + s / 2] >> (4 * (s & 1))) & 15) | (high << 4);
 }
 
 // Word t of a row's scales.
@@ -125,7 +126,7 @@ __device__ void write_high_plane(u8* tile, const u16 (*code)[256], int r) {
         const int lane = i % 32, c = i / 32;
         const u16* from = &code[lane / 4][64 * (lane % 4) + 16 * c];
         for (int p = 0; p < 8; p++)
-            word |= (u32(from[2 * p] >> 4) << (2 * p)) | (u32(from[2 * p + 1] >> 4) << (2 * p + 16));
+            word |= (from[2 * p] >> 4 << 2 * p) | (u32(from[2 * p + 1] >> 4) << (2 * p + 16));
         *(u32*)(tile + 2048 + r * 512 + lane * 16 + c * 4) = word;
     }
 }
@@ -146,9 +147,11 @@ extern "C" __global__ void quant_pack(
     }
     __syncthreads();
     const int number = part < 0 ? group / 2 : group, r = part < 0 ? group & 1 : part;
-    u8* tile = tiles + ((long long)(number / 4 * num_blocks + block) * 4 + number % 4) * TILE_BYTES[TYPE];
+    const long long unit = (long long)(number / 4) * num_blocks + block;
+    u8* tile = tiles + (unit * 4 + number % 4) * TILE_BYTES[TYPE];
     write_low_plane(tile, code, r);
     write_high_plane(tile, code, r);
     const int row = k / 4, t = k % 4;
-    if (k < 32 && group * 8 + row < rows) write_scales(tile, first + row * row_bytes, r * 8 + row, t);
+    if (k < 32 && group * 8 + row < rows)
+        write_scales(tile, first + row * row_bytes, r * 8 + row, t);
 }

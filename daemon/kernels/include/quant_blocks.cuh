@@ -130,7 +130,8 @@ __device__ __forceinline__ u32 codes(const HalfTile& h, int r, int pair) {
     const int p = pair & 3;
     if constexpr (type == IQ4_XS) {
         // Pairs lie at bits 4p and 4p+16: bring two pairs to 16 neighbouring bits.
-        const u32 low = (word >> (8 * (p >> 1))) & 0xffu, high = (word >> (16 + 8 * (p >> 1))) & 0xffu;
+        const u32 low = (word >> (8 * (p >> 1))) & 0xffu;
+        const u32 high = (word >> (16 + 8 * (p >> 1))) & 0xffu;
         const u32 bytes = iq4_bytes(low | (high << 8));
         const u32 wide = __byte_perm(bytes, bias, (p & 1) ? 0x7371u : 0x7270u);
         return half2_minus(wide, 0x64806480u);
