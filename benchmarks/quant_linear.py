@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -104,7 +104,7 @@ class Products:
         return 2**31 / self.median_ms(lambda: kernel.launch(stream, grid, block, *arguments)) / 1e6
 
 
-def run_all(jobs: list[Callable[[], None]]) -> None:
+def run_all(jobs: Sequence[Callable[[], None]]) -> None:
     """One launch after another."""
     for job in jobs:
         job()
