@@ -110,7 +110,8 @@ class EngineThread:
             if self._num_open >= self._max_requests:
                 raise Overloaded(f"{self._num_open} requests are running or waiting already")
             self._num_open += 1
-        self._commands.put(Submit(request, self._counted(deliver)))
+            # Under the lock: after `_refuse_all` has taken it, nothing may be queued any more.
+            self._commands.put(Submit(request, self._counted(deliver)))
 
     def cancel(self, request_id: str) -> None:
         """See `Engine.cancel`."""
@@ -151,31 +152,39 @@ class EngineThread:
     def _loop(self, engine: StepEngine) -> None:
         worked = False
         while True:
-            for command in self._take_commands(wait=not worked):
-                match command:
-                    case Submit(request, deliver):
-                        engine.add(request, deliver)
-                    case Cancel(request_id):
+            command = self._next_command(wait=not worked)
+            while command is not None:
+                if isinstance(command, Stop):
+                    for request_id in list(engine.sequences):
                         engine.cancel(request_id)
-                    case Stop():
-                        for request_id in list(engine.sequences):
-                            engine.cancel(request_id)
-                        return
+                    return
+                self._obey(engine, command)
+                command = self._next_command(wait=False)
             worked = engine.step()
 
-    def _take_commands(self, wait: bool) -> list[Command]:
-        commands = [self._commands.get()] if wait else []
+    def _obey(self, engine: StepEngine, command: Submit | Cancel | Wake) -> None:
+        match command:
+            case Submit(request, deliver):
+                try:
+                    engine.add(request, deliver)
+                except Exception:
+                    deliver(Failed(EngineStopped("the engine failed; see the log")))
+                    raise
+            case Cancel(request_id):
+                engine.cancel(request_id)
+
+    def _next_command(self, wait: bool) -> Command | None:
+        """One at a time: what is not taken yet is answered by `_refuse_all` after a failure."""
         try:
-            while True:
-                commands.append(self._commands.get_nowait())
+            return self._commands.get(block=wait)
         except Empty:
-            return commands
+            return None
 
     def _refuse_all(self, engine: StepEngine, failure: QwendError) -> None:
         """Answer what is open and what is still queued; nothing comes in after this."""
         with self._lock:
             self._failure = failure
         engine.fail(tuple(engine.sequences.values()), failure)
-        for command in self._take_commands(wait=False):
+        while (command := self._next_command(wait=False)) is not None:
             if isinstance(command, Submit):
                 command.deliver(Failed(failure))
