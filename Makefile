@@ -11,6 +11,9 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
+# Where there is an NVIDIA driver, `serve` takes the GPU, which needs this extra.
+CUDA := $(if $(wildcard /dev/nvidiactl),[cuda])
+
 # The first of these that is 3.11 or newer and can make an environment.
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3 python
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -37,7 +40,7 @@ clean:
 
 # Installed as links to this folder, so that only a change of pyproject.toml installs anew.
 $(VENV)/installed-serve: pyproject.toml | $(BIN)/python
-	$(PIP_INSTALL) --editable .
+	$(PIP_INSTALL) --editable '.$(CUDA)'
 	@touch $@
 
 $(VENV)/installed-test: pyproject.toml | $(BIN)/python

@@ -61,6 +61,7 @@ MAX_FUNCTION_LINES = 60
 MEDIAN_FUNCTION_LINES = 10
 MAX_PYTHON_LINES = 450
 MAX_CUDA_LINES = 600
+MAX_COLUMNS = 100
 
 
 def report(problems: Iterator[str] | list[str]) -> str:
@@ -166,6 +167,18 @@ def test_files_are_short() -> None:
         f"{path.relative_to(ROOT)}: {sizes[path]} lines, {limit} at most"
         for path, limit in limits.items()
         if sizes[path] > limit
+    ]
+    assert not problems, report(problems)
+
+
+def test_cuda_lines_are_short() -> None:
+    """As ruff does for Python."""
+    problems = [
+        f"{path.relative_to(ROOT)}:{number}: {len(line)} columns, {MAX_COLUMNS} at most"
+        for suffix in ("*.cu", "*.cuh")
+        for path in (ROOT / "daemon").rglob(suffix)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > MAX_COLUMNS
     ]
     assert not problems, report(problems)
 

@@ -69,7 +69,7 @@ def other_architecture(path: Path) -> None:
 def test_a_file_that_is_no_model(tmp_path: Path, make: Callable[[Path], None], says: str) -> None:
     path = tmp_path / "model.gguf"
     make(path)
-    line = refusal("serve", "--port", "0", "--no-cache", "--model", path)
+    line = refusal("serve", "--device", "cpu", "--port", "0", "--no-cache", "--model", path)
     assert line.startswith("qwend: error: ")
     assert says in line
 
@@ -92,7 +92,9 @@ def test_a_file_that_is_no_model(tmp_path: Path, make: Callable[[Path], None], s
     ],
 )
 def test_a_flag_that_cannot_be_honoured(tmp_path: Path, flags: tuple[str, ...], says: str) -> None:
-    assert says in refusal("serve", "--port", "0", "--cache-dir", tmp_path, *flags)
+    assert says in refusal(
+        "serve", "--device", "cpu", "--port", "0", "--cache-dir", tmp_path, *flags
+    )
 
 
 @pytest.mark.parametrize("arguments", [(), ("sing",), ("generate",), ("logits", "--out", "x")])
@@ -104,13 +106,13 @@ def test_a_template_that_does_not_compile(tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{% for %}")
     flags = ("--no-cache", "--chat-template-file", template)
-    assert "does not compile" in refusal("serve", "--port", "0", *flags)
+    assert "does not compile" in refusal("serve", "--device", "cpu", "--port", "0", *flags)
 
 
 def test_a_port_in_use(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        line = refusal("serve", "--no-cache", "--port", str(port))
+        line = refusal("serve", "--device", "cpu", "--no-cache", "--port", str(port))
     assert f"Port {port}" in line
     assert "--port" in line
 
@@ -119,18 +121,20 @@ def test_a_cache_folder_that_cannot_be_made(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     for path in (file, file / "below"):
-        assert str(path) in refusal("serve", "--port", "0", "--cache-dir", path)
+        assert str(path) in refusal("serve", "--device", "cpu", "--port", "0", "--cache-dir", path)
     assert file.stat().st_size == 0
 
 
 def test_a_store_that_another_daemon_holds(start_daemon: StartDaemon, tmp_path: Path) -> None:
     with start_daemon() as daemon:
-        line = refusal("serve", "--port", "0", "--cache-dir", tmp_path / "store")
+        line = refusal("serve", "--device", "cpu", "--port", "0", "--cache-dir", tmp_path / "store")
         assert str(tmp_path / "store") in line
         assert daemon.http.get("/health").json()["status"] == "ok"
 
 
 def test_a_store_that_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "data.mdb").write_bytes(b"not LMDB" * 4096)
-    assert str(tmp_path) in refusal("serve", "--port", "0", "--cache-dir", tmp_path)
+    assert str(tmp_path) in refusal(
+        "serve", "--device", "cpu", "--port", "0", "--cache-dir", tmp_path
+    )
     assert (tmp_path / "data.mdb").read_bytes() == b"not LMDB" * 4096

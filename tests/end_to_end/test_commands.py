@@ -10,7 +10,7 @@ from daemon_process import ROOT, StartDaemon, qwend
 
 
 def test_generate_answers_on_standard_output(tmp_path: Path) -> None:
-    flags = ("--temperature", "0", "--cache-dir", tmp_path)
+    flags = ("--device", "cpu", "--temperature", "0", "--cache-dir", tmp_path)
     done = qwend("generate", "Repeat exactly: Return the number of bytes.", *flags)
     assert (done.returncode, done.stdout) == (0, "Return the number of bytes.\n")
     assert done.stderr.strip() == "Repeat it."
@@ -18,7 +18,7 @@ def test_generate_answers_on_standard_output(tmp_path: Path) -> None:
 
 def test_generate_leaves_its_checkpoints(tmp_path: Path) -> None:
     prompt = "Explain. " + "def step(queue): return queue.get()\n" * 20
-    flags = ("--max-tokens", "1", "--cache-dir", tmp_path)
+    flags = ("--device", "cpu", "--max-tokens", "1", "--cache-dir", tmp_path)
     assert qwend("generate", prompt, *flags).returncode == 0
     document = json.loads(qwend("inspect", "--json", "--cache-dir", tmp_path).stdout)
     assert document["num_checkpoints"] >= 1
@@ -27,7 +27,7 @@ def test_generate_leaves_its_checkpoints(tmp_path: Path) -> None:
 def test_logits_are_written_for_every_token(tmp_path: Path) -> None:
     tokens, logits = tmp_path / "tokens.npy", tmp_path / "logits.npy"
     np.save(tokens, np.array([8177, 5, 6, 7]))
-    done = qwend("logits", "--tokens", tokens, "--out", logits)
+    done = qwend("logits", "--device", "cpu", "--tokens", tokens, "--out", logits)
     assert done.returncode == 0, done.stderr
     written = np.load(logits)
     assert written.dtype == np.float32
