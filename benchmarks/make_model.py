@@ -61,7 +61,10 @@ class Mix:
             return Format.Q6_K
         if tensor == "attn_qkv":
             return Format.Q5_K
-        if tensor in ("attn_v", "ffn_down", "ffn_down_exps") and self._more_bits(layer):
+        if tensor in ("ffn_down", "ffn_down_exps") and self._more_bits(layer):
+            return Format.Q6_K
+        # The quantiser counts attention layers here, but as if all layers were such.
+        if tensor == "attn_v" and self._more_bits(layer // self.sizes.interval):
             return Format.Q6_K
         return Format.Q4_K
 
