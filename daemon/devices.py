@@ -16,7 +16,7 @@ from daemon.engine.weights.gguf import GGUFFile
 from daemon.errors import ConfigError, NoDevice, OutOfDeviceMemory
 
 NVIDIA_DRIVER = Path("/dev/nvidiactl")
-CPU_PREFILL_TOKENS = 256
+CPU_PREFILL_TOKENS = 512
 GPU_PREFILL_TOKENS = 2048
 MAX_GPU_SEQUENCES = 16
 

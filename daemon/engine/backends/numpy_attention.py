@@ -4,6 +4,7 @@ Owns the mathematics of one layer, from projected rows to gated values, and the 
 layers. Keys are stored rotated. Engine thread only.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from daemon.checkpoint import PAGE_TOKENS
 from daemon.engine.backends.numpy_delta_net import Float32, rms_norm, sigmoid
 from daemon.engine.batch import Span
 from daemon.engine.model.shape import AttentionShape, RopeShape
+
+ForEach = Callable[[Callable[[int], None], int], None]
+"""Calls a function for each of so many blocks, perhaps on several threads."""
 
 
 class AttentionConstants(Struct, frozen=True):
@@ -76,6 +80,7 @@ def attend(
     span: Span,
     rows: Float32,
     rotation: tuple[Float32, Float32],
+    for_each: ForEach,
 ) -> Float32:
     """One span: rows `[blocks, rows, (query | gate) per head | key | value]` to gated values.
 
@@ -88,10 +93,13 @@ def attend(
     pool.append(layer, span, k.reshape(flat)[:count], v.reshape(flat)[:count])
     block_rows = rows.shape[1]
     out = np.empty_like(q)
-    for block in range(rows.shape[0]):
+
+    def attend_block(block: int) -> None:
         first = span.start + block * block_rows
         keys, values = pool.prefix(layer, span.pages, first + block_rows)
         out[block] = _causal(shape, q[block], keys, values, first)
+
+    for_each(attend_block, rows.shape[0])
     gated: Float32 = (out * sigmoid(gate)).reshape(*rows.shape[:2], -1)
     return gated
 

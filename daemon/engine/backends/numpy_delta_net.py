@@ -16,7 +16,6 @@ from daemon.engine.model.shape import DeltaNetShape
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 L2_EPS = np.float32(1e-6)
 CHUNK = PAGE_TOKENS
-SOFTPLUS_LINEAR_FROM = 20.0
 
 
 class DeltaNetConstants(Struct, frozen=True):
@@ -57,8 +56,7 @@ def silu(x: Float32) -> Float32:
 
 def softplus(x: Float32) -> Float32:
     """log(1 + exp(x)), exact for very negative x, where slow heads would add up the error."""
-    small = np.minimum(x, np.float32(SOFTPLUS_LINEAR_FROM))
-    return np.where(x > SOFTPLUS_LINEAR_FROM, x, np.log1p(np.exp(small))).astype(np.float32)
+    return np.logaddexp(x, np.float32(0.0))
 
 
 def rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
@@ -94,65 +92,74 @@ def step(
     added = np.concatenate([error, np.zeros_like(error)], axis=-2)
     rule += np.matmul(keys_and_queries.swapaxes(-1, -2), added)
     out = read[..., 1:, :] + np.vecdot(q, k)[..., None] * error
-    return _gate(shape, constants, out, parts.z)[0]
+    return gate(shape, constants, out, parts.z)[0]
 
 
-def chunk(
-    shape: DeltaNetShape,
-    constants: DeltaNetConstants,
-    state: DeltaNetState,
-    rows: Float32,
-    num_tokens: int,
-) -> Float32:
-    """A chunk of the grid: rows `[CHUNK, qkv | z | beta | alpha]` to `[CHUNK, v_heads * v_dim]`.
+class PreparedChunk(Struct, frozen=True):
+    """What of a chunk does not depend on the state; leading axes `[r, k_heads]`.
 
-    Advances the state by the first `num_tokens` rows. The others are padding: their keys, values,
-    β and g count as zero, which leaves the state as it is.
-    """
-    parts = _split(shape, constants, rows)
-    history = np.concatenate([state.conv, parts.qkv])
-    q, k, v = _heads(shape, _convolve(constants.conv, history))
-    state.conv[:] = history[num_tokens : num_tokens + len(state.conv)]
-    for padded in (k, v):
-        padded[..., num_tokens:, :] = 0
-    for padded in (parts.beta, parts.log_decay):
-        padded[..., num_tokens:] = 0
-    rule = _grouped(shape, state.rule)
-    out = _chunk_rule(rule, q, k, v, parts.beta[..., None], parts.log_decay)
-    return _gate(shape, constants, out, parts.z)
-
-
-def _chunk_rule(
-    rule: Float32, q: Float32, k: Float32, v: Float32, beta: Float32, log_decay: Float32
-) -> Float32:
-    """The delta rule over one chunk in matrix form; advances `rule` `[r, k_heads, k_dim, v_dim]`.
-
-    q and k are `[k_heads, CHUNK, k_dim]`, v `[r, k_heads, CHUNK, v_dim]`, β `[r, k_heads, CHUNK,
-    1]` and g the same without the last axis. With G the running sum of g, L[i, j] = e^(G_i - G_j)
-    for j ≤ i and T = (I + strict lower part of β K Kᵀ ∘ L)⁻¹:
+    With G the running sum of g, L[i, j] = e^(G_i - G_j) for j ≤ i and the inverse
+    T = (I + strict lower part of β K Kᵀ ∘ L)⁻¹:
 
         new = T (β V) - T (β e^G K) M
         out = e^G Q M + (Q Kᵀ ∘ L) new
         M ← e^(G_end) M + (e^(G_end - G) K)ᵀ new
+
+    Factors with the same right-hand side are stacked: half as many products, each twice as large.
     """
-    v_dim = v.shape[-1]
-    total = np.cumsum(log_decay, axis=-1, dtype=np.float32)
+
+    values: Float32  # T (β V), [.., CHUNK, v_dim]
+    on_state: Float32  # T (β e^G K) over e^G Q, [.., 2 CHUNK, k_dim]
+    on_new: Float32  # Q Kᵀ ∘ L over (e^(G_end - G) K)ᵀ, [.., CHUNK + k_dim, CHUNK]
+    end_decay: Float32  # e^(G_end), [.., 1, 1]
+    z: Float32
+
+
+def prepare(
+    shape: DeltaNetShape,
+    constants: DeltaNetConstants,
+    past: Float32,
+    rows: Float32,
+    num_tokens: int,
+) -> PreparedChunk:
+    """The parallel part of a chunk of the grid, rows `[CHUNK, qkv | z | beta | alpha]`.
+
+    `past` are the `conv_width - 1` rows before it, of qkv alone. Rows from `num_tokens` on are
+    padding: their keys, values, β and g count as zero, which leaves the state as it is.
+    """
+    parts = _split(shape, constants, rows)
+    q, k, v = _heads(shape, _convolve(constants.conv, np.concatenate([past, parts.qkv])))
+    for padded in (k, v):
+        padded[..., num_tokens:, :] = 0
+    for padded in (parts.beta, parts.log_decay):
+        padded[..., num_tokens:] = 0
+    beta = parts.beta[..., None]
+    total = np.cumsum(parts.log_decay, axis=-1, dtype=np.float32)
     growth = np.exp(total)[..., None]
     # Above the diagonal the difference is positive and may overflow: mask before exp.
     gap = total[..., :, None] - total[..., None, :]
     decay = np.exp(np.where(np.tri(CHUNK, dtype=bool), gap, np.float32(-np.inf)))
     keys_turned = k.swapaxes(-1, -2)
     inverse = invert_unit_lower(beta * np.matmul(k, keys_turned) * decay)
-    targets = np.concatenate([beta * v, (beta * growth) * k], axis=-1)
-    solved = np.matmul(inverse, targets)
-    # Products with the same right-hand side are joined: half as many calls, each twice as large.
-    seen = np.matmul(np.concatenate([solved[..., v_dim:], growth * q], axis=-2), rule)
-    new = solved[..., :v_dim] - seen[..., :CHUNK, :]
+    solved = np.matmul(inverse, np.concatenate([beta * v, (beta * growth) * k], axis=-1))
     scores = np.matmul(q, keys_turned) * decay
     carry = keys_turned * np.exp(total[..., -1:] - total)[..., None, :]
-    added = np.matmul(np.concatenate([scores, carry], axis=-2), new)
-    rule *= growth[..., -1:, :]
-    rule += added[..., CHUNK:, :]
+    return PreparedChunk(
+        values=solved[..., : shape.v_dim],
+        on_state=np.concatenate([solved[..., shape.v_dim :], growth * q], axis=-2),
+        on_new=np.concatenate([scores, carry], axis=-2),
+        end_decay=growth[..., -1:, :],
+        z=parts.z,
+    )
+
+
+def scan(shape: DeltaNetShape, rule: Float32, chunk: PreparedChunk) -> Float32:
+    """The sequential part: advances `rule` `[v_heads, k_dim, v_dim]`, and gives the raw output."""
+    state = _grouped(shape, rule)
+    seen = np.matmul(chunk.on_state, state)
+    added = np.matmul(chunk.on_new, chunk.values - seen[..., :CHUNK, :])
+    state *= chunk.end_decay
+    state += added[..., CHUNK:, :]
     out: Float32 = seen[..., CHUNK:, :] + added[..., :CHUNK, :]
     return out
 
@@ -250,7 +257,7 @@ def _heads(shape: DeltaNetShape, mixed: Float32) -> tuple[Float32, Float32, Floa
     return q, k, _grouped(shape, np.ascontiguousarray(v.transpose(1, 0, 2)))
 
 
-def _gate(shape: DeltaNetShape, constants: DeltaNetConstants, out: Float32, z: Float32) -> Float32:
+def gate(shape: DeltaNetShape, constants: DeltaNetConstants, out: Float32, z: Float32) -> Float32:
     """RMSNorm per head, times SiLU(z): norm first, then the gate; `[rows, v_heads * v_dim]`."""
     normed = rms_norm(out, constants.gated_norm, constants.norm_eps)
     by_row = normed.reshape(shape.num_v_heads, -1, shape.v_dim).transpose(1, 0, 2)
