@@ -93,9 +93,7 @@ def test_batched_equals_alone(tiny_coder: Model, golden: Golden) -> None:
         assert reply.tokens == tokens
 
 
-def test_sampled_reply_is_the_same_alone_and_in_company(
-    tiny_coder: Model, golden: Golden
-) -> None:
+def test_sampled_reply_is_the_same_alone_and_in_company(tiny_coder: Model, golden: Golden) -> None:
     sampling = SamplingParams(temperature=1.0, top_p=0.9, top_k=40, seed=7, repetition_penalty=1.1)
     alone = EngineHarness(tiny_coder).generate(golden["1_ids"], max_tokens=30, sampling=sampling)
     harness = EngineHarness(tiny_coder)
@@ -164,9 +162,7 @@ def test_preempted_sequence_goes_on_where_it_was(tiny_coder: Model, golden: Gold
     assert harness.engine.scheduler.pages.num_free == 6
 
 
-def test_cancelled_prefill_is_kept(
-    load_tiny_coder: Callable[[], Model], golden: Golden
-) -> None:
+def test_cancelled_prefill_is_kept(load_tiny_coder: Callable[[], Model], golden: Golden) -> None:
     ids = golden["7_ids"]
     model = load_tiny_coder()
     harness = EngineHarness(model, MemoryStore(interval=10**9), prefill_tokens=128)
