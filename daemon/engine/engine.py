@@ -66,6 +66,7 @@ class StepEngine:
 
     def add(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Queue a request."""
+        assert request.id not in self.sequences, "request ids are unique"
         timeline = self.store.timeline(request.tokens, request.session)
         sequence = Sequence(request, deliver, timeline)
         self.sequences[request.id] = sequence
@@ -151,9 +152,7 @@ class StepEngine:
         found = sequence.timeline.find(sequence.num_known - 1, self.strict)
         sequence.found = found
         if found is None:
-            self.backend.clear_slot(sequence.slot)
-            sequence.born, sequence.num_grid_pages = "prompt", 0
-            self._start(sequence, 0)
+            self._start_cold(sequence)
             return
         sequence.phase = Phase.RESTORING
         sequence.restoring = sequence.timeline.load(found)
@@ -168,8 +167,7 @@ class StepEngine:
             error = future.exception()
             if error is not None:
                 logger.error("a checkpoint could not be read: %s", error)
-                self.backend.clear_slot(sequence.slot)
-                self._start(sequence, 0)
+                self._start_cold(sequence)
             elif (snapshot := future.result()) is not None:
                 self._restore(sequence, snapshot)
             else:
@@ -183,6 +181,11 @@ class StepEngine:
         sequence.born = snapshot.born
         sequence.num_grid_pages = snapshot.num_grid_pages
         self._start(sequence, snapshot.position)
+
+    def _start_cold(self, sequence: Sequence) -> None:
+        self.backend.clear_slot(sequence.slot)
+        sequence.born, sequence.num_grid_pages = "prompt", 0
+        self._start(sequence, 0)
 
     def _start(self, sequence: Sequence, position: int) -> None:
         sequence.num_evaluated = position

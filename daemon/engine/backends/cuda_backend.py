@@ -125,7 +125,7 @@ class CudaBackend:
 
     def experts(self, parts: Sequence[Tensor]) -> None:
         """Mixtures of experts have no kernels yet."""
-        raise UnsupportedModel("mixture-of-experts models do not run on the GPU yet")
+        raise UnsupportedModel("mixtures of experts do not run on the GPU yet: pass --device cpu")
 
     # ── memory ────────────────────────────────────────────────────────────────────────────────
 
@@ -284,7 +284,7 @@ class CudaBackend:
 
     def mix_experts(self, weights: ExpertWeights, x: Operand, residual: DeviceArray) -> DeviceArray:
         """Never reached: `experts` refuses the weights."""
-        raise UnsupportedModel("mixture-of-experts models do not run on the GPU yet")
+        raise UnsupportedModel("mixtures of experts do not run on the GPU yet: pass --device cpu")
 
     def logits(
         self,
