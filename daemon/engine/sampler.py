@@ -116,6 +116,6 @@ def report(logits: Logits, token: int, num_alternatives: int | None) -> TokenLog
     wide = logits.astype(np.float64)
     top = wide.max()
     logprobs = wide - (top + np.log(np.exp(wide - top).sum()))
-    best = _best_first(logprobs, num_alternatives)[:num_alternatives]
+    best = _best_first(wide, num_alternatives)[:num_alternatives]
     alternatives = tuple((int(i), float(logprobs[i])) for i in best)
     return TokenLogprobs(float(logprobs[token]), alternatives)
