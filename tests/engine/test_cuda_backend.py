@@ -5,8 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_harness import EngineHarness
-from memory_store import MemoryStore
+from truths import (
+    Golden,
+    check_batched_equals_alone,
+    check_greedy_tokens,
+    check_resumed_equals_cold,
+)
 
 from daemon.engine.evaluation import evaluate
 from daemon.engine.model.model import Model
@@ -18,8 +22,6 @@ pytestmark = pytest.mark.gpu
 VECTORS = Path(__file__).parents[1] / "vectors" / "tiny-coder"
 LOGIT_BOUND = 0.15
 """fp16 operands and bf16 keys and values, against float32; the logits' spread is about 5."""
-
-Golden = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
@@ -52,41 +54,13 @@ def test_logits_are_close_to_the_golden_ones(on_gpu: Model, golden: Golden, inde
 
 
 def test_greedy_tokens_equal_the_golden_ones(on_gpu: Model, golden: Golden) -> None:
-    harness = EngineHarness(on_gpu)
-    replies = [
-        (harness.submit(golden[f"{i}_ids"], max_tokens=len(golden[f"{i}_greedy"])), i)
-        for i in range(8)
-    ]
-    harness.run()
-    for reply, i in replies:
-        assert reply.tokens == golden[f"{i}_greedy"].tolist()
-
-
-def cold(model: Model, tokens: np.ndarray, max_tokens: int = 8) -> tuple[np.ndarray, list[int]]:
-    harness = EngineHarness(model, MemoryStore(interval=10**9))
-    reply = harness.generate(tokens, max_tokens=max_tokens)
-    return harness.last_prompt_logits(len(tokens)), reply.tokens
+    check_greedy_tokens(on_gpu, golden)
 
 
 @pytest.mark.parametrize(("position", "step"), [(64, 64), (128, 256), (704, 512), (1536, 1024)])
 def test_resumed_equals_cold(on_gpu: Model, golden: Golden, position: int, step: int) -> None:
-    ids = golden["7_ids"]
-    logits, tokens = cold(on_gpu, ids)
-    store = MemoryStore(interval=10**9)
-    EngineHarness(on_gpu, store).generate(ids, boundaries=[position])
-    harness = EngineHarness(on_gpu, store, strict=True, prefill_tokens=step)
-    reply = harness.generate(ids)
-    assert reply.num_cached == position
-    assert np.array_equal(harness.last_prompt_logits(len(ids)), logits)
-    assert reply.tokens == tokens
+    check_resumed_equals_cold(on_gpu, golden, position, step)
 
 
 def test_batched_equals_alone(on_gpu: Model, golden: Golden) -> None:
-    prompts = [golden[f"{i}_ids"] for i in (3, 2, 5, 0)] + [golden["7_ids"][:200]]
-    alone = [cold(on_gpu, prompt, max_tokens=20) for prompt in prompts]
-    harness = EngineHarness(on_gpu, prefill_tokens=128)
-    replies = [harness.submit(prompt, max_tokens=20) for prompt in prompts]
-    harness.run()
-    for prompt, reply, (logits, tokens) in zip(prompts, replies, alone, strict=True):
-        assert np.array_equal(harness.last_prompt_logits(len(prompt)), logits)
-        assert reply.tokens == tokens
+    check_batched_equals_alone(on_gpu, golden)

@@ -8,6 +8,13 @@ from engine_harness import EngineHarness
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory_store import MemoryStore
+from truths import (
+    Golden,
+    check_batched_equals_alone,
+    check_greedy_tokens,
+    check_resumed_equals_cold,
+    cold,
+)
 
 from daemon.checkpoint import PAGE_TOKENS
 from daemon.engine.model.model import Model
@@ -16,41 +23,16 @@ from daemon.engine.requests import SamplingParams
 DECODED_STATE_BOUND = 0.05
 """Largest difference of a logit between a resumed decode-born state and a cold evaluation."""
 
-Golden = dict[str, np.ndarray]
-
-
-def cold(model: Model, tokens: np.ndarray, max_tokens: int = 8) -> tuple[np.ndarray, list[int]]:
-    harness = EngineHarness(model, MemoryStore(interval=10**9))
-    reply = harness.generate(tokens, max_tokens=max_tokens)
-    assert reply.num_cached == 0
-    return harness.last_prompt_logits(len(tokens)), reply.tokens
-
 
 def test_greedy_tokens_equal_the_golden_ones(tiny_coder: Model, golden: Golden) -> None:
-    harness = EngineHarness(tiny_coder)
-    replies = []
-    for i in range(8):
-        expected = golden[f"{i}_greedy"]
-        replies.append((harness.submit(golden[f"{i}_ids"], max_tokens=len(expected)), expected))
-    harness.run()
-    for reply, expected in replies:
-        assert reply.tokens == expected.tolist()
+    check_greedy_tokens(tiny_coder, golden)
 
 
 @pytest.mark.parametrize("position", [64, 128, 704, 1536])
 def test_resumed_from_any_prompt_position_equals_cold(
     tiny_coder: Model, golden: Golden, position: int
 ) -> None:
-    ids = golden["7_ids"]
-    logits, tokens = cold(tiny_coder, ids)
-    store = MemoryStore(interval=10**9)
-    EngineHarness(tiny_coder, store).generate(ids, boundaries=[position])
-    store.states = {key: value for key, value in store.states.items() if key[1] == "prompt"}
-    harness = EngineHarness(tiny_coder, store)
-    reply = harness.generate(ids)
-    assert reply.num_cached == position
-    assert np.array_equal(harness.last_prompt_logits(len(ids)), logits)
-    assert reply.tokens == tokens
+    check_resumed_equals_cold(tiny_coder, golden, position)
 
 
 @settings(
@@ -83,14 +65,7 @@ def test_edited_prompts_equal_cold(
 
 
 def test_batched_equals_alone(tiny_coder: Model, golden: Golden) -> None:
-    prompts = [golden[f"{i}_ids"] for i in (3, 2, 5, 0)] + [golden["7_ids"][:200]]
-    alone = [cold(tiny_coder, prompt, max_tokens=20) for prompt in prompts]
-    harness = EngineHarness(tiny_coder, prefill_tokens=128)
-    replies = [harness.submit(prompt, max_tokens=20) for prompt in prompts]
-    harness.run()
-    for prompt, reply, (logits, tokens) in zip(prompts, replies, alone, strict=True):
-        assert np.array_equal(harness.last_prompt_logits(len(prompt)), logits)
-        assert reply.tokens == tokens
+    check_batched_equals_alone(tiny_coder, golden)
 
 
 def test_sampled_reply_is_the_same_alone_and_in_company(tiny_coder: Model, golden: Golden) -> None:

@@ -1,0 +1,53 @@
+"""What must hold on every backend, bit for bit: resumed equals cold, and batched equals alone."""
+
+import numpy as np
+from engine_harness import EngineHarness
+from memory_store import MemoryStore
+
+from daemon.engine.model.model import Model
+
+Golden = dict[str, np.ndarray]
+
+
+def cold(model: Model, tokens: np.ndarray, max_tokens: int = 8) -> tuple[np.ndarray, list[int]]:
+    """Logits of the prompt's last row and the greedy reply, with nothing to resume from."""
+    harness = EngineHarness(model, MemoryStore(interval=10**9))
+    reply = harness.generate(tokens, max_tokens=max_tokens)
+    assert reply.num_cached == 0
+    return harness.last_prompt_logits(len(tokens)), reply.tokens
+
+
+def check_greedy_tokens(model: Model, golden: Golden) -> None:
+    harness = EngineHarness(model)
+    replies = []
+    for i in range(8):
+        expected = golden[f"{i}_greedy"]
+        replies.append((harness.submit(golden[f"{i}_ids"], max_tokens=len(expected)), expected))
+    harness.run()
+    for reply, expected in replies:
+        assert reply.tokens == expected.tolist()
+
+
+def check_resumed_equals_cold(
+    model: Model, golden: Golden, position: int, prefill_tokens: int = 256
+) -> None:
+    ids = golden["7_ids"]
+    logits, tokens = cold(model, ids)
+    store = MemoryStore(interval=10**9)
+    EngineHarness(model, store).generate(ids, boundaries=[position])
+    harness = EngineHarness(model, store, strict=True, prefill_tokens=prefill_tokens)
+    reply = harness.generate(ids)
+    assert reply.num_cached == position
+    assert np.array_equal(harness.last_prompt_logits(len(ids)), logits)
+    assert reply.tokens == tokens
+
+
+def check_batched_equals_alone(model: Model, golden: Golden) -> None:
+    prompts = [golden[f"{i}_ids"] for i in (3, 2, 5, 0)] + [golden["7_ids"][:200]]
+    alone = [cold(model, prompt, max_tokens=20) for prompt in prompts]
+    harness = EngineHarness(model, prefill_tokens=128)
+    replies = [harness.submit(prompt, max_tokens=20) for prompt in prompts]
+    harness.run()
+    for prompt, reply, (logits, tokens) in zip(prompts, replies, alone, strict=True):
+        assert np.array_equal(harness.last_prompt_logits(len(prompt)), logits)
+        assert reply.tokens == tokens
