@@ -215,29 +215,36 @@ class NumpyBackend:
     def _delta_net_span(
         self, constants: DeltaNetConstants, span: Span, layer: int, rows: Float32, out: Float32
     ) -> None:
-        """Chunks are prepared and gated each on its own; only the scan between goes in order."""
+        """Chunks are prepared and gated each on its own; the scan between goes head by head."""
         sizes, state = self.shape.delta_net, self._state(span.slot, layer)
         width = len(state.conv)
         qkv = rows[..., : sizes.conv_dim].reshape(-1, sizes.conv_dim)[: len(span.tokens)]
         history = np.concatenate([state.conv, qkv])
+        ends = [min((index + 1) * PAGE_TOKENS, len(qkv)) for index in range(len(rows))]
+        captured = {capture.position - span.start: capture.slot for capture in span.captures}
         prepared: list[PreparedChunk] = [None] * len(rows)  # type: ignore[list-item]
-        raw: list[Float32] = []
+        raw = np.empty((len(rows), sizes.num_v_heads, PAGE_TOKENS, sizes.v_dim), np.float32)
 
         def prepare(index: int) -> None:
-            done = index * PAGE_TOKENS
-            past, count = history[done : done + width], min(len(qkv) - done, PAGE_TOKENS)
+            start = index * PAGE_TOKENS
+            past, count = history[start : start + width], ends[index] - start
             prepared[index] = numpy_delta_net.prepare(sizes, constants, past, rows[index], count)
+
+        def scan(head: int) -> None:
+            for index, chunk in enumerate(prepared):
+                raw[index, head] = numpy_delta_net.scan(state.rule[head], chunk, head)
+                if ends[index] in captured:
+                    self.rules[captured[ends[index]], layer, head] = state.rule[head]
 
         def gate(index: int) -> None:
             out[index] = numpy_delta_net.gate(sizes, constants, raw[index], prepared[index].z)
 
         self._for_each(prepare, len(rows))
-        for index, chunk in enumerate(prepared):
-            raw.append(numpy_delta_net.scan(sizes, state.rule, chunk))
-            end = min((index + 1) * PAGE_TOKENS, len(qkv))
-            state.conv[:] = history[end : end + width]
-            self._capture(span, span.start + end, layer)
+        self._for_each(scan, sizes.num_v_heads)
         self._for_each(gate, len(rows))
+        state.conv[:] = history[ends[-1] : ends[-1] + width]
+        for end, slot in captured.items():
+            self.convs[slot, layer] = history[end : end + width]
 
     def attention(
         self, run: NumpyRun, layer: int, weights: AttentionWeights, x: Float32
@@ -314,12 +321,6 @@ class NumpyBackend:
             return
         for _ in self._threads.map(function, range(num_blocks)):
             pass
-
-    def _capture(self, span: Span, position: int, layer: int) -> None:
-        for capture in span.captures:
-            if capture.position == position:
-                self.rules[capture.slot, layer] = self.rules[span.slot, layer]
-                self.convs[capture.slot, layer] = self.convs[span.slot, layer]
 
     def _state(self, slot: int, layer: int) -> DeltaNetState:
         return DeltaNetState(self.rules[slot, layer], self.convs[slot, layer])

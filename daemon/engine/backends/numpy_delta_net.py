@@ -96,7 +96,7 @@ def step(
 
 
 class PreparedChunk(Struct, frozen=True):
-    """What of a chunk does not depend on the state; leading axes `[r, k_heads]`.
+    """What of a chunk does not depend on the state; the leading axis is the value head.
 
     With G the running sum of g, L[i, j] = e^(G_i - G_j) for j ≤ i and the inverse
     T = (I + strict lower part of β K Kᵀ ∘ L)⁻¹:
@@ -111,7 +111,7 @@ class PreparedChunk(Struct, frozen=True):
     values: Float32  # T (β V), [.., CHUNK, v_dim]
     on_state: Float32  # T (β e^G K) over e^G Q, [.., 2 CHUNK, k_dim]
     on_new: Float32  # Q Kᵀ ∘ L over (e^(G_end - G) K)ᵀ, [.., CHUNK + k_dim, CHUNK]
-    end_decay: Float32  # e^(G_end), [.., 1, 1]
+    end_decay: Float32  # e^(G_end), [v_heads]
     z: Float32
 
 
@@ -144,23 +144,28 @@ def prepare(
     solved = np.matmul(inverse, np.concatenate([beta * v, (beta * growth) * k], axis=-1))
     scores = np.matmul(q, keys_turned) * decay
     carry = keys_turned * np.exp(total[..., -1:] - total)[..., None, :]
+    heads = (shape.num_v_heads, -1)
+    on_state = np.concatenate([solved[..., shape.v_dim :], growth * q], axis=-2)
+    on_new = np.concatenate([scores, carry], axis=-2)
     return PreparedChunk(
-        values=solved[..., : shape.v_dim],
-        on_state=np.concatenate([solved[..., shape.v_dim :], growth * q], axis=-2),
-        on_new=np.concatenate([scores, carry], axis=-2),
-        end_decay=growth[..., -1:, :],
+        values=solved[..., : shape.v_dim].reshape(*heads, shape.v_dim),
+        on_state=on_state.reshape(*heads, shape.k_dim),
+        on_new=on_new.reshape(*heads, CHUNK),
+        end_decay=growth[..., -1, 0].reshape(-1),
         z=parts.z,
     )
 
 
-def scan(shape: DeltaNetShape, rule: Float32, chunk: PreparedChunk) -> Float32:
-    """The sequential part: advances `rule` `[v_heads, k_dim, v_dim]`, and gives the raw output."""
-    state = _grouped(shape, rule)
-    seen = np.matmul(chunk.on_state, state)
-    added = np.matmul(chunk.on_new, chunk.values - seen[..., :CHUNK, :])
-    state *= chunk.end_decay
-    state += added[..., CHUNK:, :]
-    out: Float32 = seen[..., CHUNK:, :] + added[..., :CHUNK, :]
+def scan(rule: Float32, chunk: PreparedChunk, head: int) -> Float32:
+    """The sequential part, of one value head: advances `rule` `[k_dim, v_dim]`.
+
+    Gives the raw output, `[CHUNK, v_dim]`.
+    """
+    seen = np.matmul(chunk.on_state[head], rule)
+    added = np.matmul(chunk.on_new[head], chunk.values[head] - seen[:CHUNK])
+    rule *= chunk.end_decay[head]
+    rule += added[CHUNK:]
+    out: Float32 = seen[CHUNK:] + added[:CHUNK]
     return out
 
 
