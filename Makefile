@@ -1,7 +1,7 @@
 # Needs make and Python 3.11 or newer, nothing else. Everything is installed into .venv/.
 #
 #   make serve    install, and serve the embedded model; ARGS="--model FILE.gguf --port 9000"
-#   make test     install, and run the tests (kernels are compiled, which needs no GPU);            ARGS="-k tokenizer -x"
+#   make test     install, and run the tests; kernels are compiled, which needs no GPU; ARGS="-k cache"
 #   make check    what must be green before a commit: static, then test
 #   make static   ruff, mypy --strict, and the architecture test; a few seconds
 #   make clean    remove .venv/ and everything that was built
