@@ -26,7 +26,7 @@ from daemon.engine.backends.numpy_delta_net import (
     DeltaNetConstants,
     DeltaNetState,
     Float32,
-    PreparedChunk,
+    PreparedChunks,
 )
 from daemon.engine.batch import Batch, Span
 from daemon.engine.model.shape import ModelShape
@@ -215,33 +215,41 @@ class NumpyBackend:
     def _delta_net_span(
         self, constants: DeltaNetConstants, span: Span, layer: int, rows: Float32, out: Float32
     ) -> None:
-        """Chunks are prepared and gated each on its own; the scan between goes head by head."""
+        """Chunks are prepared and gated in runs, one a thread; the scan between goes by heads."""
         sizes, state = self.shape.delta_net, self._state(span.slot, layer)
-        width = len(state.conv)
+        num_chunks, width = len(rows), len(state.conv)
         qkv = rows[..., : sizes.conv_dim].reshape(-1, sizes.conv_dim)[: len(span.tokens)]
         history = np.concatenate([state.conv, qkv])
-        ends = [min((index + 1) * PAGE_TOKENS, len(qkv)) for index in range(len(rows))]
+        past = np.stack([history[i * PAGE_TOKENS :][:width] for i in range(num_chunks)])
+        ends = [min((i + 1) * PAGE_TOKENS, len(qkv)) for i in range(num_chunks)]
         captured = {capture.position - span.start: capture.slot for capture in span.captures}
-        prepared: list[PreparedChunk] = [None] * len(rows)  # type: ignore[list-item]
-        raw = np.empty((len(rows), sizes.num_v_heads, PAGE_TOKENS, sizes.v_dim), np.float32)
+        runs = _equal_runs(num_chunks, self._num_threads)
+        prepared: list[PreparedChunks] = [None] * len(runs)  # type: ignore[list-item]
+        raw = np.empty((num_chunks, sizes.num_v_heads, PAGE_TOKENS, sizes.v_dim), np.float32)
 
-        def prepare(index: int) -> None:
-            start = index * PAGE_TOKENS
-            past, count = history[start : start + width], ends[index] - start
-            prepared[index] = numpy_delta_net.prepare(sizes, constants, past, rows[index], count)
+        def prepare(number: int) -> None:
+            run = runs[number]
+            count = ends[run.stop - 1] - (run.stop - 1) * PAGE_TOKENS
+            prepared[number] = numpy_delta_net.prepare(
+                sizes, constants, past[run], rows[run], count
+            )
 
         def scan(head: int) -> None:
-            for index, chunk in enumerate(prepared):
-                raw[index, head] = numpy_delta_net.scan(state.rule[head], chunk, head)
-                if ends[index] in captured:
-                    self.rules[captured[ends[index]], layer, head] = state.rule[head]
+            for run, chunks in zip(runs, prepared, strict=True):
+                for index in range(run.start, run.stop):
+                    raw[index, head] = numpy_delta_net.scan(
+                        state.rule[head], chunks, index - run.start, head
+                    )
+                    if ends[index] in captured:
+                        self.rules[captured[ends[index]], layer, head] = state.rule[head]
 
-        def gate(index: int) -> None:
-            out[index] = numpy_delta_net.gate(sizes, constants, raw[index], prepared[index].z)
+        def gate(number: int) -> None:
+            run = runs[number]
+            out[run] = numpy_delta_net.gate(sizes, constants, raw[run], prepared[number].z)
 
-        self._for_each(prepare, len(rows))
+        self._for_each(prepare, len(runs))
         self._for_each(scan, sizes.num_v_heads)
-        self._for_each(gate, len(rows))
+        self._for_each(gate, len(runs))
         state.conv[:] = history[ends[-1] : ends[-1] + width]
         for end, slot in captured.items():
             self.convs[slot, layer] = history[end : end + width]
@@ -334,3 +342,9 @@ class NumpyBackend:
         if rows == "all":
             return np.arange(first, end)
         return np.arange(end - int(span.samples), end)
+
+
+def _equal_runs(count: int, num_runs: int) -> list[slice]:
+    """`range(count)` cut into at most `num_runs` runs of nearly equal length."""
+    edges = np.linspace(0, count, min(count, num_runs) + 1).astype(int).tolist()
+    return [slice(first, last) for first, last in zip(edges, edges[1:], strict=False)]

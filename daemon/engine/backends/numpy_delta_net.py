@@ -83,7 +83,7 @@ def step(
     history = np.concatenate([state.conv, parts.qkv])
     q, k, v = _heads(shape, _convolve(constants.conv, history))
     state.conv[:] = history[1:]
-    rule = _grouped(shape, state.rule)
+    rule = state.rule.reshape(-1, shape.num_k_heads, shape.k_dim, shape.v_dim)
     rule *= np.exp(parts.log_decay)[..., None]
     keys_and_queries = np.concatenate([k, q], axis=-2)
     read = np.matmul(keys_and_queries, rule)
@@ -95,8 +95,8 @@ def step(
     return gate(shape, constants, out, parts.z)[0]
 
 
-class PreparedChunk(Struct, frozen=True):
-    """What of a chunk does not depend on the state; the leading axis is the value head.
+class PreparedChunks(Struct, frozen=True):
+    """What of chunks does not depend on the state; leading axes are chunk and value head.
 
     With G the running sum of g, L[i, j] = e^(G_i - G_j) for j ≤ i and the inverse
     T = (I + strict lower part of β K Kᵀ ∘ L)⁻¹:
@@ -111,7 +111,7 @@ class PreparedChunk(Struct, frozen=True):
     values: Float32  # T (β V), [.., CHUNK, v_dim]
     on_state: Float32  # T (β e^G K) over e^G Q, [.., 2 CHUNK, k_dim]
     on_new: Float32  # Q Kᵀ ∘ L over (e^(G_end - G) K)ᵀ, [.., CHUNK + k_dim, CHUNK]
-    end_decay: Float32  # e^(G_end), [v_heads]
+    end_decay: Float32  # e^(G_end), [chunks, v_heads]
     z: Float32
 
 
@@ -121,18 +121,21 @@ def prepare(
     past: Float32,
     rows: Float32,
     num_tokens: int,
-) -> PreparedChunk:
-    """The parallel part of a chunk of the grid, rows `[CHUNK, qkv | z | beta | alpha]`.
+) -> PreparedChunks:
+    """The parallel part of chunks of the grid, rows `[chunks, CHUNK, qkv | z | beta | alpha]`.
 
-    `past` are the `conv_width - 1` rows before it, of qkv alone. Rows from `num_tokens` on are
-    padding: their keys, values, β and g count as zero, which leaves the state as it is.
+    `past` `[chunks, conv_width - 1, qkv]` are the rows before each. The last chunk's rows from
+    `num_tokens` on are padding: their keys, values, β and g count as zero, which leaves the state
+    as it is.
     """
     parts = _split(shape, constants, rows)
-    q, k, v = _heads(shape, _convolve(constants.conv, np.concatenate([past, parts.qkv])))
+    history = np.concatenate([past, parts.qkv], axis=-2)
+    q, k, v = _heads(shape, _convolve(constants.conv, history))
     for padded in (k, v):
-        padded[..., num_tokens:, :] = 0
+        padded[-1, ..., num_tokens:, :] = 0
     for padded in (parts.beta, parts.log_decay):
-        padded[..., num_tokens:] = 0
+        padded[-1, ..., num_tokens:] = 0
+    q, k = q[:, None], k[:, None]
     beta = parts.beta[..., None]
     total = np.cumsum(parts.log_decay, axis=-1, dtype=np.float32)
     growth = np.exp(total)[..., None]
@@ -144,26 +147,26 @@ def prepare(
     solved = np.matmul(inverse, np.concatenate([beta * v, (beta * growth) * k], axis=-1))
     scores = np.matmul(q, keys_turned) * decay
     carry = keys_turned * np.exp(total[..., -1:] - total)[..., None, :]
-    heads = (shape.num_v_heads, -1)
+    heads = (len(rows), shape.num_v_heads, -1)
     on_state = np.concatenate([solved[..., shape.v_dim :], growth * q], axis=-2)
     on_new = np.concatenate([scores, carry], axis=-2)
-    return PreparedChunk(
+    return PreparedChunks(
         values=solved[..., : shape.v_dim].reshape(*heads, shape.v_dim),
         on_state=on_state.reshape(*heads, shape.k_dim),
         on_new=on_new.reshape(*heads, CHUNK),
-        end_decay=growth[..., -1, 0].reshape(-1),
+        end_decay=growth[..., -1, 0].reshape(len(rows), -1),
         z=parts.z,
     )
 
 
-def scan(rule: Float32, chunk: PreparedChunk, head: int) -> Float32:
-    """The sequential part, of one value head: advances `rule` `[k_dim, v_dim]`.
+def scan(rule: Float32, chunks: PreparedChunks, index: int, head: int) -> Float32:
+    """The sequential part, of one chunk and value head: advances `rule` `[k_dim, v_dim]`.
 
     Gives the raw output, `[CHUNK, v_dim]`.
     """
-    seen = np.matmul(chunk.on_state[head], rule)
-    added = np.matmul(chunk.on_new[head], chunk.values[head] - seen[:CHUNK])
-    rule *= chunk.end_decay[head]
+    seen = np.matmul(chunks.on_state[index, head], rule)
+    added = np.matmul(chunks.on_new[index, head], chunks.values[index, head] - seen[:CHUNK])
+    rule *= chunks.end_decay[index, head]
     rule += added[CHUNK:]
     out: Float32 = seen[CHUNK:] + added[:CHUNK]
     return out
@@ -212,7 +215,7 @@ def _diagonal_blocks(matrix: Float32, width: int, *, below: bool, offset: int = 
 
 
 class _Parts(Struct, frozen=True):
-    """Projected rows, split: `qkv` and `z` `[rows, columns]`, gates `[r, k_heads, rows]`."""
+    """Projected rows: `qkv` and `z` `[.., rows, columns]`, gates `[.., r, k_heads, rows]`."""
 
     qkv: Float32
     z: Float32
@@ -225,45 +228,42 @@ def _split(shape: DeltaNetShape, constants: DeltaNetConstants, rows: Float32) ->
     z_from = shape.conv_dim
     b_from = z_from + shape.value_size
     a_from = b_from + shape.num_v_heads
-    beta = sigmoid(rows[:, b_from:a_from])
-    log_decay = constants.decay * softplus(rows[:, a_from:] + constants.dt_bias)
+    beta = sigmoid(rows[..., b_from:a_from])
+    log_decay = constants.decay * softplus(rows[..., a_from:] + constants.dt_bias)
+    by_head = (*rows.shape[:-2], -1, shape.num_k_heads, rows.shape[-2])
     return _Parts(
-        rows[:, :z_from],
-        rows[:, z_from:b_from],
-        _grouped(shape, np.ascontiguousarray(beta.T)),
-        _grouped(shape, np.ascontiguousarray(log_decay.T)),
+        rows[..., :z_from],
+        rows[..., z_from:b_from],
+        np.ascontiguousarray(beta.swapaxes(-1, -2)).reshape(by_head),
+        np.ascontiguousarray(log_decay.swapaxes(-1, -2)).reshape(by_head),
     )
-
-
-def _grouped(shape: DeltaNetShape, by_v_head: Float32) -> Float32:
-    """A view with the first axis split: value head h is (h // k_heads, h mod k_heads)."""
-    return by_v_head.reshape(-1, shape.num_k_heads, *by_v_head.shape[1:])
 
 
 def _convolve(taps: Float32, history: Float32) -> Float32:
     """Causal depthwise convolution, then SiLU. `history` begins `width - 1` rows earlier."""
-    num_rows = len(history) - len(taps) + 1
-    mixed = taps[-1] * history[-num_rows:]
+    num_rows = history.shape[-2] - len(taps) + 1
+    mixed = taps[-1] * history[..., -num_rows:, :]
     term = np.empty_like(mixed)
     for j, tap in enumerate(taps[:-1]):
-        mixed += np.multiply(tap, history[j : j + num_rows], out=term)
+        mixed += np.multiply(tap, history[..., j : j + num_rows, :], out=term)
     return silu(mixed)
 
 
 def _heads(shape: DeltaNetShape, mixed: Float32) -> tuple[Float32, Float32, Float32]:
-    """Channels to q, k `[k_heads, rows, k_dim]` of length one (q scaled) and v, grouped."""
-    num_rows = len(mixed)
-    num_keys = 2 * shape.num_k_heads
-    qk = mixed[:, : 2 * shape.key_size].reshape(num_rows, num_keys, shape.k_dim)
-    qk = l2_norm(np.ascontiguousarray(qk.transpose(1, 0, 2)))
-    q, k = qk[: shape.num_k_heads], qk[shape.num_k_heads :]
+    """Channels `[.., rows, c]` to q, k `[.., k_heads, rows, k_dim]` of length one (q scaled) and v
+    `[.., r, k_heads, rows, v_dim]`: value head h is (h // k_heads, h mod k_heads)."""
+    lead, num_rows = mixed.shape[:-2], mixed.shape[-2]
+    qk = mixed[..., : 2 * shape.key_size].reshape(*lead, num_rows, -1, shape.k_dim)
+    qk = l2_norm(np.ascontiguousarray(qk.swapaxes(-3, -2)))
+    q, k = qk[..., : shape.num_k_heads, :, :], qk[..., shape.num_k_heads :, :, :]
     q *= np.float32(shape.k_dim**-0.5)
-    v = mixed[:, 2 * shape.key_size :].reshape(num_rows, shape.num_v_heads, shape.v_dim)
-    return q, k, _grouped(shape, np.ascontiguousarray(v.transpose(1, 0, 2)))
+    v = mixed[..., 2 * shape.key_size :].reshape(*lead, num_rows, -1, shape.v_dim)
+    v = np.ascontiguousarray(v.swapaxes(-3, -2))
+    return q, k, v.reshape(*lead, -1, shape.num_k_heads, num_rows, shape.v_dim)
 
 
 def gate(shape: DeltaNetShape, constants: DeltaNetConstants, out: Float32, z: Float32) -> Float32:
     """RMSNorm per head, times SiLU(z): norm first, then the gate; `[rows, v_heads * v_dim]`."""
     normed = rms_norm(out, constants.gated_norm, constants.norm_eps)
-    by_row = normed.reshape(shape.num_v_heads, -1, shape.v_dim).transpose(1, 0, 2)
-    return silu(z) * by_row.reshape(z.shape)
+    by_head = normed.reshape(*z.shape[:-2], shape.num_v_heads, z.shape[-2], shape.v_dim)
+    return silu(z) * by_head.swapaxes(-3, -2).reshape(z.shape)
