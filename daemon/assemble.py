@@ -17,7 +17,7 @@ from daemon.api.service import Service
 from daemon.cache.checkpoint_cache import CheckpointCache
 from daemon.cache.prefix_hash import fingerprint
 from daemon.checkpoint import PAGE_TOKENS
-from daemon.config import DEFAULT_CONTEXT, Config, EngineConfig, ModelConfig
+from daemon.config import DEFAULT_CONTEXT, CacheConfig, Config, EngineConfig, ModelConfig
 from daemon.devices import make_backend, prefill_tokens
 from daemon.engine.backends.backend import Backend
 from daemon.engine.checkpointing import CheckpointStore, NoCheckpoints
@@ -91,16 +91,16 @@ def open_model_file(config: ModelConfig) -> GGUFFile:
     return open_gguf(config.path or embedded_model())
 
 
-def load_for_evaluation(config: Config) -> Model:
+def load_for_evaluation(model: ModelConfig, engine: EngineConfig) -> Model:
     """The model on its backend, without state memory, for `engine.evaluation`.
 
     Raises:
         ModelError: see `load_model`.
         DeviceError: see `make_backend`.
     """
-    file = open_model_file(config.model)
+    file = open_model_file(model)
     shape = model_shape(file)
-    backend = make_backend(config.engine, file, shape, shape.context_length)
+    backend = make_backend(engine, file, shape, shape.context_length)
     return load_model(file, backend)
 
 
@@ -118,10 +118,11 @@ def assemble(config: Config) -> Daemon:
     context = _context_length(shape, config.engine)
     backend = make_backend(config.engine, file, shape, context)
     identity = _identity(file, template_source, backend)
-    cache = _open_cache(config, identity, _model_name(file, config.model))
+    name = _model_name(file, config.model)
+    cache = _open_cache(config.cache, identity, name)
     replies = NoReplies() if cache is None else cache.sampled
     info = EngineInfo(
-        model_name=_model_name(file, config.model),
+        model_name=name,
         context_length=context,
         vocab_size=min(tokenizer.num_real_tokens, shape.vocab_size),
         num_parameters=sum(tensor.num_elements for tensor in file.tensors.values()),
@@ -205,15 +206,15 @@ def _limits(model: Model, config: EngineConfig, context_length: int) -> Limits:
     return msgspec.structs.replace(limits, num_pages=fitting)
 
 
-def _open_cache(config: Config, identity: bytes, model_name: str) -> CheckpointCache | None:
-    if not config.cache.enabled:
+def _open_cache(config: CacheConfig, identity: bytes, model_name: str) -> CheckpointCache | None:
+    if not config.enabled:
         return None
     return CheckpointCache.open(
-        config.cache.folder,
+        config.folder,
         fingerprint=identity,
         model_name=model_name,
-        budget_bytes=config.cache.budget_bytes,
-        interval_tokens=config.cache.interval_tokens,
+        budget_bytes=config.budget_bytes,
+        interval_tokens=config.interval_tokens,
     )
 
 

@@ -110,12 +110,10 @@ def _logits(arguments: argparse.Namespace) -> None:
         tokens = np.load(arguments.tokens, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"--tokens {arguments.tokens}: {error}") from error
-    config = Config(
-        model=ModelConfig(path=arguments.model),
-        engine=EngineConfig(device=arguments.device),
-        cache=CacheConfig(enabled=False, folder=default_cache_folder()),
+    model = load_for_evaluation(
+        ModelConfig(path=arguments.model), EngineConfig(device=arguments.device)
     )
-    logits = evaluate(load_for_evaluation(config), tokens)
+    logits = evaluate(model, tokens)
     try:
         np.save(arguments.out, logits)
     except OSError as error:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
+from daemon.cache.prefix_hash import TOKEN_BYTES
 from daemon.cache.records import (
     NO_PARENT,
     DamagedRecord,
@@ -20,7 +21,7 @@ from daemon.cache.records import (
 from daemon.cache.store import Reader
 from daemon.checkpoint import PAGE_TOKENS, HostBytes, Snapshot
 
-_PAGE_TOKEN_BYTES = PAGE_TOKENS * 4
+_PAGE_TOKEN_BYTES = PAGE_TOKENS * TOKEN_BYTES
 
 
 class DamagedPage(DamagedRecord):
