@@ -16,7 +16,7 @@ import numpy as np
 
 from daemon.kernels.quant_activations import CHUNKS, PANELS, ActivationKernels
 from daemon.kernels.quant_gemm import GemmKernels
-from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU, GemvKernels, Plan
+from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU, GemvKernels, GemvShape, Plan
 from daemon.kernels.quant_pack import FORMATS, PackedMatrix, Packer, RawMatrix
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
@@ -49,12 +49,12 @@ ATTENTION_Q6 = [("Q4_K", 12288), ("Q4_K", 1024), ("Q6_K", 1024)]
 class Products:
     """The matrices of one layer kind, packed once and copied for each layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: GemvShape | None = None) -> None:
         self.device = Device.open()
         self.compiler = Compiler(self.device.arch, None)
         self.packer = Packer(self.device, self.compiler)
         self.activations = ActivationKernels(self.device, self.compiler)
-        self.gemv = GemvKernels(self.device, self.compiler)
+        self.gemv = GemvKernels(self.device, self.compiler, shape)
         self.gemm = GemmKernels(self.device, self.compiler)
         self.rng = np.random.default_rng(0)
 
@@ -173,8 +173,9 @@ def decode(products: Products) -> list[dict[str, object]]:
     device.fill(out, 0)
     middle = products.activations.operand(16, FFN)
 
-    def run(plan: Plan, epilogue: int, tokens: int) -> None:
-        gemv.multiply(plan, panels, tokens, middle if epilogue == SWIGLU else out, epilogue)
+    def run(plan: Plan, epilogue: int, tokens: int, upcoming: Plan | None = None) -> None:
+        target = middle if epilogue == SWIGLU else out
+        gemv.multiply(plan, panels, tokens, target, epilogue, upcoming)
 
     results: list[dict[str, object]] = []
     for name, (matrix, epilogue) in shapes.items():
@@ -189,28 +190,35 @@ def decode(products: Products) -> list[dict[str, object]]:
             size = f"{matrix.num_bytes / 1e6:7.1f} MB"
             print(f"{name:10} m={tokens:2} {size} {ms * 1e3:7.1f} us {rate:6.0f} GB/s")
             results.append({"product": name, "tokens": tokens, "us": ms * 1e3, "gbps": rate})
-    results += whole_token(products, shapes, run, x, panels)
-    return results
+    layers = copies_of_a_token(products, shapes)
+    return results + whole_token(products, gemv, layers)
 
 
-def whole_token(
-    products: Products,
-    shapes: Shapes,
-    run: Callable[[Plan, int, int], None],
-    x: DeviceArray,
-    panels: DeviceArray,
-) -> list[dict[str, object]]:
-    """All products and norms of a token, weights in their own memory for each layer."""
-    device, gemv = products.device, products.gemv
-    norm = device.to_device(np.ones(HIDDEN, np.float32))
+Layers = list[tuple[PackedMatrix, int]]
 
-    def layer(index: int) -> list[tuple[Plan, int]]:
+
+def copies_of_a_token(products: Products, shapes: Shapes) -> Layers:
+    """Every matrix of a token with its epilogue, each in its own memory."""
+
+    def layer(index: int) -> Layers:
         mixer = ["q|k|v Q6" if index % 8 == 3 else "q|k|v"] if index % 4 == 3 else ["qkv|z|b|a"]
         names = [*mixer, "ssm_out", "gate|up", "down Q6" if index % 2 else "down"]
-        return [(gemv.plan(products.copy(shapes[n][0])), shapes[n][1]) for n in names]
+        return [(products.copy(shapes[n][0]), shapes[n][1]) for n in names]
 
-    plans = [plan for index in range(64) for plan in layer(index)]
-    plans.append((gemv.plan(shapes["head"][0]), STORE))
+    return [*(product for index in range(64) for product in layer(index)), shapes["head"]]
+
+
+def whole_token(products: Products, gemv: GemvKernels, layers: Layers) -> list[dict[str, object]]:
+    """All products and norms of a token."""
+    device = products.device
+    x = device.to_device(products.rng.normal(size=(16, FFN)).astype(np.float32))
+    panels, middle = (products.activations.operand(16, FFN) for _ in range(2))
+    products.activations.convert(x, panels, PANELS)
+    products.activations.convert(x, middle, PANELS)
+    out = device.allocate((16, VOCAB), np.float32)
+    device.fill(out, 0)
+    norm = device.to_device(np.ones(HIDDEN, np.float32))
+    plans = [(gemv.plan(matrix), epilogue) for matrix, epilogue in layers]
     num_bytes = sum(plan.matrix.num_bytes for plan, _ in plans)
     results: list[dict[str, object]] = []
     for tokens in (1, 8, 16):
@@ -220,7 +228,9 @@ def whole_token(
             if number % 2 == 0:
                 convert = products.activations.convert
                 jobs.append(partial(convert, hidden, panels, PANELS, norm))
-            jobs.append(partial(run, plan, epilogue, tokens))
+            target = middle if epilogue == SWIGLU else out
+            upcoming = plans[(number + 1) % len(plans)][0]
+            jobs.append(partial(gemv.multiply, plan, panels, tokens, target, epilogue, upcoming))
         ms = products.median_ms(partial(run_all, jobs))
         rate = num_bytes / ms / 1e6
         print(f"all linear m={tokens:2} {num_bytes / 1e9:.2f} GB {ms:.3f} ms {rate:.0f} GB/s")

@@ -1,12 +1,12 @@
 """Launches quant_gemv: up to 16 rows times a packed matrix, weights read once at memory speed.
 
-Owns how the units of a matrix are dealt to the blocks. That depends on the matrix and the card
-only, never on the number of tokens, so that sums keep their order. The device's thread.
+Owns how the units of a matrix are dealt to teams of four warps. That depends on the matrix and the
+card only, never on the number of tokens, so that sums keep their order. The device's thread.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,18 +19,15 @@ from daemon.kernels.runtime.device_array import DeviceArray
 from daemon.kernels.runtime.kernel import Kernel, Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
-PARAMETERS = ("pointer",) * 7 + ("int32",) * 4
+PARAMETERS = ("pointer",) * 7 + ("int32",) * 6
 ROOMY_SHARED_BYTES = 160 * 1024
-"""Cards with more take 16 warps a block, others 8, so that each warp's ring has several slots."""
+"""Cards with more have four teams a multiprocessor, others two."""
 
 MAX_TOKENS = 16
 PANEL_TOKENS = 8
-RING_BYTES = 160 * 1024
-"""In flight per block. More than half of a multiprocessor's shared memory: one block each. Were two
-to fit, the next kernel's early blocks would gather on some multiprocessors and miss on others."""
-
-STATIC_SHARED_BYTES = 2048
-"""Barriers and a flag."""
+TEAM_WARPS = 4
+STATIC_SHARED_BYTES = 3072
+"""Barriers, and what the driver keeps of a block."""
 
 WITHOUT_COPY_ENGINE = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
 """Plain sm_90 leaves Hopper's own instructions out: tests run the portable code with it."""
@@ -71,93 +68,126 @@ class Stripe(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Who does what for one matrix, on the device."""
+    """Who does what for one matrix, on the device: `pieces` is PIECE bytes `[teams, most + 1]`."""
 
     matrix: PackedMatrix
     pieces: DeviceArray
-    num_pieces: DeviceArray
+    max_pieces: int
     partial: DeviceArray
     counters: DeviceArray
-    num_blocks: int
+
+
+class GemvShape(NamedTuple):
+    """How a launch fills the card.
+
+    `ring_bytes` of a block are in flight; `prefetch_bytes` of each team's share of the next
+    matrix are brought into the L2 cache.
+    """
+
+    warps: int
+    blocks_per_sm: int
+    ring_bytes: int
+    prefetch_bytes: int
+
+    @property
+    def teams(self) -> int:
+        """Teams of a block."""
+        return self.warps // TEAM_WARPS
+
+
+def choose_shape(shared_bytes_per_block: int) -> GemvShape:
+    """Four teams a multiprocessor where its shared memory keeps a ring for each."""
+    if shared_bytes_per_block > ROOMY_SHARED_BYTES:
+        return GemvShape(16, 1, 160 * 1024, 40 * 1024)
+    return GemvShape(8, 1, shared_bytes_per_block - STATIC_SHARED_BYTES - 8 * 1024, 0)
 
 
 class GemvKernels:
     """Plans and launches; kernels are compiled when first used."""
 
-    def __init__(self, device: Device, compiler: Compiler) -> None:
+    def __init__(self, device: Device, compiler: Compiler, shape: GemvShape | None = None) -> None:
         self._device = device
         self._compiler = compiler
-        self._warps = 16 if device.shared_bytes_per_block > ROOMY_SHARED_BYTES else 8
+        self._shape = shape or choose_shape(device.shared_bytes_per_block)
+        self._num_blocks = device.num_sms * self._shape.blocks_per_sm
         self._kernels: dict[tuple[int, ...], Kernel] = {}
 
     def plan(self, matrix: PackedMatrix) -> Plan:
-        """Deal a matrix to the blocks, once, when the model is loaded."""
-        num_blocks = self._device.num_sms
-        pieces, num_pieces, num_slots, num_counters = deal(matrix, num_blocks)
-        counters = self._device.allocate((max(num_counters, 1),), np.int32)
+        """Deal a matrix to the teams, once, when the model is loaded."""
+        dealt = deal(matrix, self._num_blocks * self._shape.teams)
+        counters = self._device.allocate((max(dealt.num_cut, 1), TEAM_WARPS), np.int32)
         self._device.fill(counters, 0)
-        partial = (max(num_slots, 1), MAX_TOKENS, STRIPE_ROWS)
+        partial = (max(dealt.num_slots, 1), MAX_TOKENS, STRIPE_ROWS)
         return Plan(
             matrix,
-            self._device.to_device(pieces.view(np.uint8).reshape(num_blocks, -1)),
-            self._device.to_device(num_pieces),
+            self._device.to_device(dealt.pieces.view(np.uint8).reshape(len(dealt.pieces), -1)),
+            dealt.pieces.shape[1],
             self._device.allocate(partial, np.float32),
             counters,
-            num_blocks,
         )
 
     def multiply(
-        self, plan: Plan, panels: DeviceArray, num_tokens: int, out: DeviceArray, epilogue: int
+        self,
+        plan: Plan,
+        panels: DeviceArray,
+        num_tokens: int,
+        out: DeviceArray,
+        epilogue: int,
+        upcoming: Plan | None = None,
     ) -> None:
         """Multiply `num_tokens` (1 to 16) rows.
 
         Args:
             panels: the rows as fp16 panels (quant_activations), or an earlier SWIGLU's output.
             out: float32 `[num_tokens, rows]` for STORE and ADD; panels for SWIGLU.
+            upcoming: what the next launch will multiply by, if that is known.
         """
         assert 0 < num_tokens <= MAX_TOKENS
         num_panels = -(-num_tokens // PANEL_TOKENS)
         matrix = plan.matrix
-        types, slot_bytes = _types_and_slot(matrix)
-        slots = self._slots(slot_bytes, num_panels)
+        shape, (types, slot_bytes) = self._shape, _types_and_slot(matrix)
+        slots = max(1, shape.ring_bytes // (shape.warps * slot_bytes))
         kernel = self._kernel((types, num_panels, slots, slot_bytes), epilogue)
         stride = matrix.rows // 2 if epilogue == SWIGLU else matrix.rows
-        max_pieces = plan.pieces.shape[1] // PIECE.itemsize
         rows, out_panels = (0, out) if epilogue == SWIGLU else (out, 0)
         assert matrix.paired == (epilogue == SWIGLU)
         assert out.num_bytes >= num_tokens * stride * (2 if epilogue == SWIGLU else 4)
+        tables = (plan.pieces, upcoming.pieces if upcoming else 0)
+        lengths = (plan.max_pieces, upcoming.max_pieces if upcoming else 0)
         kernel.launch(
             self._device.stream,
-            (plan.num_blocks, 1, 1),
-            (32 * self._warps, 1, 1),
-            *(plan.pieces, plan.num_pieces, panels, rows, out_panels, plan.partial, plan.counters),
-            *(max_pieces, matrix.columns // BLOCK_COLUMNS, num_tokens, stride),
-            shared_bytes=shared_bytes(self._warps, slots, slot_bytes, num_panels),
+            (self._num_blocks, 1, 1),
+            (32 * shape.warps, 1, 1),
+            *(*tables, panels, rows, out_panels, plan.partial, plan.counters),
+            *(*lengths, shape.prefetch_bytes),
+            *(matrix.columns // BLOCK_COLUMNS, num_tokens, stride),
+            shared_bytes=shared_bytes(shape, slots, slot_bytes, plan.max_pieces),
             dependent=True,
         )
-
-    def _slots(self, slot_bytes: int, num_panels: int) -> int:
-        limit = self._device.shared_bytes_per_block - STATIC_SHARED_BYTES
-        room = limit - shared_bytes(self._warps, 0, 0, num_panels)
-        return max(1, min(RING_BYTES, room) // (self._warps * slot_bytes))
 
     def _kernel(self, variant: tuple[int, int, int, int], epilogue: int) -> Kernel:
         key = (*variant, epilogue)
         if key not in self._kernels:
-            _, num_panels, slots, slot_bytes = variant
-            macros = defines(self._warps, *variant, epilogue, self._compiler.arch)
+            macros = defines(self._shape, *variant, epilogue, self._compiler.arch)
             cubin = self._compiler.cubin(SOURCE, macros)
-            shared = shared_bytes(self._warps, slots, slot_bytes, num_panels)
-            self._kernels[key] = Module(cubin).kernel("quant_gemv", PARAMETERS, shared)
+            most = self._device.shared_bytes_per_block - STATIC_SHARED_BYTES
+            self._kernels[key] = Module(cubin).kernel("quant_gemv", PARAMETERS, most)
         return self._kernels[key]
 
 
 def defines(
-    warps: int, types: int, num_panels: int, slots: int, slot_bytes: int, epilogue: int, arch: str
+    shape: GemvShape,
+    types: int,
+    num_panels: int,
+    slots: int,
+    slot_bytes: int,
+    epilogue: int,
+    arch: str,
 ) -> dict[str, int]:
     """The macros of a variant."""
     return {
-        "WARPS": warps,
+        "WARPS": shape.warps,
+        "BLOCKS_PER_SM": shape.blocks_per_sm,
         "TYPES": types,
         "NUM_PANELS": num_panels,
         "SLOTS": slots,
@@ -167,10 +197,9 @@ def defines(
     }
 
 
-def shared_bytes(warps: int, slots: int, slot_bytes: int, num_panels: int) -> int:
-    """Rings of all warps, and the sums of each lane of units, of two pieces in turn."""
-    sums = warps // 4 * num_panels * PANEL_TOKENS * STRIPE_ROWS * 4
-    return warps * slots * slot_bytes + 2 * sums
+def shared_bytes(shape: GemvShape, slots: int, slot_bytes: int, max_pieces: int) -> int:
+    """Rings of all warps, and the lists of pieces of all teams."""
+    return shape.warps * slots * slot_bytes + shape.teams * max_pieces * PIECE.itemsize
 
 
 def _types_and_slot(matrix: PackedMatrix) -> tuple[int, int]:
@@ -179,22 +208,24 @@ def _types_and_slot(matrix: PackedMatrix) -> tuple[int, int]:
     return types, max(kind.tile_bytes for kind in kinds)
 
 
-def deal(matrix: PackedMatrix, num_blocks: int) -> tuple[Table, Table, int, int]:
-    """Cut the units of all stripes, in order, into runs of equal bytes.
+class Dealt(NamedTuple):
+    """`pieces` (PIECE) `[teams, most of a team + 1]`, ended by empty ones; slots and cut stripes."""
 
-    Returns:
-        pieces (PIECE) `[num_blocks, most of a block]`, how many each block has `[num_blocks]`
-        int32, and how many slots for partial sums and counters they use.
-    """
+    pieces: Table
+    num_slots: int
+    num_cut: int
+
+
+def deal(matrix: PackedMatrix, num_teams: int) -> Dealt:
+    """Cut the units of all stripes, in order, into runs of equal bytes, one a team."""
     stripes = stripes_of(matrix)
     units = matrix.columns // BLOCK_COLUMNS
     weights = np.repeat([stripe.tile_bytes for stripe in stripes], units)
     ends = np.cumsum(weights)
-    cuts = np.searchsorted(ends, np.arange(1, num_blocks) * (ends[-1] / num_blocks), side="right")
-    bounds = [0, *cuts.tolist(), len(weights)]
+    cuts = np.searchsorted(ends, np.arange(1, num_teams) * (ends[-1] / num_teams), side="right")
     pieces: list[list[int]] = []
     counts = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise([0, *cuts.tolist(), len(weights)]):
         before = len(pieces)
         while start < stop:
             index, first = divmod(start, units)
@@ -202,12 +233,11 @@ def deal(matrix: PackedMatrix, num_blocks: int) -> tuple[Table, Table, int, int]
             pieces.append([index, first, count])
             start += count
         counts.append(len(pieces) - before)
-    table, num_slots, num_counters = _piece_table(pieces, stripes)
-    by_block = np.zeros((num_blocks, max(counts)), PIECE)
-    starts = [0, *accumulate(counts)]
-    for block, (start, count) in enumerate(zip(starts, counts, strict=False)):
-        by_block[block, :count] = table[start : start + count]
-    return by_block, np.array(counts, np.int32), num_slots, num_counters
+    table, num_slots, num_cut = _piece_table(pieces, stripes)
+    by_team = np.zeros((num_teams, max(counts) + 1), PIECE)
+    for team, rows in enumerate(np.split(table, np.cumsum(counts)[:-1])):
+        by_team[team, : len(rows)] = rows
+    return Dealt(by_team, num_slots, num_cut)
 
 
 def stripes_of(matrix: PackedMatrix) -> list[Stripe]:

@@ -8,7 +8,7 @@ pytest.importorskip("cuda.core")
 
 from daemon.kernels import quant_activations, quant_gemv
 from daemon.kernels.quant_activations import PANELS, ActivationKernels
-from daemon.kernels.quant_gemv import ADD, PIECE, STORE, SWIGLU, GemvKernels, deal
+from daemon.kernels.quant_gemv import ADD, PIECE, STORE, SWIGLU, GemvKernels, choose_shape, deal
 from daemon.kernels.quant_pack import F16, Q4_K, Q6_K, PackedMatrix, Packer, RawMatrix, Segment
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
 from daemon.kernels.runtime.device import Device
@@ -32,13 +32,14 @@ def fake_matrix(columns: int, parts: list[tuple[object, int]]) -> PackedMatrix:
     return PackedMatrix(row, columns, tuple(segments), False)
 
 
-@pytest.mark.parametrize("num_blocks", [1, 7, 132])
-def test_every_unit_is_dealt_once_in_equal_shares(num_blocks: int) -> None:
+@pytest.mark.parametrize("num_teams", [1, 7, 528])
+def test_every_unit_is_dealt_once_in_equal_shares(num_teams: int) -> None:
     matrix = fake_matrix(1536, [(Q4_K, 1000), (Q6_K, 330), (F16, 20)])
-    by_block, counts, num_slots, num_counters = deal(matrix, num_blocks)
-    assert by_block.shape == (num_blocks, max(counts))
-    assert by_block.dtype == PIECE
-    pieces = np.concatenate([row[:n] for row, n in zip(by_block, counts, strict=True)])
+    dealt = deal(matrix, num_teams)
+    assert dealt.pieces.dtype == PIECE
+    assert len(dealt.pieces) == num_teams
+    assert (dealt.pieces["num_units"][:, -1] == 0).all()
+    pieces = dealt.pieces[dealt.pieces["num_units"] > 0]
     units = [
         (row, first + i)
         for row, first, n in zip(
@@ -48,13 +49,15 @@ def test_every_unit_is_dealt_once_in_equal_shares(num_blocks: int) -> None:
     ]
     stripes = [r for s in matrix.segments for r in range(s.first_row, s.first_row + s.rows, 64)]
     assert units == [(row, block) for row in stripes for block in range(6)]
-    share = (by_block["num_units"] * by_block["tile_bytes"]).sum(1)
+    share = (dealt.pieces["num_units"] * dealt.pieces["tile_bytes"]).sum(1)
     assert share.max() - share.mean() <= 2 * F16.tile_bytes
-    for row, count in zip(by_block, counts, strict=True):
-        assert (row["slot"][1 : count - 1] == -1).all()
+    for team in dealt.pieces:
+        count = int((team["num_units"] > 0).sum())
+        assert (team["num_units"][:count] > 0).all()
+        assert (team["slot"][1 : count - 1] == -1).all()
     cut = pieces[pieces["slot"] >= 0]
-    assert sorted(cut["slot"]) == list(range(num_slots))
-    for counter in range(num_counters):
+    assert sorted(cut["slot"]) == list(range(dealt.num_slots))
+    for counter in range(dealt.num_cut):
         own = cut[cut["counter"] == counter]
         assert len(set(own["row"])) == 1
         assert list(own["slot"]) == list(range(own["first_slot"][0], own["slot"][-1] + 1))
@@ -63,9 +66,9 @@ def test_every_unit_is_dealt_once_in_equal_shares(num_blocks: int) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_with_few_spills(arch: str) -> None:
-    warps = 16 if arch == "sm_90a" else 8
+    shape = choose_shape(227 * 1024 if arch == "sm_90a" else 99 * 1024)
     for num_panels, types, slot in ((1, 7, 3360), (2, 127, 8192)):
-        defines = quant_gemv.defines(warps, types, num_panels, 2, slot, ADD, arch)
+        defines = quant_gemv.defines(shape, types, num_panels, 2, slot, ADD, arch)
         report = Compiler(arch, None).report(quant_gemv.SOURCE, defines)
         assert report.kernels["quant_gemv"].spill_bytes <= 96
 

@@ -14,7 +14,13 @@ from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS, HostBytes
 from daemon.engine.backends.backend import Sampled, SamplingRow
-from daemon.engine.backends.cuda_run import DecodeRun, DecodeTables, PrefillRun, prefill_run
+from daemon.engine.backends.cuda_run import (
+    DecodeRun,
+    DecodeTables,
+    PrefillRun,
+    ProductOrder,
+    prefill_run,
+)
 from daemon.engine.backends.cuda_weights import CudaMatrix, CudaTable, WeightLoader
 from daemon.engine.batch import Batch
 from daemon.engine.model.shape import ModelShape
@@ -84,6 +90,8 @@ class CudaBackend:
         self._loader = WeightLoader(device, compiler, self._gemv, self._gemm)
         self._graphs: dict[int, Graph] = {}
         self._warm: set[int] = set()
+        self._order = ProductOrder()
+        self._is_decoding = False
         self._operand_layout = PANELS
 
     @property
@@ -95,7 +103,7 @@ class CudaBackend:
     def numerics(self) -> str:
         """The card's architecture, how work is dealt to it, and the formats of keys and values."""
         formats = f"{self._limits.k_format.name}/{self._limits.v_format.name}"
-        return f"cuda {self._device.arch}; {self._device.num_sms} SMs; KV {formats}; kernels 1"
+        return f"cuda {self._device.arch}; {self._device.num_sms} SMs; KV {formats}; kernels 2"
 
     def attach(self) -> None:
         """Make the GPU current in the engine's thread."""
@@ -201,9 +209,11 @@ class CudaBackend:
 
     def evaluate(self, batch: Batch, forward: Callable[[Run], DeviceArray]) -> DeviceArray:
         """Prefill calls the operations; decode records them per bucket and replays."""
-        self._operand_layout = PANELS if batch.kind == "decode" else CHUNKS
+        self._is_decoding = batch.kind == "decode"
+        self._operand_layout = PANELS if self._is_decoding else CHUNKS
         if batch.kind == "prefill":
             return forward(prefill_run(self._device, batch, self._max_pages))
+        self._order.begin()
         bucket = next(size for size in BUCKETS if size >= len(batch.spans))
         self._decode_tables.fill(batch.spans)
         run = self._decode_tables.run(bucket)
@@ -256,9 +266,8 @@ class CudaBackend:
         constants = DeltaConstants(weights.conv, weights.decay, weights.dt_bias, weights.gated_norm)
         out = self._mixed.view((run.num_rows, self._slots.sizes.value_size))
         if isinstance(run, DecodeRun):
-            self._delta_step(
-                inputs, constants, self._slots, layer, run.slots, run.captures, run.positions, out
-            )
+            places = (run.slots, run.captures, run.positions)
+            self._delta_step(inputs, constants, self._slots, layer, *places, out, dependent=True)
         else:
             self._delta_prefill(inputs, constants, self._slots, layer, run.tables, out)
         return out
@@ -272,12 +281,12 @@ class CudaBackend:
         self._kv_append(
             x, run.positions, run.sequences, run.page_table, self._pool, layer, queries,
             (weights.q_norm, weights.k_norm), self._frequencies, self.shape.rope.magnitude,
-            self._eps,
+            self._eps, dependent=isinstance(run, DecodeRun),
         )  # fmt: skip
         out = self._mixed.view(heads)
         place = (run.page_table, self._pool, layer, out)
         if isinstance(run, DecodeRun):
-            self._attention_decode(queries, x, run.positions, *place)
+            self._attention_decode(queries, x, run.positions, *place, dependent=True)
         else:
             self._attention_prefill(queries, x, run.tiles, *place)
         return out.view((run.num_rows, heads[1] * HEAD_DIM))
@@ -331,7 +340,7 @@ class CudaBackend:
 
     def _head(self, norm: DeviceArray, head: CudaMatrix, x: DeviceArray, out: DeviceArray) -> None:
         operand = self._operand(x, self._narrow, PANELS, norm)
-        self._gemv.multiply(head.gemv, operand.array, operand.num_rows, out, STORE)
+        self._multiply(head, operand, out, STORE)
 
     def _operand(
         self, x: DeviceArray, memory: DeviceArray, layout: int, norm: DeviceArray | None = None
@@ -342,7 +351,9 @@ class CudaBackend:
 
     def _multiply(self, matrix: CudaMatrix, x: Operand, out: DeviceArray, epilogue: int) -> None:
         if x.layout == PANELS:
-            self._gemv.multiply(matrix.gemv, x.array, x.num_rows, out, epilogue)
+            # A prompt's head is the only product of few rows outside a decode step.
+            upcoming = self._order.successor(matrix.gemv) if self._is_decoding else None
+            self._gemv.multiply(matrix.gemv, x.array, x.num_rows, out, epilogue, upcoming)
         else:
             self._gemm.multiply(matrix.gemm, x.array, x.num_rows, out, epilogue)
 

@@ -31,7 +31,12 @@ struct HalfTile {
     u32 high[2][2];  // [row half][columns / 16]
     u32 scale[2][2]; // fp16 pairs, [row half][columns / 16]
     u32 minimum[2];  // fp16 pairs, [row half]
+    u32 bias;        // 1024 in fp16, twice: an integer below 1024 in the low bits adds on
 };
+
+// A value that the assembler does not know, or it would keep no register for it: an AND-OR takes
+// one constant, and it would then move each mask to a register anew.
+__device__ __forceinline__ u32 kept_bias() { return 0x64006400u + (gridDim.z - 1); }
 
 __device__ __forceinline__ uint4 shared_16(const u8* at) { return *(const uint4*)at; }
 __device__ __forceinline__ u32 shared_4(const u8* at) { return *(const u32*)at; }
@@ -75,6 +80,7 @@ template <int type>
 __device__ __forceinline__ void load_half(HalfTile& h, const u8* tile, int lane, int half) {
     const u8* at = tile + lane * 16;
     if constexpr (type == F16) return;
+    h.bias = kept_bias();
     if constexpr (type == Q8_0) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -119,7 +125,7 @@ __device__ __forceinline__ u32 shifted(u32 word, int left) {
 // Two neighbouring integer codes, exact in fp16. `pair` counts the 16 pairs of a half.
 template <int type>
 __device__ __forceinline__ u32 codes(const HalfTile& h, int r, int pair) {
-    const u32 bias = 0x64006400u;  // 1024 in fp16: an integer below 1024 in the low bits adds on
+    const u32 bias = h.bias;
     if constexpr (type == Q8_0) {
         const uint4& part = pair < 8 ? h.low[r] : h.more[r];
         const u32 word = word_of(part, (pair & 7) >> 1);
@@ -144,7 +150,8 @@ __device__ __forceinline__ u32 codes(const HalfTile& h, int r, int pair) {
     if constexpr (type == Q6_K)
         code |= shifted(h.high[r][pair >> 3], (up ? 8 : 4) - 2 * (pair & 7)) &
                 (up ? 0x03000300u : 0x00300030u);
-    constexpr u32 zero = type == Q6_K ? 0x64206420u : type == Q4_0 ? 0x64086408u : bias;
+    constexpr u32 zero =
+        type == Q6_K ? 0x64206420u : type == Q4_0 ? 0x64086408u : 0x64006400u;
     constexpr u32 zero_up = type == Q6_K ? 0xd600d600u : type == Q4_0 ? 0xd480d480u : 0xd400d400u;
     return up ? half2_fma(code | bias, 0x2c002c00u, zero_up) : half2_minus(code | bias, zero);
 }
