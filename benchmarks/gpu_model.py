@@ -16,7 +16,8 @@ import numpy as np
 
 from daemon.checkpoint import PAGE_TOKENS
 from daemon.config import kernel_cache_folder
-from daemon.engine.backends.cuda_backend import CudaBackend, CudaLimits
+from daemon.engine.backends.cuda_backend import CudaBackend
+from daemon.engine.backends.cuda_memory import CudaLimits
 from daemon.engine.batch import Batch, Span
 from daemon.engine.weights.gguf import open_gguf
 from daemon.engine.weights.loader import load_model, model_shape

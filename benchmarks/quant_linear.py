@@ -20,7 +20,6 @@ from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU, GemvKernels, GemvShape
 from daemon.kernels.quant_pack import FORMATS, PackedMatrix, Packer, RawMatrix
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
-from daemon.kernels.runtime.device_array import DeviceArray
 from daemon.kernels.runtime.graph import Graph
 from daemon.kernels.runtime.kernel import Module
 

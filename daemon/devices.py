@@ -54,7 +54,8 @@ def _cuda_backend(config: EngineConfig, shape: ModelShape, context: int) -> Back
         )
     if config.parallel > MAX_GPU_SEQUENCES:
         raise ConfigError(f"--parallel {config.parallel}: the GPU takes {MAX_GPU_SEQUENCES}")
-    from daemon.engine.backends.cuda_backend import CudaBackend, CudaLimits
+    from daemon.engine.backends.cuda_backend import CudaBackend
+    from daemon.engine.backends.cuda_memory import CudaLimits
     from daemon.kernels.kv_format import KvFormat
     from daemon.kernels.runtime.compiler import Compiler
     from daemon.kernels.runtime.device import Device

@@ -209,7 +209,7 @@ def _types_and_slot(matrix: PackedMatrix) -> tuple[int, int]:
 
 
 class Dealt(NamedTuple):
-    """`pieces` (PIECE) `[teams, most of a team + 1]`, ended by empty ones; slots and cut stripes."""
+    """`pieces` (PIECE) `[teams, most of a team + 1]`, ended by empty ones; slots, cut stripes."""
 
     pieces: Table
     num_slots: int

@@ -26,7 +26,8 @@ LOGIT_BOUND = 0.15
 
 @pytest.fixture(scope="module")
 def load_on_gpu() -> Callable[[], Model]:
-    from daemon.engine.backends.cuda_backend import CudaBackend, CudaLimits
+    from daemon.engine.backends.cuda_backend import CudaBackend
+    from daemon.engine.backends.cuda_memory import CudaLimits
     from daemon.kernels.runtime.compiler import Compiler
     from daemon.kernels.runtime.device import Device
 

@@ -10,10 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS, HostBytes
 from daemon.engine.backends.backend import Sampled, SamplingRow
+from daemon.engine.backends.cuda_memory import (
+    CudaLimits,
+    SequenceMemory,
+    Workspace,
+    kv_layout,
+    needed_bytes,
+)
 from daemon.engine.backends.cuda_run import (
     DecodeRun,
     DecodeTables,
@@ -30,17 +36,11 @@ from daemon.engine.weights.gguf import Tensor
 from daemon.errors import OutOfDeviceMemory, UnsupportedModel
 from daemon.kernels.attention_decode import AttentionDecode
 from daemon.kernels.attention_prefill import AttentionPrefill
-from daemon.kernels.delta_prefill import DeltaPrefill, workspace_bytes
-from daemon.kernels.delta_state import (
-    DeltaConstants,
-    DeltaInputs,
-    DeltaSizes,
-    DeltaSlots,
-    DeltaTypes,
-)
+from daemon.kernels.delta_prefill import DeltaPrefill
+from daemon.kernels.delta_state import DeltaConstants, DeltaInputs, DeltaTypes
 from daemon.kernels.delta_step import DeltaStep
 from daemon.kernels.kv_append import KvAppend
-from daemon.kernels.kv_format import HEAD_DIM, KvFormat, KvLayout
+from daemon.kernels.kv_format import HEAD_DIM
 from daemon.kernels.quant_activations import CHUNKS, PANELS, ActivationKernels, padded_tokens
 from daemon.kernels.quant_gemm import GemmKernels
 from daemon.kernels.quant_gemv import ADD, MAX_TOKENS, STORE, SWIGLU, GemvKernels
@@ -52,18 +52,7 @@ from daemon.kernels.sample import Choice, Sample
 
 F32 = ElementType.F32
 BUCKETS = (1, 2, 4, 8, 16)
-ROTATED_DIMS = 64
 Run = DecodeRun | PrefillRun
-
-
-class CudaLimits(Struct, frozen=True, kw_only=True):
-    """`max_rows` of one prefill batch; formats of stored keys and values; bytes to leave free."""
-
-    max_rows: int = 2048
-    context_length: int
-    k_format: KvFormat = KvFormat.BF16
-    v_format: KvFormat = KvFormat.BF16
-    reserve_bytes: int = 512 * 2**20
 
 
 class Operand(NamedTuple):
@@ -139,71 +128,52 @@ class CudaBackend:
 
     def fit_pages(self, shape: ModelShape, num_slots: int, wanted: int) -> int:
         """What is free after slots and workspace, less the reserve."""
-        layout, sizes = self._kv_layout(shape), _delta_sizes(shape)
-        slots = num_slots * DeltaSlots.slot_bytes(sizes, shape.num_delta_layers, F32)
-        fixed = slots + _workspace_bytes(shape, self._limits.max_rows) + self._limits.reserve_bytes
-        return max(0, min(wanted, (self._device.free_bytes() - fixed) // layout.page_bytes))
+        fixed = needed_bytes(shape, self._limits, num_slots) + self._limits.reserve_bytes
+        page_bytes = kv_layout(shape, self._limits).page_bytes
+        return max(0, min(wanted, (self._device.free_bytes() - fixed) // page_bytes))
 
     def allocate(self, shape: ModelShape, num_slots: int, num_pages: int) -> None:
         """States, pages, and the workspace of a step."""
-        if shape.attention.head_dim != HEAD_DIM or shape.attention.rope_dim != ROTATED_DIMS:
-            raise UnsupportedModel(
-                f"the GPU kernels need attention heads of {HEAD_DIM} with {ROTATED_DIMS} rotated "
-                f"dims; this model has {shape.attention.head_dim} and {shape.attention.rope_dim}"
-            )
-        if self.fit_pages(shape, num_slots, num_pages) < num_pages:
+        if (fitting := self.fit_pages(shape, num_slots, num_pages)) < num_pages:
             raise OutOfDeviceMemory(
                 f"{num_pages * PAGE_TOKENS} tokens of KV do not fit the GPU beside the weights; "
-                f"{self.fit_pages(shape, num_slots, num_pages) * PAGE_TOKENS} tokens would"
+                f"{fitting * PAGE_TOKENS} tokens would"
             )
         # Recorded graphs hold the addresses of what was allocated before.
         self._graphs.clear()
         self._warm.clear()
         self.shape = shape
-        self._layout = self._kv_layout(shape)
-        self._pool = self._device.allocate((num_pages, self._layout.page_bytes), ElementType.U8)
-        sizes = _delta_sizes(shape)
-        slot_bytes = DeltaSlots.slot_bytes(sizes, shape.num_delta_layers, F32)
-        memory = self._device.allocate((num_slots, slot_bytes), ElementType.U8)
-        self._slots = DeltaSlots(memory, sizes, shape.num_delta_layers, num_slots, F32)
-        self._staging = self._device.allocate_pinned(max(slot_bytes, self._layout.page_bytes))
-        self._max_pages = -(-self._limits.context_length // PAGE_TOKENS) + 1
-        self._decode_tables = DecodeTables(self._device, MAX_TOKENS, self._max_pages)
+        self._memory = SequenceMemory(self._device, shape, self._limits, num_slots, num_pages)
+        self._space = Workspace(self._device, shape, self._limits)
+        self._decode_tables = DecodeTables(self._device, MAX_TOKENS, self._limits.max_pages)
         self._frequencies = self._device.to_device(
             np.asarray(shape.rope.frequencies).view(np.uint64)
         )
-        self._make_workspace(shape)
-        self._make_kernels(shape, sizes)
+        self._make_kernels(shape)
 
     def clear_slot(self, slot: int) -> None:
         """The state before the first token is zero."""
-        self._slots.clear(self._device, slot)
+        self._memory.clear_slot(slot)
 
     def copy_slot(self, source: int, target: int) -> None:
         """Within the device, in the stream's order."""
-        self._slots.copy(self._device, source, target)
+        self._memory.copy_slot(source, target)
 
     def read_slot(self, slot: int) -> bytes:
-        """One copy to pinned memory, one from there."""
-        staging = self._staging[: self._slots.memory.shape[1]]
-        self._slots.read(self._device, slot, staging)
-        self._device.synchronize()
-        return staging.tobytes()
+        """See `SequenceMemory.read_slot`."""
+        return self._memory.read_slot(slot)
 
     def write_slot(self, slot: int, state: HostBytes) -> None:
         """The inverse of `read_slot`."""
-        self._slots.write(self._device, slot, np.frombuffer(state, np.uint8))
+        self._memory.write_slot(slot, state)
 
     def read_page(self, page: int) -> bytes:
-        """One copy to pinned memory, one from there."""
-        staging = self._staging[: self._layout.page_bytes]
-        self._device.read(self._pool.rows(page, page + 1), staging)
-        self._device.synchronize()
-        return staging.tobytes()
+        """See `SequenceMemory.read_page`."""
+        return self._memory.read_page(page)
 
     def write_page(self, page: int, content: HostBytes) -> None:
         """The inverse of `read_page`."""
-        self._device.write(self._pool.rows(page, page + 1), np.frombuffer(content, np.uint8))
+        self._memory.write_page(page, content)
 
     # ── one step ──────────────────────────────────────────────────────────────────────────────
 
@@ -212,7 +182,7 @@ class CudaBackend:
         self._is_decoding = batch.kind == "decode"
         self._operand_layout = PANELS if self._is_decoding else CHUNKS
         if batch.kind == "prefill":
-            return forward(prefill_run(self._device, batch, self._max_pages))
+            return forward(prefill_run(self._device, batch, self._limits.max_pages))
         self._order.begin()
         bucket = next(size for size in BUCKETS if size >= len(batch.spans))
         self._decode_tables.fill(batch.spans)
@@ -225,21 +195,21 @@ class CudaBackend:
             if bucket not in self._graphs:
                 self._graphs[bucket] = Graph(self._device, lambda: _discard(forward(run)))
             self._graphs[bucket].replay()
-        return self._logits.rows(0, len(batch.spans))
+        return self._space.logits.rows(0, len(batch.spans))
 
     def embed(self, run: Run, table: CudaTable) -> DeviceArray:
         """Float32, the beginning of the residual stream."""
-        x = self._residual.rows(0, run.num_rows)
+        x = self._space.residual.rows(0, run.num_rows)
         table.kernel(table.rows, run.tokens, x)
         return x
 
     def rms_norm(self, x: DeviceArray, weight: DeviceArray) -> Operand:
         """The norm, rounded to fp16 for the product that follows."""
-        return self._operand(x, self._narrow, self._operand_layout, weight)
+        return self._operand(x, self._space.narrow, self._operand_layout, weight)
 
     def project(self, matrix: CudaMatrix, x: Operand) -> DeviceArray:
         """Float32 `[rows, matrix rows]`."""
-        out = self._projected.view((x.num_rows, matrix.rows))
+        out = self._space.projected.view((x.num_rows, matrix.rows))
         self._multiply(matrix, x, out, STORE)
         return out
 
@@ -248,13 +218,13 @@ class CudaBackend:
     ) -> DeviceArray:
         """In the residual's place."""
         if not isinstance(x, Operand):
-            x = self._operand(x, self._wide, self._operand_layout)
+            x = self._operand(x, self._space.wide, self._operand_layout)
         self._multiply(matrix, x, residual, ADD)
         return residual
 
     def project_gated(self, matrix: CudaMatrix, x: Operand) -> Operand:
         """An fp16 operand again, for the product that follows."""
-        out = self._wide.view((padded_tokens(x.num_rows), matrix.rows // 2))
+        out = self._space.wide.view((padded_tokens(x.num_rows), matrix.rows // 2))
         self._multiply(matrix, x, out, SWIGLU)
         return Operand(out, x.num_rows, x.layout)
 
@@ -262,14 +232,15 @@ class CudaBackend:
         self, run: Run, layer: int, weights: DeltaNetWeights, x: DeviceArray
     ) -> DeviceArray:
         """One fused kernel in decode; prepare, scan and gate in prefill."""
-        inputs = DeltaInputs.of_rows(x, self._slots.sizes)
+        slots = self._memory.slots
+        inputs = DeltaInputs.of_rows(x, slots.sizes)
         constants = DeltaConstants(weights.conv, weights.decay, weights.dt_bias, weights.gated_norm)
-        out = self._mixed.view((run.num_rows, self._slots.sizes.value_size))
+        out = self._space.mixed.view((run.num_rows, slots.sizes.value_size))
         if isinstance(run, DecodeRun):
             places = (run.slots, run.captures, run.positions)
-            self._delta_step(inputs, constants, self._slots, layer, *places, out, dependent=True)
+            self._delta_step(inputs, constants, slots, layer, *places, out, dependent=True)
         else:
-            self._delta_prefill(inputs, constants, self._slots, layer, run.tables, out)
+            self._delta_prefill(inputs, constants, slots, layer, run.tables, out)
         return out
 
     def attention(
@@ -277,14 +248,14 @@ class CudaBackend:
     ) -> DeviceArray:
         """Append, then attend: split over keys in decode, over query tiles in prefill."""
         heads = (run.num_rows, self.shape.attention.num_heads, HEAD_DIM)
-        queries = self._queries.view(heads)
+        queries = self._space.queries.view(heads)
         self._kv_append(
-            x, run.positions, run.sequences, run.page_table, self._pool, layer, queries,
+            x, run.positions, run.sequences, run.page_table, self._memory.pool, layer, queries,
             (weights.q_norm, weights.k_norm), self._frequencies, self.shape.rope.magnitude,
             self._eps, dependent=isinstance(run, DecodeRun),
         )  # fmt: skip
-        out = self._mixed.view(heads)
-        place = (run.page_table, self._pool, layer, out)
+        out = self._space.mixed.view(heads)
+        place = (run.page_table, self._memory.pool, layer, out)
         if isinstance(run, DecodeRun):
             self._attention_decode(queries, x, run.positions, *place, dependent=True)
         else:
@@ -305,13 +276,13 @@ class CudaBackend:
     ) -> DeviceArray:
         """By the kernel for few rows, always: a prompt's last row has the bits of decode."""
         if isinstance(run, DecodeRun):
-            self._head(norm, head, x, self._logits)
-            return self._logits.rows(0, run.num_rows)
+            self._head(norm, head, x, self._space.logits)
+            return self._space.logits.rows(0, run.num_rows)
         wanted = range(run.num_rows) if rows == "all" else run.last_rows
         out = self._device.allocate((max(len(wanted), 1), head.rows), F32)
         for first in range(0, len(wanted), MAX_TOKENS):
             group = wanted[first : first + MAX_TOKENS]
-            picked = self._picked.rows(0, len(group))
+            picked = self._space.picked.rows(0, len(group))
             for target, source in enumerate(group):
                 self._device.copy(picked.rows(target, target + 1), x.rows(source, source + 1))
             self._head(norm, head, picked, out.rows(first, first + len(group)))
@@ -339,7 +310,7 @@ class CudaBackend:
     # ── the parts of it ───────────────────────────────────────────────────────────────────────
 
     def _head(self, norm: DeviceArray, head: CudaMatrix, x: DeviceArray, out: DeviceArray) -> None:
-        operand = self._operand(x, self._narrow, PANELS, norm)
+        operand = self._operand(x, self._space.narrow, PANELS, norm)
         self._multiply(head, operand, out, STORE)
 
     def _operand(
@@ -357,73 +328,16 @@ class CudaBackend:
         else:
             self._gemm.multiply(matrix.gemm, x.array, x.num_rows, out, epilogue)
 
-    def _kv_layout(self, shape: ModelShape) -> KvLayout:
-        return KvLayout(
-            shape.num_attention_layers,
-            shape.attention.num_kv_heads,
-            self._limits.k_format,
-            self._limits.v_format,
-        )
-
-    def _make_workspace(self, shape: ModelShape) -> None:
-        """Arrays that a step overwrites; recorded graphs keep their addresses."""
-        allocate, rows, widths = self._device.allocate, self._limits.max_rows, _widths(shape)
-        self._residual = allocate((rows, shape.hidden), F32)
-        self._narrow = allocate((rows * shape.hidden,), ElementType.F16)
-        self._wide = allocate((rows * widths.operand,), ElementType.F16)
-        self._projected = allocate((rows * widths.projected,), F32)
-        self._mixed = allocate((rows * widths.mixed,), F32)
-        queries = ElementType.BF16 if self._layout.queries_are_bf16 else ElementType.F16
-        self._queries = allocate((rows * shape.attention.num_heads * HEAD_DIM,), queries)
-        self._picked = allocate((MAX_TOKENS, shape.hidden), F32)
-        self._logits = allocate((MAX_TOKENS, shape.vocab_size), F32)
-        chunks = workspace_bytes(_delta_sizes(shape), _max_chunks(rows))
-        self._chunk_space = allocate((chunks,), ElementType.U8)
-
-    def _make_kernels(self, shape: ModelShape, sizes: DeltaSizes) -> None:
-        common = (self._device, self._compiler)
-        heads, types = shape.attention.num_heads, DeltaTypes(F32, F32, F32)
+    def _make_kernels(self, shape: ModelShape) -> None:
+        common, layout = (self._device, self._compiler), self._memory.layout
+        sizes, heads = self._memory.slots.sizes, shape.attention.num_heads
+        types = DeltaTypes(F32, F32, F32)
         self._delta_step = DeltaStep(*common, sizes, types, self._eps)
-        self._delta_prefill = DeltaPrefill(*common, sizes, types, self._eps, self._chunk_space)
-        self._kv_append = KvAppend(*common, self._layout, F32)
-        self._attention_decode = AttentionDecode(*common, self._layout, heads, MAX_TOKENS, F32, F32)
-        self._attention_prefill = AttentionPrefill(*common, self._layout, heads, F32, F32)
+        self._delta_prefill = DeltaPrefill(*common, sizes, types, self._eps, self._space.chunks)
+        self._kv_append = KvAppend(*common, layout, F32)
+        self._attention_decode = AttentionDecode(*common, layout, heads, MAX_TOKENS, F32, F32)
+        self._attention_prefill = AttentionPrefill(*common, layout, heads, F32, F32)
         self._sample = Sample(*common, shape.vocab_size, MAX_TOKENS)
-
-
-class _Widths(NamedTuple):
-    """Columns of the widest projection, mixer output and fp16 operand of a model."""
-
-    projected: int
-    mixed: int
-    operand: int
-
-
-def _widths(shape: ModelShape) -> _Widths:
-    attention, delta = shape.attention, shape.delta_net
-    attended = attention.num_heads * attention.head_dim
-    kv = attention.num_kv_heads * attention.head_dim
-    mixed = max(attended, delta.value_size)
-    delta_row = delta.conv_dim + delta.value_size + 2 * delta.num_v_heads
-    return _Widths(max(2 * attended + 2 * kv, delta_row), mixed, max(mixed, shape.dense_dim))
-
-
-def _workspace_bytes(shape: ModelShape, rows: int) -> int:
-    widths, heads = _widths(shape), shape.attention.num_heads
-    per_row = shape.hidden * 6 + 2 * widths.operand + 4 * (widths.projected + widths.mixed)
-    chunks = workspace_bytes(_delta_sizes(shape), _max_chunks(rows))
-    return rows * (per_row + 2 * heads * HEAD_DIM) + MAX_TOKENS * 4 * shape.vocab_size + chunks
-
-
-def _max_chunks(rows: int) -> int:
-    return rows // PAGE_TOKENS + MAX_TOKENS
-
-
-def _delta_sizes(shape: ModelShape) -> DeltaSizes:
-    sizes = shape.delta_net
-    return DeltaSizes.checked(
-        sizes.num_k_heads, sizes.num_v_heads, sizes.k_dim, sizes.v_dim, sizes.conv_width
-    )
 
 
 def _choice(row: SamplingRow) -> Choice:

@@ -1,0 +1,169 @@
+"""What sequences and steps occupy on the GPU: recurrent states, KV pages, and a step's arrays.
+
+Owns their sizes and addresses, and moves states and pages between the device and the host. Knows
+no weights and launches no kernel. Engine thread only.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from msgspec import Struct
+
+from daemon.checkpoint import PAGE_TOKENS, HostBytes
+from daemon.engine.model.shape import ModelShape
+from daemon.errors import UnsupportedModel
+from daemon.kernels.delta_prefill import workspace_bytes
+from daemon.kernels.delta_state import DeltaSizes, DeltaSlots
+from daemon.kernels.kv_format import HEAD_DIM, KvFormat, KvLayout
+from daemon.kernels.quant_gemv import MAX_TOKENS
+from daemon.kernels.runtime.device import Device
+from daemon.kernels.runtime.device_array import ElementType
+
+F32 = ElementType.F32
+ROTATED_DIMS = 64
+
+
+class CudaLimits(Struct, frozen=True, kw_only=True):
+    """`max_rows` of one prefill batch; formats of stored keys and values; bytes to leave free."""
+
+    max_rows: int = 2048
+    context_length: int
+    k_format: KvFormat = KvFormat.BF16
+    v_format: KvFormat = KvFormat.BF16
+    reserve_bytes: int = 512 * 2**20
+
+    @property
+    def max_pages(self) -> int:
+        """Columns of a page table: pages of the longest sequence, and one to grow into."""
+        return -(-self.context_length // PAGE_TOKENS) + 1
+
+
+class SequenceMemory:
+    """Recurrent states in slots, keys and values in pages; both move as bytes.
+
+    Raises:
+        UnsupportedModel: sizes of heads that the kernels do not have.
+        OutOfDeviceMemory: it does not fit.
+    """
+
+    def __init__(
+        self, device: Device, shape: ModelShape, limits: CudaLimits, num_slots: int, num_pages: int
+    ) -> None:
+        check_heads(shape)
+        self._device = device
+        self.layout = kv_layout(shape, limits)
+        self.pool = device.allocate((num_pages, self.layout.page_bytes), ElementType.U8)
+        sizes, layers = delta_sizes(shape), shape.num_delta_layers
+        slot_bytes = DeltaSlots.slot_bytes(sizes, layers, F32)
+        memory = device.allocate((num_slots, slot_bytes), ElementType.U8)
+        self.slots = DeltaSlots(memory, sizes, layers, num_slots, F32)
+        self._staging = device.allocate_pinned(max(slot_bytes, self.layout.page_bytes))
+
+    def clear_slot(self, slot: int) -> None:
+        """The state before the first token is zero."""
+        self.slots.clear(self._device, slot)
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Within the device, in the stream's order."""
+        self.slots.copy(self._device, source, target)
+
+    def read_slot(self, slot: int) -> bytes:
+        """One copy to pinned memory, one from there."""
+        staging = self._staging[: self.slots.memory.shape[1]]
+        self.slots.read(self._device, slot, staging)
+        self._device.synchronize()
+        return staging.tobytes()
+
+    def write_slot(self, slot: int, state: HostBytes) -> None:
+        """The inverse of `read_slot`."""
+        self.slots.write(self._device, slot, np.frombuffer(state, np.uint8))
+
+    def read_page(self, page: int) -> bytes:
+        """One copy to pinned memory, one from there."""
+        staging = self._staging[: self.layout.page_bytes]
+        self._device.read(self.pool.rows(page, page + 1), staging)
+        self._device.synchronize()
+        return staging.tobytes()
+
+    def write_page(self, page: int, content: HostBytes) -> None:
+        """The inverse of `read_page`."""
+        self._device.write(self.pool.rows(page, page + 1), np.frombuffer(content, np.uint8))
+
+
+class Workspace:
+    """Arrays that every step overwrites; recorded graphs keep their addresses.
+
+    `residual` float32 `[rows, hidden]`; `narrow` and `wide` fp16 operands of hidden size and of
+    any; `projected` and `mixed` float32, in and out of a mixer; `queries` 16 bits; `picked` the
+    rows whose logits are wanted; `chunks` the delta net's between its prefill kernels.
+    """
+
+    def __init__(self, device: Device, shape: ModelShape, limits: CudaLimits) -> None:
+        allocate, rows, widths = device.allocate, limits.max_rows, _widths(shape)
+        self.residual = allocate((rows, shape.hidden), F32)
+        self.narrow = allocate((rows * shape.hidden,), ElementType.F16)
+        self.wide = allocate((rows * widths.operand,), ElementType.F16)
+        self.projected = allocate((rows * widths.projected,), F32)
+        self.mixed = allocate((rows * widths.mixed,), F32)
+        layout = kv_layout(shape, limits)
+        queries = ElementType.BF16 if layout.queries_are_bf16 else ElementType.F16
+        self.queries = allocate((rows * shape.attention.num_heads * HEAD_DIM,), queries)
+        self.picked = allocate((MAX_TOKENS, shape.hidden), F32)
+        self.logits = allocate((MAX_TOKENS, shape.vocab_size), F32)
+        chunks = workspace_bytes(delta_sizes(shape), _max_chunks(rows))
+        self.chunks = allocate((chunks,), ElementType.U8)
+
+
+class _Widths(NamedTuple):
+    """Columns of the widest projection, mixer output and fp16 operand of a model."""
+
+    projected: int
+    mixed: int
+    operand: int
+
+
+def _widths(shape: ModelShape) -> _Widths:
+    attention, delta = shape.attention, shape.delta_net
+    attended = attention.num_heads * attention.head_dim
+    kv = attention.num_kv_heads * attention.head_dim
+    mixed = max(attended, delta.value_size)
+    delta_row = delta.conv_dim + delta.value_size + 2 * delta.num_v_heads
+    return _Widths(max(2 * attended + 2 * kv, delta_row), mixed, max(mixed, shape.dense_dim))
+
+
+def needed_bytes(shape: ModelShape, limits: CudaLimits, num_slots: int) -> int:
+    """Device memory beside weights and pages: states, and the workspace of a step."""
+    widths, heads, rows = _widths(shape), shape.attention.num_heads, limits.max_rows
+    per_row = shape.hidden * 6 + 2 * widths.operand + 4 * (widths.projected + widths.mixed)
+    chunks = workspace_bytes(delta_sizes(shape), _max_chunks(rows))
+    slots = num_slots * DeltaSlots.slot_bytes(delta_sizes(shape), shape.num_delta_layers, F32)
+    logits = MAX_TOKENS * 4 * shape.vocab_size
+    return slots + rows * (per_row + 2 * heads * HEAD_DIM) + logits + chunks
+
+
+def _max_chunks(rows: int) -> int:
+    return rows // PAGE_TOKENS + MAX_TOKENS
+
+
+def kv_layout(shape: ModelShape, limits: CudaLimits) -> KvLayout:
+    """How the pages of a model lie in memory."""
+    heads = shape.attention.num_kv_heads
+    return KvLayout(shape.num_attention_layers, heads, limits.k_format, limits.v_format)
+
+
+def delta_sizes(shape: ModelShape) -> DeltaSizes:
+    """Heads of a delta-net layer, checked against what the kernels have."""
+    sizes = shape.delta_net
+    return DeltaSizes.checked(
+        sizes.num_k_heads, sizes.num_v_heads, sizes.k_dim, sizes.v_dim, sizes.conv_width
+    )
+
+
+def check_heads(shape: ModelShape) -> None:
+    """Raises UnsupportedModel for attention heads that the kernels do not have."""
+    found = shape.attention.head_dim, shape.attention.rope_dim
+    if found != (HEAD_DIM, ROTATED_DIMS):
+        raise UnsupportedModel(
+            f"the GPU kernels need attention heads of {HEAD_DIM} with {ROTATED_DIMS} rotated "
+            f"dims; this model has {found[0]} and {found[1]}"
+        )
