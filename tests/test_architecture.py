@@ -28,9 +28,11 @@ ALLOWED = {
     "daemon.assemble": {
         "daemon.api", "daemon.text", "daemon.engine", "daemon.cache", "daemon.devices",
     },
-    "daemon.cli": {
-        "daemon.assemble", "daemon.generate", "daemon.api.server", "daemon.engine.evaluation",
+    "daemon.commands": {
+        "daemon.commands", "daemon.assemble", "daemon.generate", "daemon.api.server",
+        "daemon.engine.evaluation",
     },
+    "daemon.cli": {"daemon.commands"},
     "daemon.__main__": {"daemon.cli"},
     "daemon.embedded": set(),
     "clients": {"clients"},

@@ -1,0 +1,125 @@
+"""The flags that commands share, and the Config that they make.
+
+Owns their names, defaults and help. Imports nothing heavy. Main thread.
+"""
+
+import argparse
+from pathlib import Path
+
+from daemon.config import (
+    DEFAULT_CONTEXT,
+    DEFAULT_PORT,
+    CacheConfig,
+    Config,
+    EngineConfig,
+    ModelConfig,
+    ServerConfig,
+    default_cache_folder,
+    parse_bytes,
+)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which model, on which device, in what form."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", "-m", type=Path, help="GGUF file (default: the embedded model)")
+    group.add_argument("--chat-template-file", type=Path, help="instead of the file's own template")
+    group.add_argument(
+        "--ctx", "-c", type=positive, metavar="TOKENS",
+        help=f"context length (default: the model's, at most {DEFAULT_CONTEXT})",
+    )  # fmt: skip
+    add_device_flag(group)
+    for which in ("k", "v"):
+        group.add_argument(
+            f"--cache-type-{which}", f"-ct{which}", choices=("bf16", "q8_0", "fp8", "q4_0"),
+            default="bf16", help=f"how the GPU keeps {which.upper()} of the cache (%(default)s)",
+        )  # fmt: skip
+    group.add_argument(
+        "--strict", action="store_true",
+        help="resume only from states born by prompt evaluation, which equal a cold run bit by bit",
+    )  # fmt: skip
+
+
+def add_device_flag(parser: argparse._ActionsContainer) -> None:
+    """Where to compute."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="where to compute; auto takes the GPU where there is one (%(default)s)",
+    )  # fmt: skip
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Where to listen, and for how many."""
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    group.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help="port, 0 for a free one (%(default)s)"
+    )
+    group.add_argument("--alias", help="the model's name for clients (default: the file's name)")
+    group.add_argument(
+        "--parallel", "-np", type=positive, default=4, metavar="N",
+        help="requests that are evaluated together; more wait (%(default)s)",
+    )  # fmt: skip
+
+
+def add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint store."""
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--cache-dir", type=Path, help=f"the store ({default_cache_folder()})")
+    group.add_argument("--cache-size", default="20G", help="its budget on disk (%(default)s)")
+    group.add_argument(
+        "--checkpoint-interval", type=positive, default=1024, metavar="TOKENS",
+        help="spacing of checkpoints inside a long prompt (%(default)s)",
+    )  # fmt: skip
+    group.add_argument("--no-cache", action="store_true", help="find and keep no checkpoints")
+
+
+def config_of(arguments: argparse.Namespace) -> Config:
+    """Every setting, from the flags of `serve` or `generate`.
+
+    Raises:
+        ConfigError: a value that no setting can have.
+    """
+    is_server = arguments.command == "serve"
+    return Config(
+        model=ModelConfig(
+            path=arguments.model,
+            alias=arguments.alias if is_server else None,
+            chat_template_file=arguments.chat_template_file,
+        ),
+        engine=EngineConfig(
+            device=arguments.device,
+            key_format=arguments.cache_type_k,
+            value_format=arguments.cache_type_v,
+            context=arguments.ctx,
+            parallel=arguments.parallel if is_server else 1,
+            strict=arguments.strict,
+        ),
+        cache=CacheConfig(
+            enabled=not arguments.no_cache,
+            folder=arguments.cache_dir or default_cache_folder(),
+            budget_bytes=parse_bytes(arguments.cache_size),
+            interval_tokens=arguments.checkpoint_interval,
+        ),
+        server=ServerConfig(host=arguments.host, port=arguments.port)
+        if is_server
+        else ServerConfig(),
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def non_negative(text: str) -> float:
+    """A finite number of at least 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not zero or a positive number")
+    return value

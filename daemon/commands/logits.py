@@ -1,0 +1,43 @@
+"""`qwend logits`: the logits of a list of token ids, to compare engines. Main thread."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from daemon.commands.flags import add_device_flag
+from daemon.config import EngineConfig, ModelConfig
+from daemon.errors import ConfigError
+
+
+def register(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Add the command and its flags."""
+    parser = commands.add_parser("logits", help="write the logits of a list of token ids")
+    parser.add_argument("--model", "-m", type=Path, help="GGUF file (default: the embedded model)")
+    add_device_flag(parser)
+    parser.add_argument("--tokens", type=Path, required=True, help="token ids, an .npy vector")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="where to write float32 [tokens, vocab], .npy"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate the tokens and write their logits."""
+    import numpy as np
+
+    from daemon.assemble import load_for_evaluation
+    from daemon.engine.evaluation import evaluate
+
+    try:
+        tokens = np.load(arguments.tokens, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"--tokens {arguments.tokens}: {error}") from error
+    model = load_for_evaluation(
+        ModelConfig(path=arguments.model), EngineConfig(device=arguments.device)
+    )
+    logits = evaluate(model, tokens)
+    try:
+        np.save(arguments.out, logits)
+    except OSError as error:
+        raise ConfigError(f"--out {arguments.out}: {error}") from error
+    print(f"{arguments.out}: float32 {list(logits.shape)}")
