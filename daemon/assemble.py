@@ -177,6 +177,7 @@ def _engine_builder(
             context_length=info.context_length,
             num_tokens=info.vocab_size,
             strict=config.strict,
+            canonical=config.canonical,
             wake=wake,
         )
 

@@ -16,7 +16,11 @@ Reason = Literal[
     "system",  # end of system prompt and tools
     "user",  # start of a user message
     "prompt",  # end of the prompt, before the generation prompt
-    "interval",  # every N tokens of a long prefill, and where a prefill was interrupted
+    "tool",  # start of a tool result near the end of the prompt
+    "mark",  # where the client asked for one
+    "junction",  # where the prompt leaves an earlier one
+    "interval",  # every N tokens of a long prefill
+    "interrupted",  # where a prefill was interrupted
     "reply",  # end of a reply
 ]
 """Why a checkpoint was taken. Recorded with it."""

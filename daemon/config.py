@@ -26,6 +26,8 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
 class EngineConfig(Struct, frozen=True, kw_only=True):
     """`context` None: the model's own, at most DEFAULT_CONTEXT.
 
+    `canonical`: evaluate replies again as prompts while nothing else is to be done.
+
     `device` "auto" takes the GPU where there is one. `key_format` and `value_format` are how the
     GPU keeps the KV cache; the CPU keeps float32.
     """
@@ -35,6 +37,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     parallel: int = 4
     max_waiting: int = 64
     strict: bool = False
+    canonical: bool = True
     key_format: str = "bf16"
     value_format: str = "bf16"
 

@@ -11,7 +11,10 @@ from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS, Birth, Boundary, Reason
 
-WORTH: dict[Reason, int] = {"system": 4, "prompt": 3, "user": 2, "reply": 1, "interval": 0}
+WORTH: dict[Reason, int] = {
+    "mark": 6, "system": 5, "prompt": 4, "junction": 3, "user": 2, "tool": 1,
+    "reply": 1, "interrupted": 1, "interval": 0,
+}  # fmt: skip
 """How much a checkpoint is worth by its reason; where two reasons meet, the worthier is recorded.
 
 A system prompt serves every session; an interval only prompts that were edited in mid-air.

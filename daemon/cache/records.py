@@ -26,7 +26,7 @@ from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS, Birth, HostBytes, Reason
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HASH_BYTES = 16
 VARIANT_BYTES = 8
 PAGE_KEY_BYTES = HASH_BYTES + VARIANT_BYTES
@@ -43,7 +43,10 @@ _STATE = struct.Struct("<4sHBB16s8s16sQIIQQQ")
 _SAMPLED = struct.Struct("<4sHH16s16sQQQII")
 _SUM = struct.Struct("<Q")
 _BIRTH_CODES: dict[Birth, int] = {"prompt": 0, "decode": 1}
-_REASON_CODES: dict[Reason, int] = {"system": 1, "user": 2, "prompt": 3, "interval": 4, "reply": 5}
+_REASON_CODES: dict[Reason, int] = {
+    "system": 1, "user": 2, "prompt": 3, "interval": 4, "reply": 5,
+    "tool": 6, "mark": 7, "junction": 8, "interrupted": 9,
+}  # fmt: skip
 _BIRTHS = {code: birth for birth, code in _BIRTH_CODES.items()}
 _REASONS = {code: reason for reason, code in _REASON_CODES.items()}
 

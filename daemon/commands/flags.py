@@ -60,6 +60,10 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--parallel", "-np", type=positive, default=4, metavar="N",
         help="requests that are evaluated together; more wait (%(default)s)",
     )  # fmt: skip
+    group.add_argument(
+        "--no-idle-work", action="store_true",
+        help="leave the device alone between requests: replies are not evaluated again as prompts",
+    )  # fmt: skip
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +98,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
             context=arguments.ctx,
             parallel=arguments.parallel if is_server else 1,
             strict=arguments.strict,
+            canonical=is_server and not arguments.no_idle_work,
         ),
         cache=CacheConfig(
             enabled=not arguments.no_cache,

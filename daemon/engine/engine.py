@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from daemon.checkpoint import PAGE_TOKENS, Birth, Reason, Snapshot
+from daemon.checkpoint import PAGE_TOKENS, Birth, Boundary, Reason, Snapshot
 from daemon.engine.checkpointing import CheckpointStore
 from daemon.engine.model.model import Model
 from daemon.engine.requests import (
@@ -38,6 +38,8 @@ class StepEngine:
         context_length: tokens of prompt and reply together.
         num_tokens: ids that may be sampled; the vocabulary without its padding.
         strict: restore only states that were born by prompt evaluation.
+        canonical: evaluate replies again while the device is idle, so that what outlives the
+            conversation was born by prompt evaluation.
         wake: called from another thread when a checkpoint has been read.
     """
 
@@ -50,6 +52,7 @@ class StepEngine:
         context_length: int,
         num_tokens: int,
         strict: bool,
+        canonical: bool,
         wake: Callable[[], None],
     ) -> None:
         self.model = model
@@ -59,6 +62,7 @@ class StepEngine:
         self.context_length = context_length
         self.num_tokens = num_tokens
         self.strict = strict
+        self.canonical = canonical
         self.wake = wake
         self.sequences: dict[str, Sequence] = {}
 
@@ -69,8 +73,14 @@ class StepEngine:
         assert request.id not in self.sequences, "request ids are unique"
         timeline = self.store.timeline(request.tokens, request.session)
         sequence = Sequence(request, deliver, timeline)
+        if sequence.is_idle_work:
+            assert not request.max_tokens, "idle work samples nothing"
+            self._end_contained_idle_work(request)
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
+        surplus = self.scheduler.surplus_idle()
+        if surplus is not None:
+            self._finish(surplus, "cancelled")
 
     def cancel(self, request_id: str) -> None:
         """End a request now; what was evaluated for it is kept. Unknown ids are ignored."""
@@ -88,8 +98,7 @@ class StepEngine:
 
     def step(self) -> bool:
         """Advance every sequence that can be advanced; False when there was nothing to do."""
-        for sequence in self.scheduler.admit():
-            self._restore_or_start(sequence)
+        num_admitted = self._admit()
         num_restored = self._finish_restores()
         decode = self.scheduler.plan_decode()
         if decode is not None:
@@ -97,14 +106,28 @@ class StepEngine:
         prefill = self.scheduler.plan_prefill()
         if prefill is not None:
             self._run(prefill)
-        return bool(decode or prefill or num_restored)
+        return bool(decode or prefill or num_restored or num_admitted)
+
+    def _admit(self) -> int:
+        """Give waiting sequences their places, in place of idle work if need be; counts them."""
+        num_admitted = 0
+        while True:
+            for sequence in self.scheduler.admit():
+                num_admitted += 1
+                self._restore_or_start(sequence)
+            idle = self.scheduler.in_the_way()
+            if idle is None:
+                return num_admitted
+            self._keep_interrupted(idle)
+            self.scheduler.preempt(idle)
 
     def _run(self, work: Work) -> None:
         began = time.perf_counter()
         try:
             logits = self.model.logits(work.batch)
             self._advance(work)
-            sampling = tuple(s for s in work.sequences if s.num_evaluated == s.num_known)
+            pairs = zip(work.sequences, work.batch.spans, strict=True)
+            sampling = tuple(sequence for sequence, span in pairs if span.samples)
             rows = [sequence.sampling_row() for sequence in sampling]
             sampled = self.backend.sample(logits, rows, self.num_tokens) if rows else []
         except DeviceError as error:
@@ -120,8 +143,10 @@ class StepEngine:
             if reason != "stop":
                 sequence.deliver(TokenSampled(choice.token, choice.logprobs))
             if reason is not None:
-                self._save_reply(sequence)
-                self._finish(sequence, reason)
+                self._end_reply(sequence, reason)
+        for sequence in work.sequences:
+            if not sequence.request.max_tokens and sequence.num_evaluated >= sequence.goal:
+                self._finish(sequence, "length")
 
     def _advance(self, work: Work) -> None:
         """Record what has been evaluated, and mark the grid positions that decoding passed."""
@@ -149,8 +174,13 @@ class StepEngine:
 
     def _restore_or_start(self, sequence: Sequence) -> None:
         """Begin to read the best checkpoint, or begin at token 0 when there is none."""
-        found = sequence.timeline.find(sequence.num_known - 1, self.strict)
+        strict = self.strict or sequence.is_idle_work
+        found = sequence.timeline.find(sequence.num_known - 1, strict)
         sequence.found = found
+        boundaries = sequence.request.boundaries
+        if not sequence.request.max_tokens and not sequence.timeline.positions(boundaries, 0):
+            self._start(sequence, found.position if found else 0)
+            return
         if found is None:
             self._start_cold(sequence)
             return
@@ -195,6 +225,8 @@ class StepEngine:
             sequence.was_started = True
             sequence.num_cached = position
             sequence.deliver(Started(sequence.num_prompt, position))
+        if not sequence.request.max_tokens and sequence.goal <= position:
+            self._finish(sequence, "length")
 
     def _checkpoint(self, work: Work) -> None:
         """Save what the batch captured on its way."""
@@ -217,7 +249,7 @@ class StepEngine:
         """A retry sends the same prompt: let it go on from here."""
         done = sequence.num_evaluated
         if sequence.phase is Phase.PREFILL and done % PAGE_TOKENS == 0 and done > 0:
-            self._save(sequence, done, sequence.slot, sequence.born, "interval")
+            self._save(sequence, done, sequence.slot, sequence.born, "interrupted")
         elif sequence.phase is Phase.DECODE:
             self._save_reply(sequence)
 
@@ -231,7 +263,38 @@ class StepEngine:
         snapshot = Snapshot(position, born, num_grid_pages, state, pages)
         sequence.timeline.save(snapshot, reason)
 
+    # ── work for later ────────────────────────────────────────────────────────────────────────
+
+    def _queue_canonical(self, sequence: Sequence) -> None:
+        """Have a reply, which decoding put into the store, evaluated as a prompt when idle.
+
+        The stored states of its prompt are made canonical on the way, where they are not.
+        """
+        reply_end = Boundary(sequence.mark, "reply")
+        request = GenerationRequest(
+            id=f"{sequence.request.id}-canonical",
+            tokens=tuple(sequence.tokens[: sequence.mark]),
+            boundaries=(*sequence.request.boundaries, reply_end),
+            max_tokens=0,
+            session=sequence.request.session,
+            priority="idle",
+        )
+        self.add(request, _ignore)
+
+    def _end_contained_idle_work(self, request: GenerationRequest) -> None:
+        """A newer piece of idle work passes through all that an older one would have done."""
+        for other in [s for s in self.sequences.values() if s.is_idle_work]:
+            tokens = other.request.tokens
+            if request.tokens[: len(tokens)] == tokens:
+                self.cancel(other.request.id)
+
     # ── the end of a sequence ─────────────────────────────────────────────────────────────────
+
+    def _end_reply(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._save_reply(sequence)
+        if self.canonical and sequence.mark > 0:
+            self._queue_canonical(sequence)
+        self._finish(sequence, reason)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         reply = sequence.reply
@@ -251,3 +314,7 @@ class StepEngine:
         self.scheduler.remove(sequence)
         del self.sequences[sequence.request.id]
         sequence.deliver(event)
+
+
+def _ignore(_: Event) -> None:
+    """Nobody waits for the events of idle work."""

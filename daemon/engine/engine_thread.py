@@ -107,6 +107,9 @@ class EngineThread:
         with self._lock:
             if self._failure is not None:
                 raise self._failure
+            if request.priority == "idle":
+                self._commands.put(Submit(request, deliver))
+                return
             if self._num_open >= self._max_requests:
                 raise Overloaded(f"{self._num_open} requests are running or waiting already")
             self._num_open += 1

@@ -33,8 +33,18 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
 
 
+Priority = Literal["client", "idle"]
+"""Whether somebody waits for it. Idle work runs while no client's request waits or runs, gives way
+within one small step, keeps what it has done, and is the first to be given up."""
+
+
 class GenerationRequest(Struct, frozen=True, kw_only=True):
-    """One prompt to continue. `session` is a client's hint of affinity, never part of a key."""
+    """One prompt to continue. `session` is a client's hint of affinity, never part of a key.
+
+    With `max_tokens` 0 nothing is sampled: the prompt is evaluated up to the last of `boundaries`
+    that has no checkpoint yet, and ends as "length". That, at priority "idle", is how work for
+    requests to come is done ahead.
+    """
 
     id: str
     tokens: tuple[int, ...]
@@ -43,6 +53,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     max_tokens: int
     stop_tokens: frozenset[int] = frozenset()
     session: str = ""
+    priority: Priority = "client"
 
 
 class Started(Struct, frozen=True, tag=True):
@@ -117,6 +128,9 @@ class Engine(Protocol):
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Queue a request; `deliver` then gets Started … and one Finished or Failed.
+
+        Idle work is never refused: a newer piece ends the older ones that it contains, and the
+        oldest of too many, as "cancelled".
 
         Raises:
             PromptTooLong: the prompt leaves no room for one token.

@@ -1,8 +1,9 @@
 """Who is evaluated in the next step. Pure host code: no device, no clock, no I/O.
 
 Decoding sequences come first, one token each; the rest of the token budget goes to prompts, to the
-one that has waited longest first, with a share for each further one so that none starves. Owns the
-order of sequences and the free lists. Engine thread only.
+one that has waited longest first, with a share for each further one so that none starves. Idle work
+is planned only while there is nothing else. Owns the order of sequences and the free lists. Engine
+thread only.
 """
 
 from collections import deque
@@ -15,6 +16,11 @@ from daemon.engine.batch import Batch, Capture, Span
 from daemon.engine.memory.kv_pages import KVPages
 from daemon.engine.memory.slots import Slots
 from daemon.engine.sequence import Phase, Sequence
+
+IDLE_STEP_TOKENS = 512
+"""Tokens of idle work in one step: what a request that arrives meanwhile may have to wait for."""
+
+MAX_IDLE = 16
 
 
 class Limits(Struct, frozen=True):
@@ -47,6 +53,7 @@ class Scheduler:
         self.pages = KVPages(limits.num_pages)
         self.slots = Slots(limits.num_slots)
         self.waiting: deque[Sequence] = deque()
+        self.idle: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
     @property
@@ -56,27 +63,32 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        self.waiting.append(sequence)
+        (self.idle if sequence.is_idle_work else self.waiting).append(sequence)
 
     def admit(self) -> list[Sequence]:
         """Give places to waiting sequences, in order, while there are any."""
         admitted = []
-        while self.waiting and len(self.running) < self.limits.max_sequences:
-            sequence = self.waiting[0]
-            # One page beyond the prompt, so that the first decoded page never preempts at once.
-            pages = self.pages.take(sequence.num_pages_needed + 1)
-            if pages is None:
-                break
-            sequence.pages = pages
-            sequence.slot, sequence.mark_slot = self._take_slot(), self._take_slot()
-            self.running.append(self.waiting.popleft())
-            admitted.append(sequence)
+        while self.waiting and self._place(self.waiting[0]):
+            admitted.append(self.waiting.popleft())
+        if self.idle and not self.waiting and not self.running and self._place(self.idle[0]):
+            admitted.append(self.idle.popleft())
         return admitted
+
+    def in_the_way(self) -> Sequence | None:
+        """Idle work on the device whose places the first waiting sequence needs, after `admit`."""
+        if not self.waiting:
+            return None
+        return next((s for s in self.running if s.is_idle_work), None)
+
+    def surplus_idle(self) -> Sequence | None:
+        """The oldest piece of idle work when there are too many."""
+        return self.idle[0] if len(self.idle) > MAX_IDLE else None
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its places."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
+        for queue in (self.waiting, self.idle):
+            if sequence in queue:
+                queue.remove(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
             self._free_places(sequence)
@@ -99,6 +111,10 @@ class Scheduler:
         """Chunks of prompts within the budget; the captures' slots are taken here."""
         waiting = self._in_phase(Phase.PREFILL)
         budget = self.limits.prefill_tokens
+        if all(sequence.is_idle_work for sequence in self.running):
+            budget = min(budget, IDLE_STEP_TOKENS)
+        else:
+            waiting = [sequence for sequence in waiting if not sequence.is_idle_work]
         spans, sequences = [], []
         for index, sequence in enumerate(waiting):
             num_others = len(waiting) - index - 1
@@ -119,7 +135,7 @@ class Scheduler:
     def _prefill_span(self, sequence: Sequence, limit: int) -> Span:
         """At most `limit` tokens; ends before a position to capture for which no slot is free."""
         start = sequence.num_evaluated
-        end = min(start + limit, sequence.num_known)
+        end = min(start + limit, sequence.goal)
         captures = []
         for position in sorted(p for p in sequence.positions if start < p <= end):
             slot = self.slots.take()
@@ -128,28 +144,44 @@ class Scheduler:
                 break
             captures.append(Capture(position, slot))
         tokens = sequence.unevaluated(end - start)
-        return Span(
-            tokens, start, sequence.slot, sequence.pages, tuple(captures), end == sequence.num_known
-        )
+        samples = end == sequence.num_known and sequence.request.max_tokens > 0
+        return Span(tokens, start, sequence.slot, sequence.pages, tuple(captures), samples)
 
     def _make_room(self, sequence: Sequence) -> None:
         while len(sequence.pages) < sequence.num_pages_needed:
             more = self.pages.take(1, after=sequence.pages)
             if more is not None:
                 sequence.pages += more
-            elif self.preempt(self.running[-1]) is sequence:
+            elif self.preempt(self._least_urgent()) is sequence:
                 return
 
     def preempt(self, sequence: Sequence) -> Sequence:
-        """Send a sequence back to the head of the queue; its reply becomes part of the prompt."""
+        """Send a sequence back to the head of its queue; its reply becomes part of the prompt."""
         self._free_places(sequence)
         self.running.remove(sequence)
         sequence.phase = Phase.WAITING
         sequence.num_evaluated = 0
         sequence.mark = 0
         sequence.restoring = None
-        self.waiting.appendleft(sequence)
+        (self.idle if sequence.is_idle_work else self.waiting).appendleft(sequence)
         return sequence
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Give a sequence its places and let it run; False when there are too few."""
+        if len(self.running) >= self.limits.max_sequences:
+            return False
+        # One page beyond the prompt, so that the first decoded page never preempts at once.
+        pages = self.pages.take(sequence.num_pages_needed + 1)
+        if pages is None:
+            return False
+        sequence.pages = pages
+        sequence.slot, sequence.mark_slot = self._take_slot(), self._take_slot()
+        self.running.append(sequence)
+        return True
+
+    def _least_urgent(self) -> Sequence:
+        """Idle work, if any runs; else the youngest sequence."""
+        return next((s for s in self.running if s.is_idle_work), self.running[-1])
 
     def _in_phase(self, phase: Phase) -> list[Sequence]:
         return [sequence for sequence in self.running if sequence.phase is phase]

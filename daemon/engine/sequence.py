@@ -74,6 +74,18 @@ class Sequence:
         return len(self.tokens)
 
     @property
+    def is_idle_work(self) -> bool:
+        """Whether nobody waits for it."""
+        return self.request.priority == "idle"
+
+    @property
+    def goal(self) -> int:
+        """Where evaluation of known tokens ends: at the last, or at the last checkpoint wanted."""
+        if self.request.max_tokens:
+            return self.num_known
+        return max(self.positions, default=self.num_evaluated)
+
+    @property
     def num_pages_needed(self) -> int:
         """Pages for all known tokens."""
         return -(-self.num_known // PAGE_TOKENS)

@@ -127,7 +127,7 @@ def test_a_record_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_offsets_are_those_of_the_readme() -> None:
     """Old stores are read by these offsets: moving a field needs a new version."""
     page = encode_page(msgspec.structs.replace(PAGE, index=5, payload_sum=7))
-    assert page[:6] == b"qwKV\x01\x00"
+    assert page[:6] == b"qwKV\x02\x00"
     assert page[8:32] == PAGE.key
     assert page[32:56] == PAGE.parent
     assert page[56:72] == PAGE.fingerprint

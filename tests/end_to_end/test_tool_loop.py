@@ -163,6 +163,6 @@ def test_a_call_that_comes_back_is_the_tokens_that_were_sampled(daemon: DaemonPr
 
 def test_strict_evaluates_sampled_tokens_again(start_daemon: StartDaemon) -> None:
     """The end of the reply is a state born by decoding; the prompt's checkpoints are not."""
-    with start_daemon("--strict") as daemon:
+    with start_daemon("--strict", "--no-idle-work") as daemon:
         first, second = write_a_file(daemon)
     assert 0 < second.prompt_tokens_details.cached_tokens <= first.prompt_tokens

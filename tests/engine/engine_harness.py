@@ -60,6 +60,7 @@ class EngineHarness:
         store: MemoryStore | None = None,
         *,
         strict: bool = False,
+        canonical: bool = False,
         max_sequences: int = 4,
         num_pages: int = 200,
         prefill_tokens: int = 256,
@@ -76,6 +77,7 @@ class EngineHarness:
             context_length=8192,
             num_tokens=model.shape.vocab_size,
             strict=strict,
+            canonical=canonical,
             wake=lambda: None,
         )
 

@@ -44,7 +44,9 @@ def generation_request(
     )
 
 
-def build_engine(limits: Limits, store: CheckpointStore | None = None) -> StepEngine:
+def build_engine(
+    limits: Limits, store: CheckpointStore | None = None, canonical: bool = False
+) -> StepEngine:
     return StepEngine(
         TapeModel(limits.num_slots, limits.num_pages),  # type: ignore[arg-type]
         Scheduler(limits),
@@ -52,14 +54,20 @@ def build_engine(limits: Limits, store: CheckpointStore | None = None) -> StepEn
         context_length=CONTEXT,
         num_tokens=50_000,
         strict=False,
+        canonical=canonical,
         wake=lambda: None,
     )
 
 
 class TapeHarness:
-    def __init__(self, limits: Limits | None = None, store: MemoryStore | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        store: MemoryStore | None = None,
+        canonical: bool = False,
+    ) -> None:
         self.limits = limits or small_limits()
-        self.engine = build_engine(self.limits, store)
+        self.engine = build_engine(self.limits, store, canonical)
         self.model: TapeModel = self.engine.model  # type: ignore[assignment]
         self.scheduler = self.engine.scheduler
         self.replies: list[list[Event]] = []
