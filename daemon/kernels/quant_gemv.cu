@@ -1,11 +1,12 @@
 // A few rows times quantized matrices: y[token, row] = sum over k of W[row, k] x[token, k].
 //
 // One launch takes a group of matrices that share their input. The host deals the stripes' units
-// (64 rows x 256 columns) in order, in equal bytes, to teams of four warps, so a stripe may be cut
-// into pieces. A warp takes one of a unit's four tiles, streams its tiles through a ring of its own
-// in shared memory, adds 16 steps of m16n8k16 a tile, and never waits for another warp. The pieces
-// of a cut stripe are joined by whichever warp brings the last one, in a fixed order that depends
-// on the matrices and the card alone: a token's bits are the same whatever the other tokens are.
+// (64 rows x 256 columns) in order, in equal bytes, to the blocks and within them to teams of four
+// warps, so a stripe may be cut. A warp takes one of a unit's four tiles, streams its tiles through
+// a ring of its own in shared memory, adds 16 steps of m16n8k16 a tile, and waits for no other warp
+// before the end. Then cut stripes are joined: within a block through shared memory, between blocks
+// by the last of them, which awaits the others' sums. The order of all sums depends on the matrices
+// and the card alone: a token's bits are the same whatever the other tokens are.
 // When a warp has asked for its last tile, it brings the beginning of the next launch's weights
 // into the L2 cache: memory goes on working while this launch ends and the small ones between run.
 // Bound: bytes of the weights, each read once.
@@ -29,11 +30,17 @@ constexpr float ACTIVATION_SCALE = 0.125f;  // x in fp16 is x / 8: values up to 
 struct Piece {
     const u8* units;  // the first unit
     int type, tile_bytes, first_block, num_units;  // num_units 0 ends a team's list
-    int row, num_rows;  // of the output; num_rows up to 64
-    int slot;           // where its sums go; -1 if it is a whole stripe
-    int first_slot, num_slots, counter;  // of all pieces of its stripe
+    int row, num_rows;                             // of the output; num_rows up to 64
+    int sums, unused;  // where its sums go in shared memory; -1 if it is a whole stripe
 };
-constexpr int PIECE_WORDS = sizeof(Piece) / 16;
+
+// What a block has of a stripe that is cut.
+struct Seam {
+    int first_sums, num_sums;    // of its pieces, in order; num_sums 0 ends a block's list
+    int row, num_rows;           // of the output
+    int first_slot, num_before;  // what the blocks before have of it, in order
+    int own_slot, unused;        // where this block's goes; -1 for the last block, which finishes
+};
 
 struct Ring {
     u8* slots;  // of this warp
@@ -74,17 +81,25 @@ __device__ __forceinline__ void wait_for_slot(Ring&) {
 }
 #endif
 
-// The beginning of the next launch's weights: `bytes` of each team's, from its own list of pieces.
+// What a block is dealt: Piece [TEAMS, max_pieces], then Seam [MAX_SEAMS].
+constexpr int MAX_SEAMS = TEAMS + 2;
+
+__device__ __forceinline__ int deal_bytes(int max_pieces) {
+    return TEAMS * max_pieces * int(sizeof(Piece)) + MAX_SEAMS * int(sizeof(Seam));
+}
+
+// The beginning of the next launch's weights: `bytes` of each team's, from what it is dealt.
 struct Upcoming {
-    const Piece* pieces;  // null: nothing is known of the next launch
+    const u8* deals;  // of all blocks; null: nothing is known of the next launch
     int max_pieces, bytes;
 };
 
 constexpr int PREFETCH_BYTES = 1024;  // a request
 
 __device__ void prefetch_upcoming(const Upcoming& u, int team, int part, int lane) {
-    if (u.pieces == nullptr) return;
-    const Piece* p = u.pieces + team * u.max_pieces;
+    if (u.deals == nullptr) return;
+    const u8* deal = u.deals + team / TEAMS * (long long)deal_bytes(u.max_pieces);
+    const Piece* p = (const Piece*)deal + team % TEAMS * u.max_pieces;
     for (int left = u.bytes; left > 0 && p->num_units > 0; p++) {
         const int bytes = min(left, p->num_units * TEAM_WARPS * p->tile_bytes);
         for (int at = (part * 32 + lane) * PREFETCH_BYTES; at < bytes;
@@ -149,34 +164,6 @@ __device__ __forceinline__ void load_panels(
 
 typedef float Sums[NUM_PANELS][2][4];  // even and odd steps apart, to shorten the chain of products
 
-// How much of x a warp holds at once: a whole tile's, as far as registers reach.
-constexpr int HELD_CHUNKS = NUM_PANELS == 1 ? 8 : 4;
-
-template <int type>
-__device__ __forceinline__ void multiply_tile(
-    Sums& sum, const u8* tile, const Input& in, int chunk, Ring& ring, int lane) {
-    uint4 x[NUM_PANELS][HELD_CHUNKS];
-    load_panels(x, in, chunk, lane);
-    wait_for_slot(ring);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        HalfTile h;
-        load_half<type>(h, tile, lane, half);
-        if (half == 1 && HELD_CHUNKS == 4) load_panels(x, in, chunk + 4, lane);
-#pragma unroll
-        for (int step = 0; step < 8; step++) {
-            u32 a[4];
-            fragment<type>(a, h, tile, lane, half, step);
-#pragma unroll
-            for (int n = 0; n < NUM_PANELS; n++) {
-                const uint4& v = x[n][(half * 4 + step / 2) % HELD_CHUNKS];
-                if (step % 2 == 0) mma_m16n8k16(sum[n][0], a, v.x, v.y);
-                else mma_m16n8k16(sum[n][1], a, v.z, v.w);
-            }
-        }
-    }
-}
-
 struct Output {
     float* rows;  // EPILOGUE 0, 1: float32 [tokens, stride]
     u8* panels;   // EPILOGUE 2: fp16 panels of the product, stride / 256 blocks
@@ -187,9 +174,8 @@ struct Output {
 typedef float4 Totals[NUM_PANELS];
 
 __device__ __forceinline__ void write_row(
-    const Output& out, const Piece& p, int row, int token, float first, float second) {
-    if (row >= p.num_rows) return;
-    float* at = out.rows + (long long)token * out.stride + p.row + row;
+    const Output& out, int row, int token, float first, float second) {
+    float* at = out.rows + (long long)token * out.stride + row;
     const bool has_first = token < out.num_tokens, has_second = token + 1 < out.num_tokens;
     if (EPILOGUE == 1) {
         const float a = has_first ? at[0] : 0.0f, b = has_second ? at[out.stride] : 0.0f;
@@ -212,49 +198,73 @@ __device__ __forceinline__ void write_product(
     *(u16*)at = float_half(y * ACTIVATION_SCALE);
 }
 
+// Writes a warp's 16 of a stripe's rows.
 __device__ __forceinline__ void finish(
-    const Output& out, const Piece& p, const Totals& total, int part, int lane) {
-    const int g = lane >> 2;
+    const Output& out, int row, int num_rows, const Totals& total, int part, int lane) {
+    const int own = 16 * part + (lane >> 2);
 #pragma unroll
     for (int n = 0; n < NUM_PANELS; n++) {
         const int token = 8 * n + (lane & 3) * 2;
         if (EPILOGUE == 2) {
-            const int k = p.row / 2 + 8 * part + g;
+            const int k = row / 2 + 8 * part + (lane >> 2);
             write_product(out, k, token, total[n].x, total[n].z);
             write_product(out, k, token + 1, total[n].y, total[n].w);
         } else {
-            write_row(out, p, 16 * part + g, token, total[n].x, total[n].y);
-            write_row(out, p, 16 * part + g + 8, token, total[n].z, total[n].w);
+            if (own < num_rows) write_row(out, row + own, token, total[n].x, total[n].y);
+            if (own + 8 < num_rows) write_row(out, row + own + 8, token, total[n].z, total[n].w);
         }
     }
 }
 
-// Leaves a piece's sums in its slot. True for the last warp to come: it has the whole stripe's.
-// partial: float4 [slots, 4 tiles, NUM_PANELS, 32 lanes].
-__device__ __forceinline__ bool join(
-    Totals& total, const Piece& p, float4* partial, int* counters, int part, int lane) {
-    constexpr int SLOT = TEAM_WARPS * NUM_PANELS * 32;
-    float4* place = partial + part * NUM_PANELS * 32 + lane;
-#pragma unroll
-    for (int n = 0; n < NUM_PANELS; n++) __stcg(place + p.slot * SLOT + n * 32, total[n]);
-    __threadfence();
-    __syncwarp();
-    int* counter = counters + p.counter * TEAM_WARPS + part;
-    int before = 0;
-    if (lane == 0) before = atomicAdd(counter, 1);
-    if (__shfl_sync(0xffffffffu, before, 0) != p.num_slots - 1) return false;
-    if (lane == 0) *counter = 0;
-    __threadfence();
+// A sum that another block has not written yet: a NaN that no arithmetic gives.
+constexpr u32 AWAITED = 0xffffffffu;
+
+__device__ __forceinline__ bool is_awaited(float x) { return __float_as_uint(x) == AWAITED; }
+
+// Waits for a block that came earlier in the grid, so that is running or has ended.
+__device__ __forceinline__ float4 take(float4* place) {
+    float4 v;
+    do {
+        asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+                     : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(place) : "memory");
+    } while (is_awaited(v.x) || is_awaited(v.y) || is_awaited(v.z) || is_awaited(v.w));
+    const float empty = __uint_as_float(AWAITED);
+    *place = make_float4(empty, empty, empty, empty);
+    return v;
+}
+
+__device__ __forceinline__ void leave(float4* place, float4 v) {
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(place), "f"(v.x),
+                 "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+
+__device__ __forceinline__ void add(float4& a, float4 b) {
+    a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
+}
+
+constexpr int SUMS = TEAM_WARPS * NUM_PANELS * 32;  // float4s of a piece: [4 tiles, panel, lane]
+
+// Joins what the block has of a cut stripe; hands it on, or finishes the stripe.
+__device__ __forceinline__ void close_seam(
+    const Seam& s, const float4* sums, float4* partial, const Output& out, int part, int lane) {
+    const int own = part * NUM_PANELS * 32 + lane;
+    Totals total;
 #pragma unroll
     for (int n = 0; n < NUM_PANELS; n++) {
-        total[n] = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-        for (int s = 0; s < p.num_slots; s++) {
-            const float4 v = __ldcg(place + (p.first_slot + s) * SLOT + n * 32);
-            total[n].x += v.x, total[n].y += v.y, total[n].z += v.z, total[n].w += v.w;
+        const int at = own + n * 32;
+        total[n] = sums[s.first_sums * SUMS + at];
+        for (int i = 1; i < s.num_sums; i++) add(total[n], sums[(s.first_sums + i) * SUMS + at]);
+        if (s.own_slot >= 0) {
+            leave(partial + s.own_slot * SUMS + at, total[n]);
+        } else if (s.num_before > 0) {
+            float4 all = take(partial + s.first_slot * SUMS + at);
+            for (int i = 1; i < s.num_before; i++)
+                add(all, take(partial + (s.first_slot + i) * SUMS + at));
+            add(all, total[n]);
+            total[n] = all;
         }
     }
-    return true;
+    if (s.own_slot < 0) finish(out, s.row, s.num_rows, total, part, lane);
 }
 
 // Where a warp is in its work.
@@ -272,17 +282,51 @@ __device__ __forceinline__ void refill(Worker& w, int slot, const Upcoming& upco
     w.is_asking = had_more;
 }
 
+// A tile has been read from its slot.
+__device__ __forceinline__ void release_slot(Worker& w, const Upcoming& upcoming) {
+    __syncwarp();
+    refill(w, w.ring.slot, upcoming);
+    if (++w.ring.slot == SLOTS) w.ring.slot = 0, w.ring.phase ^= 1;
+}
+
+// How much of x a warp holds at once: a whole tile's, as far as registers reach.
+constexpr int HELD_CHUNKS = NUM_PANELS == 1 ? 8 : 4;
+
+template <int type>
+__device__ __forceinline__ void multiply_tile(
+    Sums& sum, const Input& in, int chunk, Worker& w, const Upcoming& upcoming) {
+    uint4 x[NUM_PANELS][HELD_CHUNKS];
+    load_panels(x, in, chunk, w.lane);
+    wait_for_slot(w.ring);
+    const u8* tile = w.ring.slots + w.ring.slot * SLOT_BYTES;
+    HalfTile h[2];
+    load_half<type>(h[0], tile, w.lane, 0);
+    load_half<type>(h[1], tile, w.lane, 1);
+    if (type != F16) release_slot(w, upcoming);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (half == 1 && HELD_CHUNKS == 4) load_panels(x, in, chunk + 4, w.lane);
+#pragma unroll
+        for (int step = 0; step < 8; step++) {
+            u32 a[4];
+            fragment<type>(a, h[half], tile, w.lane, half, step);
+#pragma unroll
+            for (int n = 0; n < NUM_PANELS; n++) {
+                const uint4& v = x[n][(half * 4 + step / 2) % HELD_CHUNKS];
+                if (step % 2 == 0) mma_m16n8k16(sum[n][0], a, v.x, v.y);
+                else mma_m16n8k16(sum[n][1], a, v.z, v.w);
+            }
+        }
+    }
+    if (type == F16) release_slot(w, upcoming);
+}
+
 template <int type>
 __device__ __forceinline__ void multiply_piece(
     Sums& sum, const Piece& p, const Input& in, Worker& w, const Upcoming& upcoming) {
-    int chunk = p.first_block * 8;
-    for (int left = p.num_units; left > 0; left--, chunk += 8) {
-        const u8* tile = w.ring.slots + w.ring.slot * SLOT_BYTES;
-        multiply_tile<type>(sum, tile, in, chunk, w.ring, w.lane);
-        __syncwarp();
-        refill(w, w.ring.slot, upcoming);
-        if (++w.ring.slot == SLOTS) w.ring.slot = 0, w.ring.phase ^= 1;
-    }
+    const int end = (p.first_block + p.num_units) * 8;
+    for (int chunk = p.first_block * 8; chunk < end; chunk += 8)
+        multiply_tile<type>(sum, in, chunk, w, upcoming);
 }
 
 template <int type>
@@ -307,28 +351,29 @@ __device__ __forceinline__ void start_ring(Worker& w, const Upcoming& upcoming) 
     for (int s = 0; s < SLOTS; s++) refill(w, s, upcoming);
 }
 
-// pieces: Piece [blocks x TEAMS, max_pieces]; upcoming: the next launch's or null, [same teams,
-// upcoming_max_pieces]; panels: fp16 panels of x, [NUM_PANELS, num_blocks * 8, 32 lanes, 8]; rows:
-// float32 [num_tokens, stride] or null; out_panels: fp16 panels or null; partial: float4 [slots, 4,
-// NUM_PANELS, 32]; counters: int32 [cut stripes, 4], zero.
+// deals: u8 [blocks, deal_bytes(max_pieces)]; upcoming: the next launch's or null; panels: fp16
+// panels of x, [NUM_PANELS, num_blocks * 8, 32 lanes, 8]; rows: float32 [num_tokens, stride] or
+// null; out_panels: fp16 panels or null; partial: float4 [slots, SUMS], all words AWAITED.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) quant_gemv(
-    const Piece* pieces, const Piece* upcoming, const u8* panels, float* rows, u8* out_panels,
-    float4* partial, int* counters, int max_pieces, int upcoming_max_pieces, int upcoming_bytes,
-    int num_blocks, int num_tokens, int stride) {
+    const u8* deals, const u8* upcoming, const u8* panels, float* rows, u8* out_panels,
+    float4* partial, int max_pieces, int upcoming_max_pieces, int upcoming_bytes, int num_blocks,
+    int num_tokens, int stride) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ u64 full[WARPS * SLOTS];
     allow_next_kernel();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    Piece* table = (Piece*)(memory + WARPS * SLOTS * SLOT_BYTES);
-    const uint4* dealt = (const uint4*)(pieces + blockIdx.x * TEAMS * max_pieces);
-    for (int i = threadIdx.x; i < TEAMS * max_pieces * PIECE_WORDS; i += THREADS)
-        ((uint4*)table)[i] = dealt[i];
+    float4* sums = (float4*)(memory + WARPS * SLOTS * SLOT_BYTES);
+    u8* dealt = (u8*)(sums + 2 * TEAMS * SUMS);
+    const int bytes = deal_bytes(max_pieces);
+    for (int i = threadIdx.x * 8; i < bytes; i += THREADS * 8)
+        *(uint2*)(dealt + i) = *(const uint2*)(deals + (long long)blockIdx.x * bytes + i);
     __syncthreads();
 
-    const Piece* first = table + warp / TEAM_WARPS * max_pieces;
+    const Piece* pieces = (const Piece*)dealt + warp / TEAM_WARPS * max_pieces;
+    const Seam* seams = (const Seam*)((const Piece*)dealt + TEAMS * max_pieces);
     const Upcoming next = {upcoming, upcoming_max_pieces, upcoming_bytes};
     Worker w = {{memory + warp * SLOTS * SLOT_BYTES, full + warp * SLOTS, 0, 0},
-                {first, nullptr, 0},
+                {pieces, nullptr, 0},
                 true,
                 int(blockIdx.x) * TEAMS + warp / TEAM_WARPS,
                 warp % TEAM_WARPS,
@@ -338,17 +383,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) quant_gemv(
     wait_for_previous_kernel();
     const Output out = {rows, out_panels, stride, num_tokens};
     const Input in = {panels, num_blocks * 8, num_tokens};
-    for (const Piece* p = first; p->num_units > 0; p++) {
+    for (const Piece* p = pieces; p->num_units > 0; p++) {
         Sums sum = {};
         dispatch<0>(sum, *p, in, w, next);
         Totals total;
 #pragma unroll
-        for (int n = 0; n < NUM_PANELS; n++)
+        for (int n = 0; n < NUM_PANELS; n++) {
             total[n] = make_float4(
                 sum[n][0][0] + sum[n][1][0], sum[n][0][1] + sum[n][1][1],
                 sum[n][0][2] + sum[n][1][2], sum[n][0][3] + sum[n][1][3]);
-        const bool is_whole = p->slot < 0;
-        if (is_whole || join(total, *p, partial, counters, w.part, lane))
-            finish(out, *p, total, w.part, lane);
+            if (p->sums >= 0) sums[p->sums * SUMS + (w.part * NUM_PANELS + n) * 32 + lane] = total[n];
+        }
+        if (p->sums < 0) finish(out, p->row, p->num_rows, total, w.part, lane);
     }
+    __syncthreads();
+    // The last first: what goes to another block must not wait for what comes from one.
+    for (int s = MAX_SEAMS - 1 - warp / TEAM_WARPS; s >= 0; s -= TEAMS)
+        if (seams[s].num_sums > 0) close_seam(seams[s], sums, partial, out, w.part, lane);
 }

@@ -6,7 +6,8 @@ card only, never on the number of tokens, so that sums keep their order. The dev
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections import Counter
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from daemon.kernels.runtime.device_array import DeviceArray
 from daemon.kernels.runtime.kernel import Kernel, Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
-PARAMETERS = ("pointer",) * 7 + ("int32",) * 6
+PARAMETERS = ("pointer",) * 6 + ("int32",) * 6
 ROOMY_SHARED_BYTES = 160 * 1024
 """Cards with more have four teams a multiprocessor, others two."""
 
@@ -32,27 +33,19 @@ STATIC_SHARED_BYTES = 3072
 WITHOUT_COPY_ENGINE = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
 """Plain sm_90 leaves Hopper's own instructions out: tests run the portable code with it."""
 
+AWAITED_BYTE = 0xFF
+"""Four of them are a sum that no block has written yet."""
+
 STORE, ADD, SWIGLU = 0, 1, 2
 """What happens to the sums; SWIGLU needs a paired matrix and gives panels for the next product."""
 
-PIECE = np.dtype(
-    [
-        ("units", np.uint64),
-        ("kind", np.int32),
-        ("tile_bytes", np.int32),
-        ("first_block", np.int32),
-        ("num_units", np.int32),
-        ("row", np.int32),
-        ("num_rows", np.int32),
-        ("slot", np.int32),
-        ("first_slot", np.int32),
-        ("num_slots", np.int32),
-        ("counter", np.int32),
-    ],
-    align=True,
-)
+_INTS = "type tile_bytes first_block num_units row num_rows sums unused"
+PIECE = np.dtype([("units", np.uint64), *((name, np.int32) for name in _INTS.split())])
 """struct Piece of quant_gemv.cu."""
 
+_INTS = "first_sums num_sums row num_rows first_slot num_before own_slot unused"
+SEAM = np.dtype([(name, np.int32) for name in _INTS.split()])
+"""struct Seam of quant_gemv.cu."""
 
 Table = np.ndarray[Any, np.dtype[Any]]
 
@@ -68,13 +61,15 @@ class Stripe(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Who does what for one matrix, on the device: `pieces` is PIECE bytes `[teams, most + 1]`."""
+    """Who does what for one matrix: `deals` u8 `[blocks, bytes of a block's lists]` on the device.
+
+    `partial` holds sums on their way between blocks.
+    """
 
     matrix: PackedMatrix
-    pieces: DeviceArray
+    deals: DeviceArray
     max_pieces: int
     partial: DeviceArray
-    counters: DeviceArray
 
 
 class GemvShape(NamedTuple):
@@ -113,18 +108,13 @@ class GemvKernels:
         self._kernels: dict[tuple[int, ...], Kernel] = {}
 
     def plan(self, matrix: PackedMatrix) -> Plan:
-        """Deal a matrix to the teams, once, when the model is loaded."""
-        dealt = deal(matrix, self._num_blocks * self._shape.teams)
-        counters = self._device.allocate((max(dealt.num_cut, 1), TEAM_WARPS), np.int32)
-        self._device.fill(counters, 0)
-        partial = (max(dealt.num_slots, 1), MAX_TOKENS, STRIPE_ROWS)
-        return Plan(
-            matrix,
-            self._device.to_device(dealt.pieces.view(np.uint8).reshape(len(dealt.pieces), -1)),
-            dealt.pieces.shape[1],
-            self._device.allocate(partial, np.float32),
-            counters,
-        )
+        """Deal a matrix to the blocks, once, when the model is loaded."""
+        dealt = deal(matrix, self._num_blocks, self._shape.teams)
+        slots = (max(dealt.num_slots, 1), MAX_TOKENS, STRIPE_ROWS)
+        partial = self._device.allocate(slots, np.float32)
+        self._device.fill(partial, AWAITED_BYTE)
+        deals = self._device.to_device(dealt.bytes())
+        return Plan(matrix, deals, dealt.pieces.shape[2], partial)
 
     def multiply(
         self,
@@ -152,16 +142,16 @@ class GemvKernels:
         rows, out_panels = (0, out) if epilogue == SWIGLU else (out, 0)
         assert matrix.paired == (epilogue == SWIGLU)
         assert out.num_bytes >= num_tokens * stride * (2 if epilogue == SWIGLU else 4)
-        tables = (plan.pieces, upcoming.pieces if upcoming else 0)
+        deals = (plan.deals, upcoming.deals if upcoming else 0)
         lengths = (plan.max_pieces, upcoming.max_pieces if upcoming else 0)
         kernel.launch(
             self._device.stream,
             (self._num_blocks, 1, 1),
             (32 * shape.warps, 1, 1),
-            *(*tables, panels, rows, out_panels, plan.partial, plan.counters),
+            *(*deals, panels, rows, out_panels, plan.partial),
             *(*lengths, shape.prefetch_bytes),
             *(matrix.columns // BLOCK_COLUMNS, num_tokens, stride),
-            shared_bytes=shared_bytes(shape, slots, slot_bytes, plan.max_pieces),
+            shared_bytes=shared_bytes(shape, slots, slot_bytes, num_panels, plan.max_pieces),
             dependent=True,
         )
 
@@ -197,9 +187,13 @@ def defines(
     }
 
 
-def shared_bytes(shape: GemvShape, slots: int, slot_bytes: int, max_pieces: int) -> int:
-    """Rings of all warps, and the lists of pieces of all teams."""
-    return shape.warps * slots * slot_bytes + shape.teams * max_pieces * PIECE.itemsize
+def shared_bytes(
+    shape: GemvShape, slots: int, slot_bytes: int, num_panels: int, max_pieces: int
+) -> int:
+    """Rings of all warps, sums of two pieces of each team, and what the block is dealt."""
+    sums = 2 * shape.teams * num_panels * PANEL_TOKENS * STRIPE_ROWS * 4
+    lists = shape.teams * max_pieces * PIECE.itemsize + _max_seams(shape.teams) * SEAM.itemsize
+    return shape.warps * slots * slot_bytes + sums + lists
 
 
 def _types_and_slot(matrix: PackedMatrix) -> tuple[int, int]:
@@ -209,35 +203,95 @@ def _types_and_slot(matrix: PackedMatrix) -> tuple[int, int]:
 
 
 class Dealt(NamedTuple):
-    """`pieces` (PIECE) `[teams, most of a team + 1]`, ended by empty ones; slots, cut stripes."""
+    """Lists of all blocks, ended by empty rows, and how many slots their seams use.
+
+    `pieces` (PIECE) `[blocks, teams, most + 1]`, `seams` (SEAM) `[blocks, teams + 2]`.
+    """
 
     pieces: Table
+    seams: Table
     num_slots: int
-    num_cut: int
+
+    def bytes(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Each block's pieces, then its seams."""
+        parts = (self.pieces, self.seams)
+        return np.concatenate([part.view(np.uint8).reshape(len(part), -1) for part in parts], 1)
 
 
-def deal(matrix: PackedMatrix, num_teams: int) -> Dealt:
-    """Cut the units of all stripes, in order, into runs of equal bytes, one a team."""
+class _Run(NamedTuple):
+    """Units `first` to `first + num_units` of stripe `stripe`, for team `team` of block `block`."""
+
+    block: int
+    team: int
+    stripe: int
+    first: int
+    num_units: int
+
+
+def deal(matrix: PackedMatrix, num_blocks: int, num_teams: int) -> Dealt:
+    """Cut the units of all stripes, in order, into shares of equal bytes for blocks and teams."""
     stripes = stripes_of(matrix)
     units = matrix.columns // BLOCK_COLUMNS
-    weights = np.repeat([stripe.tile_bytes for stripe in stripes], units)
-    ends = np.cumsum(weights)
-    cuts = np.searchsorted(ends, np.arange(1, num_teams) * (ends[-1] / num_teams), side="right")
-    pieces: list[list[int]] = []
-    counts = []
-    for start, stop in pairwise([0, *cuts.tolist(), len(weights)]):
-        before = len(pieces)
-        while start < stop:
-            index, first = divmod(start, units)
-            count = min(units - first, stop - start)
-            pieces.append([index, first, count])
-            start += count
-        counts.append(len(pieces) - before)
-    table, num_slots, num_cut = _piece_table(pieces, stripes)
-    by_team = np.zeros((num_teams, max(counts) + 1), PIECE)
-    for team, rows in enumerate(np.split(table, np.cumsum(counts)[:-1])):
-        by_team[team, : len(rows)] = rows
-    return Dealt(by_team, num_slots, num_cut)
+    ends = np.cumsum(np.repeat([stripe.tile_bytes for stripe in stripes], units))
+    runs: list[_Run] = []
+    for block, (first, last) in enumerate(pairwise(_cuts(ends, 0, len(ends), num_blocks))):
+        for team, (start, stop) in enumerate(pairwise(_cuts(ends, first, last, num_teams))):
+            while start < stop:
+                stripe, offset = divmod(start, units)
+                count = min(units - offset, stop - start)
+                runs.append(_Run(block, team, stripe, offset, count))
+                start += count
+    counts = np.zeros((num_blocks, num_teams), np.int32)
+    for run in runs:
+        counts[run.block, run.team] += 1
+    pieces = np.zeros((num_blocks, num_teams, counts.max() + 1), PIECE)
+    _fill_pieces(pieces, runs, stripes, units)
+    seams = np.zeros((num_blocks, _max_seams(num_teams)), SEAM)
+    return Dealt(pieces, seams, _fill_seams(seams, runs, stripes, units))
+
+
+def _cuts(ends: np.ndarray[Any, Any], first: int, last: int, num_shares: int) -> list[int]:
+    """Bounds of `num_shares` runs of equal bytes of units `[first, last)`; `ends` adds bytes up."""
+    before = int(ends[first - 1]) if first else 0
+    after = int(ends[last - 1]) if last else 0
+    marks = before + np.arange(1, num_shares) * ((after - before) / num_shares)
+    inner = np.searchsorted(ends, marks, side="right").clip(first, last)
+    return [first, *inner.tolist(), last]
+
+
+def _max_seams(num_teams: int) -> int:
+    return num_teams + 2
+
+
+def _fill_pieces(pieces: Table, runs: list[_Run], stripes: list[Stripe], units: int) -> None:
+    counts: Counter[tuple[int, int]] = Counter()
+    cut: Counter[int] = Counter()
+    for run in runs:
+        place, stripe = (run.block, run.team), stripes[run.stripe]
+        sums = -1 if run.num_units == units else cut[run.block]
+        cut[run.block] += run.num_units < units
+        pointer = stripe.pointer + run.first * TEAM_WARPS * stripe.tile_bytes
+        shape = (stripe.kind, stripe.tile_bytes, run.first, run.num_units, stripe.row, stripe.num_rows)
+        pieces[run.block, run.team, counts[place]] = (pointer, *shape, sums, 0)
+        counts[place] += 1
+
+
+def _fill_seams(seams: Table, runs: list[_Run], stripes: list[Stripe], units: int) -> int:
+    """Returns how many slots are used."""
+    slot = 0
+    counts: Counter[int] = Counter()
+    cut: Counter[int] = Counter()
+    for index, group in groupby((run for run in runs if run.num_units < units), lambda r: r.stripe):
+        shares = Counter(run.block for run in group)
+        first_slot, last = slot, max(shares)
+        for number, (block, num_sums) in enumerate(sorted(shares.items())):
+            own = -1 if block == last else first_slot + number
+            where = (stripes[index].row, stripes[index].num_rows, first_slot, number, own, 0)
+            seams[block, counts[block]] = (cut[block], num_sums, *where)
+            counts[block] += 1
+            cut[block] += num_sums
+        slot += len(shares) - 1
+    return slot
 
 
 def stripes_of(matrix: PackedMatrix) -> list[Stripe]:
@@ -251,20 +305,3 @@ def stripes_of(matrix: PackedMatrix) -> list[Stripe]:
             pointer = tiles.pointer + index * stripe_bytes
             stripes.append(Stripe(pointer, kind.code, kind.tile_bytes, first_row + row, valid))
     return stripes
-
-
-def _piece_table(pieces: list[list[int]], stripes: list[Stripe]) -> tuple[Table, int, int]:
-    table = np.zeros(len(pieces), PIECE)
-    shares = np.bincount([index for index, _, _ in pieces], minlength=len(stripes))
-    slot = first_slot = counter = 0
-    for number, (index, first, count) in enumerate(pieces):
-        stripe, share = stripes[index], int(shares[index])
-        whole = share == 1
-        units = stripe.pointer + first * 4 * stripe.tile_bytes
-        if first == 0 and not whole:
-            first_slot, counter = slot, counter + 1
-        slots = (-1, 0, 1, 0) if whole else (slot, first_slot, share, counter - 1)
-        slot += not whole
-        shape = (stripe.kind, stripe.tile_bytes, first, count, stripe.row, stripe.num_rows)
-        table[number] = (units, *shape, *slots)
-    return table, slot, counter

@@ -8,7 +8,7 @@ pytest.importorskip("cuda.core")
 
 from daemon.kernels import quant_activations, quant_gemv
 from daemon.kernels.quant_activations import PANELS, ActivationKernels
-from daemon.kernels.quant_gemv import ADD, PIECE, STORE, SWIGLU, GemvKernels, choose_shape, deal
+from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU, GemvKernels, choose_shape, deal
 from daemon.kernels.quant_pack import F16, Q4_K, Q6_K, PackedMatrix, Packer, RawMatrix, Segment
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
 from daemon.kernels.runtime.device import Device
@@ -32,13 +32,14 @@ def fake_matrix(columns: int, parts: list[tuple[object, int]]) -> PackedMatrix:
     return PackedMatrix(row, columns, tuple(segments), False)
 
 
-@pytest.mark.parametrize("num_teams", [1, 7, 528])
-def test_every_unit_is_dealt_once_in_equal_shares(num_teams: int) -> None:
-    matrix = fake_matrix(1536, [(Q4_K, 1000), (Q6_K, 330), (F16, 20)])
-    dealt = deal(matrix, num_teams)
-    assert dealt.pieces.dtype == PIECE
-    assert len(dealt.pieces) == num_teams
-    assert (dealt.pieces["num_units"][:, -1] == 0).all()
+@pytest.mark.parametrize("num_blocks", [1, 7, 132])
+@pytest.mark.parametrize("num_teams", [2, 4])
+@pytest.mark.parametrize("columns", [256, 1536, 17408])
+def test_every_unit_is_dealt_once_in_equal_shares(
+    num_blocks: int, num_teams: int, columns: int
+) -> None:
+    matrix = fake_matrix(columns, [(Q4_K, 1000), (Q6_K, 330), (F16, 20)])
+    dealt = deal(matrix, num_blocks, num_teams)
     pieces = dealt.pieces[dealt.pieces["num_units"] > 0]
     units = [
         (row, first + i)
@@ -48,20 +49,44 @@ def test_every_unit_is_dealt_once_in_equal_shares(num_teams: int) -> None:
         for i in range(n)
     ]
     stripes = [r for s in matrix.segments for r in range(s.first_row, s.first_row + s.rows, 64)]
-    assert units == [(row, block) for row in stripes for block in range(6)]
-    share = (dealt.pieces["num_units"] * dealt.pieces["tile_bytes"]).sum(1)
-    assert share.max() - share.mean() <= 2 * F16.tile_bytes
-    for team in dealt.pieces:
-        count = int((team["num_units"] > 0).sum())
-        assert (team["num_units"][:count] > 0).all()
-        assert (team["slot"][1 : count - 1] == -1).all()
-    cut = pieces[pieces["slot"] >= 0]
-    assert sorted(cut["slot"]) == list(range(dealt.num_slots))
-    for counter in range(dealt.num_cut):
-        own = cut[cut["counter"] == counter]
-        assert len(set(own["row"])) == 1
-        assert list(own["slot"]) == list(range(own["first_slot"][0], own["slot"][-1] + 1))
-        assert set(own["num_slots"]) == {len(own)}
+    assert units == [(row, block) for row in stripes for block in range(columns // 256)]
+    share = (dealt.pieces["num_units"] * dealt.pieces["tile_bytes"]).sum(2)
+    assert share.sum(1).max() - share.sum(1).mean() <= F16.tile_bytes
+    assert (share.max(1) - share.mean(1)).max() <= F16.tile_bytes
+    assert (dealt.pieces["num_units"][..., -1] == 0).all()
+    assert (dealt.seams["num_sums"][:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("num_blocks", [1, 7, 132])
+@pytest.mark.parametrize("columns", [256, 1536, 17408])
+def test_every_cut_stripe_is_joined_once_in_order(num_blocks: int, columns: int) -> None:
+    matrix = fake_matrix(columns, [(Q4_K, 1000), (Q6_K, 330), (F16, 20)])
+    dealt = deal(matrix, num_blocks, 4)
+    written: dict[int, int] = {}
+    finished: list[int] = []
+    for block, (teams, seams) in enumerate(zip(dealt.pieces, dealt.seams, strict=True)):
+        pieces = teams[teams["num_units"] > 0]
+        cut = pieces[pieces["sums"] >= 0]
+        assert list(cut["sums"]) == list(range(len(cut)))
+        assert len(cut) <= 8
+        finished += pieces["row"][pieces["sums"] < 0].tolist()
+        joined = 0
+        for seam in seams[seams["num_sums"] > 0]:
+            own = cut[seam["first_sums"] : seam["first_sums"] + seam["num_sums"]]
+            assert set(own["row"]) == {seam["row"]}
+            joined += len(own)
+            before = range(seam["first_slot"], seam["first_slot"] + seam["num_before"])
+            assert all(written[slot] == seam["row"] for slot in before)
+            if seam["own_slot"] < 0:
+                finished.append(int(seam["row"]))
+            else:
+                assert seam["own_slot"] == before.stop
+                written[int(seam["own_slot"])] = int(seam["row"])
+        assert joined == len(cut), block
+    assert sorted(written) == list(range(dealt.num_slots))
+    assert sorted(finished) == sorted(
+        r for s in matrix.segments for r in range(s.first_row, s.first_row + s.rows, 64)
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
