@@ -4,11 +4,12 @@ Runs on the main thread; the model itself is loaded on the engine's thread, whic
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import msgspec
+import numpy as np
 from starlette.applications import Starlette
 
 from daemon import __version__
@@ -16,7 +17,7 @@ from daemon.api.app import create_app
 from daemon.api.service import Service
 from daemon.cache.checkpoint_cache import CheckpointCache
 from daemon.cache.prefix_hash import fingerprint
-from daemon.checkpoint import PAGE_TOKENS
+from daemon.checkpoint import PAGE_TOKENS, Reach
 from daemon.config import DEFAULT_CONTEXT, CacheConfig, Config, EngineConfig, ModelConfig
 from daemon.devices import make_backend, prefill_tokens
 from daemon.engine.backends.backend import Backend
@@ -33,11 +34,15 @@ from daemon.engine.weights.loader import load_model, model_shape
 from daemon.errors import ConfigError, ModelFileError, OutOfDeviceMemory
 from daemon.metrics import Metrics
 from daemon.text.prompt import PromptBuilder
-from daemon.text.template import ChatTemplate
+from daemon.text.prompt_history import FrameShape, PastPrompt, PromptHistory
+from daemon.text.template import FRAME_END, FRAME_START, ChatTemplate
 from daemon.text.tokenizer import Tokenizer
 
 STATE_VERSION = 1
 """Counts changes to the layout or the arithmetic of states; a new one makes old ones unusable."""
+
+MAX_STORED_PROMPT_TOKENS = 1 << 20
+"""Of prompts of earlier runs, so many tokens are read back at the start."""
 
 NUM_CAPTURE_SLOTS = 4
 RECOMMENDED = SamplingParams(temperature=0.6, top_p=0.95, top_k=20)
@@ -140,6 +145,7 @@ def assemble(config: Config) -> Daemon:
         if cache is not None:
             cache.close()
         raise
+    history = _prompt_history(tokenizer, cache, identity)
     service = Service(
         engine=engine,
         engine_state=lambda: "ok" if engine.failure is None else "stopped",
@@ -148,6 +154,8 @@ def assemble(config: Config) -> Daemon:
         remember=replies.remember,
         cache_stats=lambda: {} if cache is None else msgspec.to_builtins(cache.stats()),
         metrics=Metrics(),
+        history=history,
+        reach=_reach(cache, config.engine.strict),
         sampling=_recommended_sampling(file),
         fingerprint=f"qwend-{__version__}-{identity.hex()[:12]}",
         version=__version__,
@@ -217,6 +225,37 @@ def _open_cache(config: CacheConfig, identity: bytes, model_name: str) -> Checkp
         budget_bytes=config.budget_bytes,
         interval_tokens=config.interval_tokens,
     )
+
+
+def _reach(cache: CheckpointCache | None, strict: bool) -> Callable[[Sequence[int]], Reach]:
+    """What the store has of a prompt; the last token is always evaluated."""
+    if cache is None:
+        return lambda _: Reach(None)
+    return lambda tokens: cache.reach(tokens, len(tokens) - 1, strict)
+
+
+def _prompt_history(
+    tokenizer: Tokenizer, cache: CheckpointCache | None, identity: bytes
+) -> PromptHistory:
+    """What new prompts are compared with: at the start, what the store has from before."""
+    shape = FrameShape(tokenizer.control_tokens[FRAME_START], tuple(tokenizer.encode(FRAME_END)))
+    history = PromptHistory(shape)
+    stored = [] if cache is None else cache.stored_prompts(MAX_STORED_PROMPT_TOKENS)
+    for number, prompt in enumerate(reversed(stored)):
+        tokens = np.frombuffer(prompt.tokens, "<u4").astype(np.uint32)
+        history.add(
+            PastPrompt(
+                id=f"stored-{number}",
+                session=prompt.session,
+                tokens=tokens,
+                num_prompt=len(tokens),
+                num_evaluated=len(tokens),
+                began_s=prompt.used_us / 1e6,
+                state="stored",
+                model="" if prompt.fingerprint == identity else prompt.fingerprint.hex(),
+            )
+        )
+    return history
 
 
 def _identity(file: GGUFFile, template_source: str, backend: Backend) -> bytes:

@@ -28,6 +28,17 @@ Reason = Literal[
 Birth = Literal["prompt", "decode"]
 """How a state was born: by prompt evaluation on the 64-token grid, or by decoding."""
 
+Tier = Literal["device", "host", "disk"]
+"""Where a checkpoint lies: on the device, in this machine's memory, or in the store's file."""
+
+Departure = Literal[
+    "evicted",  # to stay within the budget
+    "dropped",  # given up before it was written
+    "damaged",  # it was not what had been written
+    "wiped",  # somebody asked for it
+]
+"""Why a checkpoint went."""
+
 HostBytes = bytes | bytearray | memoryview
 
 
@@ -44,6 +55,21 @@ class Found(Struct, frozen=True):
     position: int
     born: Birth
     reason: Reason
+    tier: Tier = "disk"
+
+
+class Departed(Struct, frozen=True):
+    """A checkpoint that was stored once, at `position`."""
+
+    position: int
+    cause: Departure
+
+
+class Reach(Struct, frozen=True):
+    """What of a prompt a store has, and what it had: `departed` lies beyond `found`."""
+
+    found: Found | None
+    departed: Departed | None = None
 
 
 class Snapshot(Struct, frozen=True):

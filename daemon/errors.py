@@ -10,7 +10,8 @@
     ├── RequestError               what a client sent; the message goes back to it
     │   ├── InvalidRequest         a value, a role, a schema; names the parameter
     │   ├── PromptTooLong          more tokens than the context holds
-    │   └── UnknownModel
+    │   ├── UnknownModel
+    │   └── UnknownRequest         asked about, and not remembered
     ├── Overloaded                 try again later
     ├── EngineStopped              the engine is shutting down or has failed
     ├── StoreError                 the checkpoint store
@@ -92,6 +93,10 @@ class PromptTooLong(RequestError):
 
 class UnknownModel(RequestError):
     """The request names a model that this daemon does not serve."""
+
+
+class UnknownRequest(RequestError):
+    """Nothing is remembered of a request that somebody asks about."""
 
 
 class Overloaded(QwendError):

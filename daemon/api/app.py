@@ -10,6 +10,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from daemon.api.cache_routes import CacheRoutes
 from daemon.api.errors import http_error_response, qwend_error_response, unexpected_error_response
 from daemon.api.generation import Generations
 from daemon.api.openai_chat import ChatCompletions
@@ -26,6 +27,7 @@ def create_app(service: Service) -> Starlette:
     generations = Generations(service)
     status = Status(service)
     chat = ChatCompletions(service, generations)
+    cache = CacheRoutes(service, generations, {"chat": chat.conversation})
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -39,6 +41,9 @@ def create_app(service: Service) -> Starlette:
             Route("/v1/models", status.models),
             Route("/v1/models/{model:path}", status.model),
             Route("/v1/cache/stats", status.cache_stats),
+            Route("/v1/cache/requests", cache.requests),
+            Route("/v1/cache/requests/{id}", cache.request),
+            Route("/v1/cache/plan", cache.plan, methods=["POST"]),
             Route("/v1/chat/completions", chat.answer, methods=["POST"]),
         ],
         exception_handlers={

@@ -22,6 +22,7 @@ from daemon.errors import (
     QwendError,
     RequestError,
     UnknownModel,
+    UnknownRequest,
 )
 
 
@@ -49,6 +50,7 @@ class _Kind(NamedTuple):
 _KINDS: dict[type[QwendError], _Kind] = {
     PromptTooLong: _Kind(400, "invalid_request_error", "context_length_exceeded"),
     UnknownModel: _Kind(404, "invalid_request_error", "model_not_found"),
+    UnknownRequest: _Kind(404, "invalid_request_error", "request_not_found"),
     InvalidRequest: _Kind(400, "invalid_request_error", None),
     RequestError: _Kind(400, "invalid_request_error", None),
     Overloaded: _Kind(503, "overloaded_error", "overloaded"),

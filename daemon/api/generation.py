@@ -14,10 +14,12 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from msgspec import Struct
 
+from daemon.api.cache_plan import CachePlan, CachePlanner, Draft, Status, plan_of
 from daemon.api.mailbox import Mailbox
 from daemon.api.reply import Reply, ReplyRules, joined
+from daemon.api.request_plans import RequestPlans
 from daemon.api.service import Service
-from daemon.checkpoint import Boundary
+from daemon.checkpoint import Boundary, Found
 from daemon.engine.requests import (
     Event,
     Failed,
@@ -74,13 +76,19 @@ class Outcome(Struct, frozen=True, kw_only=True):
 
 
 class Generations:
-    """All replies being generated. One object a daemon; `close` ends them all."""
+    """All replies being generated. One object a daemon; `close` ends them all.
+
+    Attributes:
+        plans: what the last requests reused, and why not more.
+    """
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         self._live: set[Generation] = set()
         self._closed = False
+        self._planner = CachePlanner(service.tokenizer, service.history, service.reach)
+        self.plans = RequestPlans()
 
     async def on_prompt_thread(self, function: Callable[..., T], *args: object) -> T:
         """Run what takes long for long inputs, off the event loop and one at a time.
@@ -94,7 +102,7 @@ class Generations:
         return await loop.run_in_executor(self._prompt_thread, function, *args)
 
     async def start(self, conversation: Conversation, rules: ReplyRules) -> "Generation":
-        """Build the prompt and queue it. The caller must `close` what it gets.
+        """Build the prompt, plan it and queue it. The caller must `close` what it gets.
 
         Raises:
             InvalidRequest: the template refuses the messages.
@@ -102,18 +110,39 @@ class Generations:
             Overloaded: too many requests wait.
             EngineStopped: no request is taken any more.
         """
-        prompt = await self.on_prompt_thread(
-            self._service.prompts.build,
-            conversation.messages,
-            conversation.tools,
-            conversation.template_options,
-        )
+        prompt, draft = await self.on_prompt_thread(self._prepare, conversation)
         if self._closed:
             raise EngineStopped("The server is shutting down.")
-        generation = Generation(self._service, prompt, conversation, rules, self)
+        generation = Generation(self._service, prompt, draft, conversation, rules, self)
         generation.submit()
         self._live.add(generation)
+        self.soon_on_prompt_thread(self._planner.remember, draft, prompt)
         return generation
+
+    async def plan(self, conversation: Conversation) -> CachePlan:
+        """What an answer would reuse; nothing is evaluated, and nothing remembered.
+
+        Raises:
+            InvalidRequest: the template refuses the messages.
+            EngineStopped: the server is shutting down.
+        """
+        _, draft = await self.on_prompt_thread(self._prepare, conversation)
+        return plan_of(draft, draft.reach.found, "dry_run", self.plans.token_s)
+
+    def ended(self, draft: Draft, reply: Sequence[int], num_evaluated: int, whole: bool) -> None:
+        """Record how far a request came; prompt thread."""
+        self._planner.end(draft.id, reply, num_evaluated, whole)
+
+    def soon_on_prompt_thread(self, function: Callable[..., None], *args: object) -> None:
+        """Run something there some time, unless the server shuts down."""
+        if not self._closed:
+            self._prompt_thread.submit(function, *args)
+
+    def _prepare(self, conversation: Conversation) -> tuple[Prompt, Draft]:
+        prompt = self._service.prompts.build(
+            conversation.messages, conversation.tools, conversation.template_options
+        )
+        return prompt, self._planner.draft(uuid.uuid4().hex, prompt, conversation.session)
 
     def discard(self, generation: "Generation") -> None:
         """Forget a generation that has been closed."""
@@ -132,6 +161,7 @@ class Generation:
 
     Attributes:
         id: the request's id, in the engine and for the client.
+        plan: what it reuses; foreseen until evaluation begins, final once `pieces` is exhausted.
         outcome: how it ended; set once `pieces` is exhausted.
     """
 
@@ -139,14 +169,17 @@ class Generation:
         self,
         service: Service,
         prompt: Prompt,
+        draft: Draft,
         conversation: Conversation,
         rules: ReplyRules,
         owner: Generations,
     ) -> None:
-        self.id = uuid.uuid4().hex
+        self.id = draft.id
+        self.plan = plan_of(draft, draft.reach.found, "waiting", owner.plans.token_s)
         self.outcome: Outcome | None = None
         self._service = service
         self._prompt = prompt
+        self._draft = draft
         self._session = conversation.session
         self._rules = rules
         self._owner = owner
@@ -158,6 +191,7 @@ class Generation:
         self._finished: Finished | None = None
         self._finish = "cancelled"
         self._closed = False
+        self._restored: Found | None = None
         self._last_sign_s = self._loop.time()
 
     def submit(self) -> None:
@@ -179,6 +213,7 @@ class Generation:
         )
         self._service.engine.submit(request, self._mailbox.put)
         self._service.metrics.request_started()
+        self._owner.plans.put(self.plan)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The reply as it comes; at least one piece in every `sign_of_life_s` seconds.
@@ -207,6 +242,11 @@ class Generation:
         if self._finished is None:
             self.cancel()
         record = self._record()
+        if self.outcome is None:
+            self._plan_end(record, "failed" if self._finish == "failed" else "cancelled")
+            self._owner.soon_on_prompt_thread(
+                self._owner.ended, self._draft, (), self._num_done, False
+            )
         self._service.metrics.request_ended(record)
         log_request(record)
 
@@ -230,6 +270,7 @@ class Generation:
                     deltas += self._sampled(event, tokens)
                 case Started():
                     self._num_cached = self._num_done = event.num_cached_tokens
+                    self._plan_again(event.restored, "running", self._owner.plans.token_s)
                 case Progress():
                     self._num_done = event.num_done_tokens
                 case Finished():
@@ -255,8 +296,7 @@ class Generation:
         reply = self._reply
         if finished.reason == "cancelled" and not reply.is_cut:
             raise EngineStopped("The request was cancelled by the server.")
-        if finished.reason == "stop" and not reply.is_cut:
-            await self._owner.on_prompt_thread(self._remember, finished.tokens)
+        await self._owner.on_prompt_thread(self._remember, finished)
         reason: EndReason = "length" if finished.reason == "length" else "stop"
         if reason == "stop" and reply.num_calls:
             reason = "tool_calls"
@@ -268,9 +308,26 @@ class Generation:
             num_reply_tokens=reply.num_tokens,
             num_reasoning_tokens=reply.num_reasoning_tokens,
         )
+        self._plan_end(self._record(), "ended")
 
-    def _remember(self, tokens: tuple[int, ...]) -> None:
-        self._service.remember(self._service.prompts.replay_entries(self._prompt, tokens))
+    def _remember(self, finished: Finished) -> None:
+        if finished.reason == "stop" and not self._reply.is_cut:
+            entries = self._service.prompts.replay_entries(self._prompt, finished.tokens)
+            self._service.remember(entries)
+        num_evaluated = finished.num_prompt_tokens + len(finished.tokens)
+        self._owner.ended(self._draft, finished.tokens, num_evaluated, True)
+
+    def _plan_again(self, restored: Found | None, status: Status, token_s: float) -> None:
+        self.plan = plan_of(self._draft, restored, status, token_s)
+        self._restored = restored
+        self._owner.plans.put(self.plan)
+
+    def _plan_end(self, record: RequestRecord, status: Status) -> None:
+        """Put into the plan what the request really took."""
+        plans, seconds = self._owner.plans, record.prompt_ms / 1e3
+        plans.measured(record.num_evaluated_tokens, seconds)
+        token_s = seconds / record.num_evaluated_tokens if seconds else plans.token_s
+        self._plan_again(self._restored, status, token_s)
 
     def _record(self) -> RequestRecord:
         finished = self._finished

@@ -79,6 +79,12 @@ class ResponseFormat(Struct):
     type: str
 
 
+class CacheOptions(Struct):
+    """With `explain`, the answer says what it reused and why not more."""
+
+    explain: bool = False
+
+
 class ChatRequest(Struct, kw_only=True):
     """The body. Fields that are None take the model's own recommended value."""
 
@@ -110,16 +116,19 @@ class ChatRequest(Struct, kw_only=True):
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
+    cache: CacheOptions | None = None
 
 
 class Ask(Struct, frozen=True, kw_only=True):
-    """A chat request in our own terms. `ignored` are the keys that mean nothing to us."""
+    """A chat request in our own terms. `ignored` are the keys that mean nothing to us; with
+    `explain`, the answer carries its cache plan."""
 
     model: str | None
     conversation: Conversation
     rules: ReplyRules
     stream: bool
     include_usage: bool
+    explain: bool
     ignored: tuple[str, ...]
 
 
@@ -154,6 +163,7 @@ def read_ask(
         ),
         stream=bool(chat.stream),
         include_usage=chat.stream_options is not None and chat.stream_options.include_usage,
+        explain=chat.cache is not None and chat.cache.explain,
         ignored=tuple(key for key in unknown if key not in NO_OPS and key not in REFUSED),
     )
 

@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from daemon.api.cache_plan import CachePlan
 from daemon.api.generation import EndReason, Outcome, Piece
 from daemon.engine.requests import TokenLogprobs, TokenSampled
 from daemon.text.reply_parser import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
@@ -124,6 +125,7 @@ class ChatCompletion(Struct, kw_only=True):
     system_fingerprint: str
     choices: list[Choice]
     usage: Usage
+    cache_plan: CachePlan | UnsetType = UNSET
 
 
 class ChatCompletionChunk(Struct, kw_only=True):
@@ -136,6 +138,7 @@ class ChatCompletionChunk(Struct, kw_only=True):
     system_fingerprint: str
     choices: list[ChunkChoice]
     usage: Usage | None | UnsetType = UNSET
+    cache_plan: CachePlan | UnsetType = UNSET
 
 
 class Head(Struct, frozen=True):
@@ -171,14 +174,19 @@ class ChunkWriter:
         """The chunk that says why the answer ended."""
         return self._chunk(ChunkChoice(0, DeltaOut(), None, reason))
 
-    def usage(self, outcome: Outcome) -> bytes:
-        """The chunk after the last, without choices."""
-        return self._encode([], usage_out(outcome))
+    def usage(self, outcome: Outcome, plan: CachePlan | UnsetType = UNSET) -> bytes:
+        """The chunk after the last, without choices; with the cache plan, if asked for."""
+        return self._encode([], usage_out(outcome), plan)
 
     def _chunk(self, choice: ChunkChoice) -> bytes:
         return self._encode([choice], self._usage)
 
-    def _encode(self, choices: list[ChunkChoice], usage: Usage | None | UnsetType) -> bytes:
+    def _encode(
+        self,
+        choices: list[ChunkChoice],
+        usage: Usage | None | UnsetType,
+        plan: CachePlan | UnsetType = UNSET,
+    ) -> bytes:
         head = self._head
         return self._encoder.encode(
             ChatCompletionChunk(
@@ -188,14 +196,19 @@ class ChunkWriter:
                 system_fingerprint=head.fingerprint,
                 choices=choices,
                 usage=usage,
+                cache_plan=plan,
             )
         )
 
 
 def completion_body(
-    head: Head, pieces: Sequence[Piece], outcome: Outcome, tokenizer: Tokenizer
+    head: Head,
+    pieces: Sequence[Piece],
+    outcome: Outcome,
+    tokenizer: Tokenizer,
+    plan: CachePlan | UnsetType = UNSET,
 ) -> bytes:
-    """A whole answer, encoded."""
+    """A whole answer, encoded; with the cache plan, if asked for."""
     message = _message([delta for piece in pieces for delta in piece.deltas])
     tokens = [token for piece in pieces for token in piece.tokens]
     completion = ChatCompletion(
@@ -205,6 +218,7 @@ def completion_body(
         system_fingerprint=head.fingerprint,
         choices=[Choice(0, message, logprobs_out(tokens, tokenizer), outcome.reason)],
         usage=usage_out(outcome),
+        cache_plan=plan,
     )
     return msgspec.json.encode(completion)
 

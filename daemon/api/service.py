@@ -8,10 +8,13 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+from daemon.api.cache_plan import AskReach
+from daemon.checkpoint import Reach
 from daemon.engine.requests import Engine, SamplingParams
 from daemon.errors import UnknownModel
 from daemon.metrics import Metrics
 from daemon.text.prompt import PromptBuilder
+from daemon.text.prompt_history import PromptHistory
 from daemon.text.tokenizer import Tokenizer
 
 EngineState = Literal["loading", "ok", "stopped"]
@@ -37,7 +40,8 @@ class Service(Struct, frozen=True, kw_only=True):
 
     `sampling` are the model's own recommended values, which a request's override one by one.
     `aliases` are further names that the model answers to. `fingerprint` names build and weights
-    in answers, `created` is when the model was loaded, in Unix seconds. `cache_stats` gives the
+    in answers, `created` is when the model was loaded, in Unix seconds. `history` are the prompts
+    that new ones are compared with, `reach` says what the store has of one. `cache_stats` gives the
     store's own figures; it must be quick and thread-safe.
     """
 
@@ -48,6 +52,8 @@ class Service(Struct, frozen=True, kw_only=True):
     remember: Remember
     cache_stats: Callable[[], Mapping[str, Any]]
     metrics: Metrics
+    history: PromptHistory
+    reach: AskReach = lambda _: Reach(None)
     sampling: SamplingParams = SamplingParams()
     limits: Limits = Limits()
     aliases: tuple[str, ...] = ()

@@ -10,13 +10,15 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from daemon.cache.prefix_hash import PrefixChain
 from daemon.cache.records import MAX_SESSION_BYTES
 from daemon.cache.sampled_text import SampledText
 from daemon.cache.sessions import SessionRow, session_rows
 from daemon.cache.store import MIN_MAP_BYTES, Store
+from daemon.cache.stored_prompts import StoredPrompt
 from daemon.cache.timeline import StoredTimeline
 from daemon.cache.transfer import Transfer, now_us
-from daemon.checkpoint import PAGE_TOKENS
+from daemon.checkpoint import PAGE_TOKENS, Reach
 from daemon.errors import ConfigError
 
 MIN_BUDGET_BYTES = 4 * MIN_MAP_BYTES
@@ -158,6 +160,13 @@ class CheckpointCache:
             now_us=self._now_us,
         )
 
+    def reach(self, tokens: Sequence[int], limit: int, strict: bool) -> Reach:
+        """What is stored of a prompt at a position <= limit, and what was, without reading it."""
+        hashes = PrefixChain(self._fingerprint, tokens).hashes
+        state = self._transfer.find(hashes, limit, strict)
+        departed = self._transfer.departed(hashes, state.position if state else 0, limit)
+        return Reach(None if state is None else self._transfer.found(state), departed)
+
     def stats(self) -> CacheStats:
         """Numbers of this moment, over all models of the store."""
         states = self._transfer.states()
@@ -177,6 +186,10 @@ class CheckpointCache:
             num_damaged=counts.num_damaged,
             num_evicted=counts.num_evicted,
         )
+
+    def stored_prompts(self, max_tokens: int) -> list[StoredPrompt]:
+        """The tokens of what is on disk, the last used first: all models' prompts."""
+        return self._transfer.stored_prompts(max_tokens)
 
     def sessions(self) -> tuple[SessionRow, ...]:
         """Sessions, the last used first."""

@@ -103,6 +103,10 @@ class PrefixIndex:
             yield tip
             tip = self._pages[tip].parent
 
+    def inner_pages(self) -> set[bytes]:
+        """Keys of the pages that another page follows."""
+        return {page.parent for page in self._pages.values()}
+
     # ── changing ──────────────────────────────────────────────────────────────────────────────
 
     def add_page(self, row: PageRow, number: int) -> bool:

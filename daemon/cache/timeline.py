@@ -55,7 +55,7 @@ class StoredTimeline:
     def find(self, limit: int, strict: bool) -> Found | None:
         """The longest usable checkpoint at a position <= limit; memory only."""
         state = self._transfer.find(self._chain.hashes, limit, strict)
-        return None if state is None else Found(state.position, state.born, state.reason)
+        return None if state is None else self._transfer.found(state)
 
     def load(self, found: Found) -> "Future[Snapshot | None]":
         """Read it on another thread, and go on from it."""

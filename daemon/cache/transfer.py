@@ -16,14 +16,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from msgspec import Struct
 
 from daemon.cache.checkpoint_reader import DamagedPage, Wanted, read_checkpoint
+from daemon.cache.departures import Departures
 from daemon.cache.index_loader import load_index
 from daemon.cache.policy import Candidate, drop_order, eviction_order
 from daemon.cache.prefix_index import PageRow, Removed
-from daemon.cache.records import DamagedRecord, StateHeader, state_key
+from daemon.cache.records import HASH_BYTES, DamagedRecord, StateHeader, state_key
 from daemon.cache.sessions import StoredState, stored_states
 from daemon.cache.store import Store, WriteBatch, footprint
+from daemon.cache.stored_prompts import StoredPrompt, branches, read_prompts
 from daemon.cache.write_queue import Job, QueuedPage, QueuedState, WriteQueue
-from daemon.checkpoint import Birth, HostBytes, Snapshot
+from daemon.checkpoint import Birth, Departed, Departure, Found, HostBytes, Snapshot, Tier
 from daemon.errors import StoreError, StoreFull
 
 logger = logging.getLogger(__name__)
@@ -94,6 +96,7 @@ class Transfer:
         self._queue = WriteQueue()
         self._pending = _Pending(set(loaded.stale_pages), set(loaded.stale_states), {}, {}, {})
         self._pins: Counter[bytes] = Counter()
+        self._departures = Departures()
         self._counts: Counter[str] = Counter(damaged=loaded.num_damaged)
         self._is_closing = False
         self._is_busy = False
@@ -110,6 +113,17 @@ class Transfer:
         """See `PrefixIndex.find`; checkpoints that wait to be written are found too."""
         with self._lock:
             return self._index.find(hashes, limit, strict)
+
+    def found(self, state: StateHeader) -> Found:
+        """A state as the engine sees it."""
+        with self._lock:
+            tier: Tier = "disk" if self._queue.state(state.key) is None else "host"
+        return Found(state.position, state.born, state.reason, tier)
+
+    def departed(self, hashes: Sequence[bytes], start: int, stop: int) -> Departed | None:
+        """See `Departures.deepest`."""
+        with self._lock:
+            return self._departures.deepest(hashes, start, stop)
 
     def births(self, hashes: Iterable[bytes]) -> list[frozenset[Birth]]:
         """For each prefix, how its states were born."""
@@ -190,6 +204,13 @@ class Transfer:
         with self._lock:
             return stored_states(self._index, lambda key: self._queue.state(key) is not None)
 
+    def stored_prompts(self, max_tokens: int) -> list[StoredPrompt]:
+        """What prompts were, the last used first; those that wait to be written are left out."""
+        with self._lock:
+            chosen = branches(self._index, max_tokens)
+        with self._store.reading() as reader:
+            return list(read_prompts(reader, chosen))
+
     def flush(self) -> None:
         """Wait until all that was saved before is on disk or given up."""
         with self._lock:
@@ -228,6 +249,7 @@ class Transfer:
         )
         if fits and self._index.add_state(state.header, self._now_us()):
             self._queue.add(state, added)
+            self._departures.discard(state.header.hash)
             return True
         for page in reversed(added):
             self._index.prune(page.header.key)
@@ -246,11 +268,12 @@ class Transfer:
         for row in drop_order(self._candidates(is_queued=True)):
             if not is_over():
                 return
-            self._forget(self._index.remove_state(row.key))
+            self._forget(self._index.remove_state(row.key), "dropped")
             self._counts["dropped"] += 1
 
-    def _forget(self, removed: Removed) -> None:
+    def _forget(self, removed: Removed, cause: Departure) -> None:
         """Take what left the index out of the queue too, or doom it if it is on disk."""
+        self._departures.add((key[:HASH_BYTES] for key in removed.states), cause)
         self._pending.doomed_states.update(k for k in removed.states if not self._queue.state(k))
         self._pending.doomed_pages.update(k for k in removed.pages if not self._queue.page(k))
         self._queue.remove(removed.states, removed.pages)
@@ -311,7 +334,7 @@ class Transfer:
         for row in eviction_order(self._candidates(is_queued=False)):
             if self._index.num_bytes <= max_bytes:
                 return
-            self._forget(self._index.remove_state(row.key))
+            self._forget(self._index.remove_state(row.key), "evicted")
             self._counts["evicted"] += 1
         self._give_up(lambda: self._index.num_bytes > max_bytes)
 
@@ -353,7 +376,7 @@ class Transfer:
             self._unpin(job.state.header.key)
             self._counts["dropped"] += 1
             if self._queue.state(job.state.header.key) is job.state:
-                self._forget(self._index.remove_state(job.state.header.key))
+                self._forget(self._index.remove_state(job.state.header.key), "dropped")
             if isinstance(error, StoreFull) and not self._is_stalled:
                 self._make_room(int(self._index.num_bytes * _SHRINK))
 
@@ -405,8 +428,8 @@ class Transfer:
         with self._lock:
             self._counts["damaged"] += 1
             if isinstance(error, DamagedPage):
-                self._forget(self._index.remove_page(error.key))
-            self._forget(self._index.remove_state(key))
+                self._forget(self._index.remove_page(error.key), "damaged")
+            self._forget(self._index.remove_state(key), "damaged")
             self._lock.notify_all()
 
     def _unpin(self, key: bytes) -> None:

@@ -224,7 +224,8 @@ class StepEngine:
         if not sequence.was_started:
             sequence.was_started = True
             sequence.num_cached = position
-            sequence.deliver(Started(sequence.num_prompt, position))
+            restored = sequence.found if position else None
+            sequence.deliver(Started(sequence.num_prompt, position, restored))
         if not sequence.request.max_tokens and sequence.goal <= position:
             self._finish(sequence, "length")
 

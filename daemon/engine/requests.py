@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
-from daemon.checkpoint import Boundary
+from daemon.checkpoint import Boundary, Found
 from daemon.errors import QwendError
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -57,10 +57,14 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
 
 
 class Started(Struct, frozen=True, tag=True):
-    """Evaluation begins; `num_cached_tokens` of the prompt are not evaluated again."""
+    """Evaluation begins; `num_cached_tokens` of the prompt are not evaluated again.
+
+    `restored` is the checkpoint that they come from.
+    """
 
     num_prompt_tokens: int
     num_cached_tokens: int
+    restored: Found | None = None
 
 
 class Progress(Struct, frozen=True, tag=True):

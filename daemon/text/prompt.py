@@ -14,10 +14,18 @@ from daemon.errors import InvalidRequest
 from daemon.text.encoded_frames import EncodedFrames
 from daemon.text.messages import Message, ToolSpec
 from daemon.text.replay import ReplayEntry, SampledTokens, is_faithful, replay_entries
-from daemon.text.template import ChatTemplate, Frame
+from daemon.text.template import ChatTemplate, Frame, FrameKind
 from daemon.text.tokenizer import Tokenizer
 
 BoundaryReason = Literal["system", "user", "prompt"]
+
+
+class PromptFrame(Struct, frozen=True):
+    """Where a frame's tokens begin, and the indices of the messages that it shows."""
+
+    start: int
+    kind: FrameKind
+    messages: range
 
 
 class Prompt(Struct, frozen=True, kw_only=True):
@@ -26,13 +34,15 @@ class Prompt(Struct, frozen=True, kw_only=True):
     `boundaries` are (position, reason) in rising order, one a position and none at 0: "system" is
     the end of system prompt and tools, "user" the start of a user message (tool results are none),
     "prompt" the start of the generation prompt. `generation` are the generation prompt's tokens,
-    the last of `tokens`; with `thinking_open` it ends inside `<think>`.
+    the last of `tokens`; with `thinking_open` it ends inside `<think>`. `frames` say which tokens
+    show which messages.
     """
 
     tokens: tuple[int, ...]
     boundaries: tuple[tuple[int, BoundaryReason], ...]
     generation: tuple[int, ...]
     thinking_open: bool
+    frames: tuple[PromptFrame, ...] = ()
 
 
 class PromptBuilder:
@@ -77,6 +87,10 @@ class PromptBuilder:
             boundaries=_boundaries(frames, starts),
             generation=tuple(tokens[starts[-1] :]),
             thinking_open=_is_thinking_open(frames[-1].text),
+            frames=tuple(
+                PromptFrame(start, frame.kind, frame.messages)
+                for frame, start in zip(frames, starts, strict=True)
+            ),
         )
 
     def replay_entries(self, prompt: Prompt, reply_tokens: Sequence[int]) -> list[ReplayEntry]:

@@ -13,7 +13,8 @@ from daemon.engine.requests import SamplingParams
 from daemon.engine.weights.gguf import open_gguf
 from daemon.metrics import Metrics
 from daemon.text.prompt import PromptBuilder
-from daemon.text.template import ChatTemplate
+from daemon.text.prompt_history import FrameShape, PromptHistory
+from daemon.text.template import FRAME_END, FRAME_START, ChatTemplate
 from daemon.text.tokenizer import Tokenizer
 
 MODEL = Path(__file__).parents[2] / "daemon" / "embedded" / "tiny-coder-Q4_K_M.gguf"
@@ -57,6 +58,9 @@ def make_api(tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[MakeApi]:
         engine = ScriptedEngine(script, **engine_options)
         engines.append(engine)
         replies = RememberedReplies()
+        shape = FrameShape(
+            tokenizer.control_tokens[FRAME_START], tuple(tokenizer.encode(FRAME_END))
+        )
         service = Service(
             engine=engine,
             engine_state=lambda: "ok",
@@ -65,6 +69,7 @@ def make_api(tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[MakeApi]:
             remember=replies.remember,
             cache_stats=lambda: {"checkpoints": 0},
             metrics=Metrics(),
+            history=PromptHistory(shape),
             sampling=SamplingParams(temperature=0.6, top_k=20, top_p=0.95),
             limits=limits or Limits(),
             aliases=("qwen3.5-local",),

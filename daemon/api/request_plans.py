@@ -1,0 +1,50 @@
+"""The plans of the last requests, to be asked for by id.
+
+Owns a bounded map, the oldest forgotten first, and how fast prompts were evaluated lately. Event
+loop only.
+"""
+
+from collections import OrderedDict
+
+from daemon.api.cache_plan import CachePlan
+
+MAX_PLANS = 1024
+_LATEST_SHARE = 0.2
+_ID_LENGTH = 32
+
+
+class RequestPlans:
+    """Plans by request id; `token_s` is a running mean of seconds a token of a prompt."""
+
+    def __init__(self, max_plans: int = MAX_PLANS) -> None:
+        self._max_plans = max_plans
+        self._plans: OrderedDict[str, CachePlan] = OrderedDict()
+        self.token_s = 0.0
+
+    def put(self, plan: CachePlan) -> None:
+        """Keep a plan, in place of an earlier one of the same request."""
+        self._plans[plan.request] = plan
+        if len(self._plans) > self._max_plans:
+            self._plans.popitem(last=False)
+
+    def find(self, request_id: str) -> CachePlan | None:
+        """By the id of `x-request-id`, or that of an answer, which ends with it."""
+        return self._plans.get(request_id[-_ID_LENGTH:])
+
+    def latest(self, count: int) -> list[CachePlan]:
+        """The last requests, the newest first."""
+        return list(reversed(self._plans.values()))[:count]
+
+    def forget(self, session: str) -> None:
+        """Forget all plans of a session."""
+        for plan in list(self._plans.values()):
+            if plan.session == session:
+                del self._plans[plan.request]
+
+    def measured(self, num_tokens: int, seconds: float) -> None:
+        """Record how long the evaluation of some prompt tokens took."""
+        if num_tokens <= 0 or seconds <= 0:
+            return
+        latest = seconds / num_tokens
+        share = _LATEST_SHARE if self.token_s else 1.0
+        self.token_s += share * (latest - self.token_s)

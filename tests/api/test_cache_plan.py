@@ -1,0 +1,135 @@
+"""What a request is told about its reuse: in a header, in the answer, later by its id, and before
+it is sent. The scripted engine restores what it is told to; nearest prompts are real."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+from fakes import Script
+from http_harness import USER, ApiHarness, events
+
+from daemon.api.cache_plan import CachePlan
+from daemon.api.generation import Conversation
+from daemon.api.reply import ReplyRules
+from daemon.engine.requests import SamplingParams
+from daemon.text.messages import Message
+
+MakeApi = Callable[..., ApiHarness]
+
+SYSTEM = {"role": "system", "content": "Today is Monday. " + "Be careful. " * 40}
+TUESDAY = {**SYSTEM, "content": SYSTEM["content"].replace("Monday", "Tuesday")}
+EXPLAIN = {"cache": {"explain": True}}
+
+
+def post(api: ApiHarness, **body: Any) -> httpx.Response:
+    return asyncio.run(api.post(**body))
+
+
+def get(api: ApiHarness, path: str) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        async with api.client() as client:
+            return await client.get(path)
+
+    return asyncio.run(ask())
+
+
+def plan(api: ApiHarness, path: str = "/v1/cache/plan", **body: Any) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        async with api.client() as client:
+            return await client.post(path, content=json.dumps(body))
+
+    return asyncio.run(ask())
+
+
+def test_the_date_changed_in_the_system_prompt(make_api: MakeApi) -> None:
+    api = make_api()
+    first = post(api, messages=[SYSTEM, *USER])
+    answer = post(api, messages=[TUESDAY, *USER], **EXPLAIN)
+    told = answer.json()["cache_plan"]
+    assert told["cause"] == "system_changed"
+    difference = told["difference"]
+    assert (difference["message"], difference["role"], difference["part"]) == (
+        0,
+        "system",
+        "system",
+    )
+    assert difference["shared"].endswith("Today is")
+    assert difference["before"].startswith(" Monday.")
+    assert difference["after"].startswith(" Tuesday.")
+    assert told["nearest"]["request"] == first.headers["x-request-id"]
+    assert told["nearest"]["common_tokens"] == difference["position"]
+    assert told["lost_tokens"] + told["new_tokens"] == told["evaluated_tokens"]
+    assert told["lost_tokens"] > told["new_tokens"]
+    assert told["lost_s"] > 0
+    assert "message 0 (system, system)" in told["summary"]
+
+
+def test_the_header_is_one_line_without_text(make_api: MakeApi) -> None:
+    api = make_api()
+    first = (post(api, messages=[SYSTEM, *USER])).headers["x-cache-plan"]
+    assert "cause=never_seen" in first
+    second = (post(api, messages=[TUESDAY, *USER])).headers["x-cache-plan"]
+    fields = dict(field.split("=") for field in second.split("; "))
+    assert fields["cause"] == "system_changed"
+    assert fields["message"] == "0"
+    assert int(fields["new"]) + int(fields["lost"]) == int(fields["evaluated"])
+    assert "Tuesday" not in second
+
+
+def test_only_who_asks_gets_it_in_the_answer(make_api: MakeApi) -> None:
+    api = make_api()
+    assert "cache_plan" not in (post(api)).json()
+    streamed = events((post(api, stream=True)).text)
+    assert not any("cache_plan" in event for event in streamed)
+    asked = events((post(api, stream=True, **EXPLAIN)).text)
+    assert [event for event in asked if "cache_plan" in event] == asked[-1:]
+    assert asked[-1]["cache_plan"]["status"] == "ended"
+    assert asked[-1]["usage"]["prompt_tokens"] == asked[-1]["cache_plan"]["prompt_tokens"]
+
+
+def test_a_plan_is_kept_and_found_by_either_id(make_api: MakeApi) -> None:
+    api = make_api()
+    answer = post(api)
+    request_id = answer.headers["x-request-id"]
+    kept = get(api, f"/v1/cache/requests/{request_id}")
+    assert kept.json()["status"] == "ended"
+    assert (get(api, f"/v1/cache/requests/{answer.json()['id']}")).json() == kept.json()
+    assert (get(api, "/v1/cache/requests")).json()["data"] == [kept.json()]
+    unknown = get(api, "/v1/cache/requests/unknown")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "request_not_found")
+
+
+def test_a_dry_run_evaluates_and_remembers_nothing(make_api: MakeApi) -> None:
+    api = make_api()
+    post(api, messages=[SYSTEM, *USER])
+    for _ in range(2):
+        told = (plan(api, messages=[TUESDAY, *USER])).json()
+        assert (told["status"], told["cause"]) == ("dry_run", "system_changed")
+    assert len(api.engine.requests) == 1
+    assert len((get(api, "/v1/cache/requests")).json()["data"]) == 1
+
+
+def test_a_dry_run_refuses_what_an_answer_would(make_api: MakeApi) -> None:
+    api = make_api()
+    assert (plan(api, messages=[])).status_code == 400
+    assert (plan(api, messages=USER, model="other")).status_code == 404
+    unknown = plan(api, "/v1/cache/plan?dialect=morse", messages=USER)
+    assert unknown.json()["error"]["param"] == "dialect"
+
+
+def test_a_cancelled_request_says_so_to_the_next(make_api: MakeApi) -> None:
+    api = make_api(Script(prefill_steps=10_000, step_s=0.01))
+    generations = api.app.state.generations
+    talk = Conversation(messages=(Message(role="user", content="word " * 400),))
+
+    async def leave_and_ask() -> tuple[str, CachePlan]:
+        first = await generations.start(talk, ReplyRules(sampling=SamplingParams()))
+        first.close()
+        return first.id, await generations.plan(talk)
+
+    first_id, told = asyncio.run(leave_and_ask())
+    assert told.nearest is not None
+    assert (told.cause, told.nearest.state) == ("cancelled", "cancelled")
+    assert generations.plans.find(first_id).status == "cancelled"

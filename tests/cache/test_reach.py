@@ -1,0 +1,75 @@
+"""What a store says of a prompt without reading it: the nearest checkpoint, what was nearer once,
+and the prompts of an earlier run."""
+
+from array import array
+from pathlib import Path
+
+from cache_harness import MODEL, open_cache, prompt, saved_prompt
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daemon.cache.departures import Departures
+from daemon.checkpoint import Departed, Found
+
+
+def test_the_nearest_checkpoint_and_its_tier(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    sequence = saved_prompt(cache, 4)
+    cache.flush()
+    reach = cache.reach(sequence.tokens, len(sequence.tokens) - 1, False)
+    assert reach.found is None
+    longer = [*sequence.tokens, 1]
+    assert cache.reach(longer, len(sequence.tokens), False).found == Found(
+        256, "prompt", "prompt", "disk"
+    )
+    cache.close()
+
+
+def test_what_was_evicted_is_known(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path, budget_bytes=16 << 20)
+    first = saved_prompt(cache, 4)
+    for number in range(1, 1000):
+        saved_prompt(cache, 4, first=number)
+        cache.flush()
+        if cache.stats().num_evicted:
+            break
+    reach = cache.reach([*first.tokens, 1], 256, False)
+    assert (reach.found, reach.departed) == (None, Departed(256, "evicted"))
+    again = saved_prompt(cache, 4)
+    reach = cache.reach([*again.tokens, 1], 256, False)
+    assert reach.found is not None
+    assert reach.departed is None
+    cache.close()
+
+
+def test_prompts_of_an_earlier_run_come_back(tmp_path: Path) -> None:
+    with_two = open_cache(tmp_path)
+    saved_prompt(with_two, 2)
+    longer = saved_prompt(with_two, 5, first=7)
+    longer.save(128, "user")
+    with_two.close()
+    cache = open_cache(tmp_path)
+    stored = cache.stored_prompts(10_000)
+    assert [list(array("I", found.tokens)) for found in stored] == [prompt(5, 7), prompt(2)]
+    assert {found.fingerprint for found in stored} == {MODEL}
+    assert [len(found.tokens) for found in cache.stored_prompts(400)] == [5 * 64 * 4]
+    cache.close()
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(0, 640), st.integers(0, 640))
+def test_the_deepest_departure(gone: list[int], start: int, stop: int) -> None:
+    hashes = [bytes([index]) * 16 for index in range(10)]
+    departures = Departures()
+    departures.add((hashes[index] for index in gone), "evicted")
+    positions = [(i + 1) * 64 for i in set(gone) if start // 64 <= i < stop // 64]
+    expected = Departed(max(positions), "evicted") if positions else None
+    assert departures.deepest(hashes, start, stop) == expected
+
+
+def test_departures_are_bounded() -> None:
+    departures = Departures(2)
+    hashes = [bytes([index]) * 16 for index in range(3)]
+    departures.add(hashes, "dropped")
+    assert departures.deepest(hashes[:1], 0, 64) is None
+    departures.discard(hashes[2])
+    assert departures.deepest(hashes, 0, 192) == Departed(128, "dropped")
