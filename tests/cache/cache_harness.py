@@ -64,7 +64,8 @@ class Simulated:
         self.state_bytes = state_bytes
 
     def resume(self, limit: int | None = None, strict: bool = False) -> Found | None:
-        """Restore the nearest checkpoint; None when there is none, or none that can be read."""
+        """Restore the nearest checkpoint, from whichever tier; None when there is none, or none
+        that can be read."""
         found = self.timeline.find(len(self.tokens) if limit is None else limit, strict)
         if found is None:
             return None
@@ -77,7 +78,7 @@ class Simulated:
         self.num_grid_pages = snapshot.num_grid_pages
         self.pages = [bytes(page) for page in snapshot.pages.values()]
         self.state = bytes(snapshot.state)
-        return found
+        return Found(found.position, found.born, found.reason)
 
     def prefill(self) -> None:
         """Evaluate the whole pages of all tokens."""

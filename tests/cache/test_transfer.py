@@ -290,7 +290,7 @@ def test_a_record_dropped_while_it_is_written_is_deleted_after(rig: Rig) -> None
     assert rig.store.is_writing.wait(20)
     page = next(iter(cache._transfer._index._pages))
     with cache._transfer._lock:
-        cache._transfer._forget(cache._transfer._index.remove_page(page))
+        cache._transfer._forget(cache._transfer._index.remove_page(page), "evicted")
     rig.store.gate.set()
     cache.flush()
     with rig.store.reading() as reader:

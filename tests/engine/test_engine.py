@@ -10,7 +10,7 @@ from memory_store import MemoryStore
 from tape_harness import CONTEXT, TapeHarness, assert_in_order, small_limits
 from tape_model import continuation
 
-from daemon.checkpoint import PAGE_TOKENS
+from daemon.checkpoint import PAGE_TOKENS, Found
 from daemon.engine.batch import Batch
 from daemon.engine.requests import Event, Failed, Finished, Progress, Started, TokenSampled
 from daemon.errors import DeviceError
@@ -190,7 +190,7 @@ def test_what_is_cached_is_reported_and_not_evaluated() -> None:
     second = TapeHarness(store=store)
     events = second.submit(tokens, max_tokens=4)
     second.run()
-    assert events[0] == Started(300, 256)
+    assert events[0] == Started(300, 256, Found(256, "prompt", "user"))
     assert finished(events).num_cached_tokens == 256
     assert finished(events).tokens == tuple(continuation(tokens, 4))
     prefills = [batch for batch in second.model.batches if batch.kind == "prefill"]
@@ -204,7 +204,7 @@ def test_the_same_prompt_again_evaluates_at_least_one_token() -> None:
         harness = TapeHarness(store=store)
         events = harness.submit(tokens, boundaries=[64, 128], max_tokens=2)
         harness.run()
-    assert events[0] == Started(128, 64)
+    assert events[0] == Started(128, 64, Found(64, "prompt", "user"))
     assert finished(events).tokens == tuple(continuation(tokens, 2))
 
 
