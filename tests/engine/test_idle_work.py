@@ -6,7 +6,7 @@ from memory_store import MemoryStore
 from tape_harness import TapeHarness, generation_request, small_limits
 from tape_model import continuation
 
-from daemon.checkpoint import Boundary
+from daemon.checkpoint import Boundary, Found
 from daemon.engine.requests import Event, Finished, GenerationRequest, Started
 from daemon.engine.scheduler import IDLE_STEP_TOKENS, MAX_IDLE
 
@@ -54,7 +54,7 @@ def test_a_prompt_with_nothing_to_keep_is_not_evaluated() -> None:
         harness.run()
         assert isinstance(events[-1], Finished)
     assert [batch.kind for batch in harness.model.batches] == ["prefill"]
-    assert events[0] == Started(200, 128)
+    assert events[0] == Started(200, 128, Found(128, "prompt", "user"))
 
 
 def test_it_waits_for_clients_and_gives_way_after_one_small_step() -> None:
