@@ -32,6 +32,7 @@ class Script:
     tokens: Sequence[int] = ()
     prefill_steps: int = 1
     num_cached: int = 0
+    num_kept: int = 0
     step_s: float = 0.0
     endless: bool = False
     error: QwendError | None = None
@@ -165,7 +166,8 @@ class ScriptedEngine:
     def _finished(self, sequence: _Running, reason: FinishReason) -> Finished:
         num_prompt = len(sequence.request.tokens)
         sampled = tuple(sequence.sampled)
-        return Finished(reason, num_prompt, sequence.script.num_cached, sampled, 12.0, 34.0)
+        script = sequence.script
+        return Finished(reason, num_prompt, script.num_cached, sampled, 12.0, 34.0, script.num_kept)
 
     def _end(self, sequence: _Running, event: Event) -> None:
         with self._changed:

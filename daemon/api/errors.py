@@ -1,11 +1,11 @@
-"""Errors as the OpenAI API words them: the one place where the error tree meets HTTP statuses.
+"""Errors as OpenAI's and Anthropic's APIs word them: where the error tree meets HTTP statuses.
 
-Owns the mapping and the JSON shape. Never shows a traceback or an unexpected error's message to a
-client. Event loop.
+Owns the mapping and both JSON shapes. Never shows a traceback or an unexpected error's message to
+a client. Event loop.
 """
 
 import http
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -27,7 +27,7 @@ from daemon.errors import (
 
 
 class ErrorBody(Struct):
-    """What a client reads about an error."""
+    """What an OpenAI client reads about an error."""
 
     message: str
     type: str
@@ -41,44 +41,77 @@ class ErrorEnvelope(Struct):
     error: ErrorBody
 
 
+class AnthropicErrorBody(Struct):
+    """What an Anthropic client reads about an error."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorEnvelope(Struct):
+    """The same for Anthropic clients."""
+
+    error: AnthropicErrorBody
+    type: Literal["error"] = "error"
+
+
 class _Kind(NamedTuple):
     status: int
     type: str
     code: str | None
+    anthropic_type: str
 
 
+_INVALID = "invalid_request_error"
 _KINDS: dict[type[QwendError], _Kind] = {
-    PromptTooLong: _Kind(400, "invalid_request_error", "context_length_exceeded"),
-    UnknownModel: _Kind(404, "invalid_request_error", "model_not_found"),
-    UnknownRequest: _Kind(404, "invalid_request_error", "request_not_found"),
-    InvalidRequest: _Kind(400, "invalid_request_error", None),
-    RequestError: _Kind(400, "invalid_request_error", None),
-    Overloaded: _Kind(503, "overloaded_error", "overloaded"),
-    EngineStopped: _Kind(503, "server_error", "engine_stopped"),
-    DeviceError: _Kind(500, "server_error", "device_error"),
-    QwendError: _Kind(500, "server_error", None),
+    PromptTooLong: _Kind(400, _INVALID, "context_length_exceeded", _INVALID),
+    UnknownModel: _Kind(404, _INVALID, "model_not_found", "not_found_error"),
+    UnknownRequest: _Kind(404, _INVALID, "request_not_found", "not_found_error"),
+    InvalidRequest: _Kind(400, _INVALID, None, _INVALID),
+    RequestError: _Kind(400, _INVALID, None, _INVALID),
+    Overloaded: _Kind(503, "overloaded_error", "overloaded", "overloaded_error"),
+    EngineStopped: _Kind(503, "server_error", "engine_stopped", "api_error"),
+    DeviceError: _Kind(500, "server_error", "device_error", "api_error"),
+    QwendError: _Kind(500, "server_error", None, "api_error"),
 }
 
+_ANTHROPIC_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+                    413: "request_too_large", 429: "rate_limit_error"}  # fmt: skip
 
-def error_envelope(error: QwendError) -> ErrorEnvelope:
-    """The body for an error of our tree."""
+_UNEXPECTED = "The server made an error; its log says more."
+
+
+def error_body(error: Exception) -> ErrorBody:
+    """An error in OpenAI's words; one that is our own mistake is not described."""
+    if not isinstance(error, QwendError):
+        return ErrorBody(_UNEXPECTED, "server_error", None, "internal_error")
     kind = _kind(error)
-    return ErrorEnvelope(ErrorBody(str(error), kind.type, _param(error), kind.code))
+    return ErrorBody(str(error), kind.type, _param(error), kind.code)
 
 
-def unexpected_envelope() -> ErrorEnvelope:
-    """The body for an error that is our own mistake."""
-    message = "The server made an error; its log says more."
-    return ErrorEnvelope(ErrorBody(message, "server_error", None, "internal_error"))
+def openai_error(error: Exception) -> bytes:
+    """A whole body in OpenAI's words."""
+    return msgspec.json.encode(ErrorEnvelope(error_body(error)))
 
 
-def qwend_error_response(_: Request, error: Exception) -> Response:
+def anthropic_error(error: Exception) -> bytes:
+    """A whole body in Anthropic's words."""
+    if not isinstance(error, QwendError):
+        return _anthropic("api_error", _UNEXPECTED)
+    if isinstance(error, PromptTooLong):
+        found, limit = error.num_prompt_tokens, error.context_length
+        return _anthropic(_INVALID, f"prompt is too long: {found} tokens > {limit} maximum")
+    return _anthropic(_kind(error).anthropic_type, str(error))
+
+
+def qwend_error_response(request: Request, error: Exception) -> Response:
     """Answer an error of our tree."""
     assert isinstance(error, QwendError)
     headers = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(error.retry_after_s)
-    return _response(_kind(error).status, error_envelope(error), headers)
+    body = anthropic_error(error) if speaks_anthropic(request) else openai_error(error)
+    return _response(_status(request, error), body, headers)
 
 
 def http_error_response(request: Request, error: Exception) -> Response:
@@ -87,17 +120,32 @@ def http_error_response(request: Request, error: Exception) -> Response:
     detail = error.detail
     if detail == http.HTTPStatus(error.status_code).phrase:
         detail = f"{detail}: {request.method} {request.url.path}"
-    body = ErrorBody(detail, "invalid_request_error", None, None)
-    return _response(error.status_code, ErrorEnvelope(body), dict(error.headers or {}))
+    if speaks_anthropic(request):
+        body = _anthropic(_ANTHROPIC_TYPES.get(error.status_code, _INVALID), detail)
+    else:
+        body = msgspec.json.encode(ErrorEnvelope(ErrorBody(detail, _INVALID, None, None)))
+    return _response(error.status_code, body, dict(error.headers or {}))
 
 
-def unexpected_error_response(_: Request, __: Exception) -> Response:
+def unexpected_error_response(request: Request, error: Exception) -> Response:
     """Answer our own mistake; the server logs the traceback."""
-    return _response(500, unexpected_envelope(), {})
+    body = anthropic_error(error) if speaks_anthropic(request) else openai_error(error)
+    return _response(500, body, {})
+
+
+def speaks_anthropic(request: Request) -> bool:
+    """Whether the client expects Anthropic's shapes."""
+    return request.url.path.startswith("/v1/messages") or "anthropic-version" in request.headers
 
 
 def _kind(error: QwendError) -> _Kind:
     return next(_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS)
+
+
+def _status(request: Request, error: QwendError) -> int:
+    """Anthropic's own status for overload is 529."""
+    overloaded = isinstance(error, Overloaded) and speaks_anthropic(request)
+    return 529 if overloaded else _kind(error).status
 
 
 def _param(error: QwendError) -> str | None:
@@ -111,6 +159,9 @@ def _param(error: QwendError) -> str | None:
     return None
 
 
-def _response(status: int, envelope: ErrorEnvelope, headers: dict[str, str]) -> Response:
-    body = msgspec.json.encode(envelope)
+def _anthropic(kind: str, message: str) -> bytes:
+    return msgspec.json.encode(AnthropicErrorEnvelope(AnthropicErrorBody(kind, message)))
+
+
+def _response(status: int, body: bytes, headers: dict[str, str]) -> Response:
     return Response(body, status, headers, media_type="application/json")

@@ -55,24 +55,44 @@ class Conversation(Struct, frozen=True, kw_only=True):
     session: str = ""
 
 
+class PromptProgress(Struct, frozen=True, kw_only=True):
+    """How far the prompt's evaluation is: tokens done, the cached ones included."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_done_tokens: int
+    elapsed_ms: float
+
+
 class Piece(Struct, frozen=True):
-    """What is new in a reply. Without deltas: a sign of life after a long silence.
+    """What is new in a reply. With nothing at all: a sign of life after a long silence.
 
     `tokens` are those with log-probabilities sampled since the last piece, if asked for.
+    `progress` comes when the evaluation of the prompt begins, and as it goes on if asked for.
     """
 
     deltas: tuple[Delta, ...] = ()
     tokens: tuple[TokenSampled, ...] = ()
+    progress: PromptProgress | None = None
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
-    """How a reply ended, in tokens."""
+    """How a reply ended, in tokens and milliseconds.
+
+    `stop` is the client's stop string that ended it, or "". `num_written_tokens` of the prompt
+    were evaluated and are in the store from now on. `plan` says why not more was reused.
+    """
 
     reason: EndReason
+    stop: str
     num_prompt_tokens: int
     num_cached_tokens: int
+    num_written_tokens: int
     num_reply_tokens: int
     num_reasoning_tokens: int
+    prompt_ms: float
+    decode_ms: float
+    plan: CachePlan
 
 
 class Generations:
@@ -188,6 +208,7 @@ class Generation:
         self._mailbox = Mailbox(self._loop, service.limits.max_pending_events, self.cancel)
         self._num_cached = 0
         self._num_done = 0
+        self._started_s = 0.0
         self._finished: Finished | None = None
         self._finish = "cancelled"
         self._closed = False
@@ -216,7 +237,7 @@ class Generation:
         self._owner.plans.put(self.plan)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The reply as it comes; at least one piece in every `sign_of_life_s` seconds.
+        """The reply as it comes; a sign of life at least every `sign_of_life_s` seconds.
 
         Raises:
             QwendError: the engine failed or stopped, or the client reads too slowly.
@@ -226,6 +247,8 @@ class Generation:
             piece = self._digest(await self._mailbox.take(due_s - self._loop.time()))
             if piece.deltas or piece.tokens or self._loop.time() >= due_s:
                 self._last_sign_s = self._loop.time()
+                yield piece
+            elif piece.progress is not None:
                 yield piece
         await self._settle(self._finished)
 
@@ -264,6 +287,7 @@ class Generation:
             raise Overloaded("The client reads too slowly; the request was ended.")
         deltas: list[Delta] = []
         tokens: list[TokenSampled] = []
+        progress = None
         for event in events:
             match event:
                 case TokenSampled():
@@ -271,15 +295,26 @@ class Generation:
                 case Started():
                     self._num_cached = self._num_done = event.num_cached_tokens
                     self._plan_again(event.restored, "running", self._owner.plans.token_s)
+                    self._started_s = self._loop.time()
+                    progress = self._progress()
                 case Progress():
                     self._num_done = event.num_done_tokens
+                    progress = self._progress() if self._rules.report_progress else progress
                 case Finished():
                     deltas += self._reply.finish()
                     self._finished = event
                 case Failed(error):
                     self._finish = "failed"
                     raise error
-        return Piece(tuple(joined(deltas)), tuple(tokens))
+        return Piece(tuple(joined(deltas)), tuple(tokens), progress)
+
+    def _progress(self) -> PromptProgress:
+        return PromptProgress(
+            num_prompt_tokens=len(self._prompt.tokens),
+            num_cached_tokens=self._num_cached,
+            num_done_tokens=self._num_done,
+            elapsed_ms=(self._loop.time() - self._started_s) * 1e3,
+        )
 
     def _sampled(self, event: TokenSampled, tokens: list[TokenSampled]) -> list[Delta]:
         if self._reply.is_cut:
@@ -301,14 +336,19 @@ class Generation:
         if reason == "stop" and reply.num_calls:
             reason = "tool_calls"
         self._finish = reason
+        self._plan_end(self._record(), "ended")
         self.outcome = Outcome(
             reason=reason,
+            stop=reply.stop,
             num_prompt_tokens=finished.num_prompt_tokens,
             num_cached_tokens=finished.num_cached_tokens,
+            num_written_tokens=max(0, finished.num_kept_tokens - finished.num_cached_tokens),
             num_reply_tokens=reply.num_tokens,
             num_reasoning_tokens=reply.num_reasoning_tokens,
+            prompt_ms=finished.prompt_ms,
+            decode_ms=finished.decode_ms,
+            plan=self.plan,
         )
-        self._plan_end(self._record(), "ended")
 
     def _remember(self, finished: Finished) -> None:
         if finished.reason == "stop" and not self._reply.is_cut:

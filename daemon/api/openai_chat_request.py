@@ -1,19 +1,20 @@
 """What a client may send to /v1/chat/completions, and its translation into our own terms.
 
-Owns the request's Structs and the meaning of every parameter; README.md lists them. Pure; runs on
-the prompt thread.
+Owns the request's Structs and the meaning of every parameter; docs/parameters.md lists them.
+Pure; runs on the prompt thread.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-import msgspec
 from msgspec import Meta, Struct
 
 from daemon.api.generation import Conversation
 from daemon.api.openai_chat_messages import ChatMessage, to_messages
+from daemon.api.parameters import Parameters, doc
 from daemon.api.reply import ReplyRules
-from daemon.api.request_body import decode_body, keys_of
+from daemon.api.request_body import decode_body
+from daemon.api.sampling_fields import SamplingFields, sampling_of
 from daemon.api.session_hint import session_of
 from daemon.api.tool_definitions import tool_specs
 from daemon.engine.requests import EngineInfo, SamplingParams
@@ -22,24 +23,41 @@ from daemon.errors import InvalidRequest
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 
-Share = Annotated[float, Meta(ge=0, le=1)]
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Stop = Annotated[str, Meta(min_length=1)]
+Stops = Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None
+TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 
-NO_OPS = frozenset(
-    {
-        "metadata",
-        "moderation",
-        "prediction",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-        "verbosity",
-    }
+MESSAGES = doc(
+    "roles system, developer (= system), user, assistant, tool; content is a string or text parts "
+    "(others are refused); reasoning as `reasoning_content` or `reasoning`; call arguments that "
+    "are no JSON object are shown to the model as they are, as one argument named `arguments`"
 )
+TOOLS = doc("functions, whose `parameters` are a JSON schema in form; other types are passed over")
+TOOL_CHOICE = doc(
+    "`auto`; `none` keeps the tools in the prompt, whose prefix stays the same, and bans the token "
+    "that opens a call; forcing a call is refused"
+)
+MAX_TOKENS = doc("capped to what the context leaves; -1 is no limit")
+STOP = doc("up to 16 strings, looked for in the content, not in reasoning or calls")
+EFFORT = doc("`none` and `minimal` switch thinking off; others go to the template")
+EXPLAIN = doc('`{"explain": true}`: the answer carries its cache plan, a stream at its end')
+SESSION = doc(
+    "names the session; else `x-session-id`, `x-session-affinity`, `x-affinity`, `thread-id` or "
+    "`x-claude-code-session-id` does; else the first messages do"
+)
+
+NO_OPS = {
+    "metadata": "kept for the provider's dashboard",
+    "moderation": "nothing is moderated here",
+    "prediction": "a hint of speed",
+    "prompt_cache_options": "what is cached, and for how long, is the store's business",
+    "prompt_cache_retention": "what is cached, and for how long, is the store's business",
+    "safety_identifier": "names a user to the provider",
+    "service_tier": "there is one",
+    "store": "chat answers are never stored",
+    "user": "names a user to the provider",
+    "verbosity": "the model knows no such switch",
+}
 """Accepted without effect on purpose: they concern the provider's account, storage or speed."""
 
 REFUSED: dict[str, str] = {
@@ -85,38 +103,35 @@ class CacheOptions(Struct):
     explain: bool = False
 
 
-class ChatRequest(Struct, kw_only=True):
-    """The body. Fields that are None take the model's own recommended value."""
+class ChatRequest(SamplingFields, kw_only=True):
+    """The body."""
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
-    model: str | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Share | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
-    min_p: Share | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    n: int | None = None
-    response_format: ResponseFormat | None = None
-    modalities: list[str] | None = None
-    reasoning_effort: str | None = None
-    enable_thinking: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    prompt_cache_key: str | None = None
-    cache: CacheOptions | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1), MESSAGES]
+    model: Annotated[str | None, doc("its name or an alias, in any case; others answer 404")] = None
+    tools: Annotated[list[dict[str, Any]] | None, TOOLS] = None
+    tool_choice: Annotated[str | dict[str, Any] | None, TOOL_CHOICE] = None
+    parallel_tool_calls: Annotated[bool | None, doc("false ends the reply after a call")] = None
+    stream: Annotated[bool | None, doc("events as the reply comes")] = None
+    stream_options: Annotated[StreamOptions | None, doc("include_usage")] = None
+    max_tokens: Annotated[int | None, MAX_TOKENS] = None
+    max_completion_tokens: Annotated[int | None, doc("wins over max_tokens; the same")] = None
+    stop: Annotated[Stops, STOP] = None
+    logprobs: Annotated[bool | None, doc("of every sampled token, reasoning and calls too")] = None
+    top_logprobs: Annotated[TopLogprobs | None, doc("alternatives, up to 20")] = None
+    n: Annotated[int | None, doc("1; other values are refused")] = None
+    response_format: Annotated[ResponseFormat | None, doc("text; others are refused")] = None
+    modalities: Annotated[list[str] | None, doc('["text"]; others are refused')] = None
+    reasoning_effort: Annotated[str | None, EFFORT] = None
+    enable_thinking: Annotated[bool | None, doc("overrides the effort")] = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, doc("for the template; wins")] = None
+    prompt_cache_key: Annotated[str | None, SESSION] = None
+    cache: Annotated[CacheOptions | None, EXPLAIN] = None
+    return_progress: Annotated[bool | None, doc("streams how far the prompt is")] = None
+
+
+PARAMETERS = Parameters(
+    path="/v1/chat/completions", request=ChatRequest, no_ops=NO_OPS, refused=REFUSED
+)
 
 
 class Ask(Struct, frozen=True, kw_only=True):
@@ -141,11 +156,10 @@ def read_ask(
         InvalidRequest: names the parameter that cannot be honoured.
     """
     chat = decode_body(body, ChatRequest)
-    unknown = [key for key in keys_of(body) if key not in ChatRequest.__struct_fields__]
-    _refuse(body, unknown)
+    ignored = PARAMETERS.check(body)
     _refuse_values(chat)
     messages = to_messages(chat.messages)
-    tools = tool_specs(chat.tools or [])
+    tools, passed_over = tool_specs(chat.tools or [])
     return Ask(
         model=chat.model,
         conversation=Conversation(
@@ -155,27 +169,18 @@ def read_ask(
             session=session_of(headers, chat.prompt_cache_key, messages),
         ),
         rules=ReplyRules(
-            sampling=_sampling(chat, defaults, info),
+            sampling=sampling_of(chat, defaults, info.vocab_size, _logprobs(chat)),
             max_tokens=_max_tokens(chat),
             stop=_stops(chat.stop),
             forbid_calls=chat.tool_choice == "none" and bool(tools),
             single_call=chat.parallel_tool_calls is False,
+            report_progress=bool(chat.return_progress),
         ),
         stream=bool(chat.stream),
         include_usage=chat.stream_options is not None and chat.stream_options.include_usage,
         explain=chat.cache is not None and chat.cache.explain,
-        ignored=tuple(key for key in unknown if key not in NO_OPS and key not in REFUSED),
+        ignored=ignored + passed_over,
     )
-
-
-def _refuse(body: bytes, unknown: Sequence[str]) -> None:
-    refused = [key for key in unknown if key in REFUSED]
-    if not refused:
-        return
-    values = msgspec.json.decode(body)
-    for key in refused:
-        if values[key]:
-            raise InvalidRequest(f"{key}: {REFUSED[key]}.", key)
 
 
 def _refuse_values(chat: ChatRequest) -> None:
@@ -231,34 +236,5 @@ def _template_options(chat: ChatRequest) -> dict[str, Any]:
     return options | (chat.chat_template_kwargs or {})
 
 
-def _sampling(chat: ChatRequest, defaults: SamplingParams, info: EngineInfo) -> SamplingParams:
-    changes: dict[str, Any] = {
-        name: value
-        for name in (
-            "temperature",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-        )
-        if (value := getattr(chat, name)) is not None
-    }
-    if chat.top_k is not None:
-        changes["top_k"] = max(0, chat.top_k)
-    if chat.seed is not None:
-        changes["seed"] = chat.seed % 2**63
-    if chat.logit_bias:
-        changes["logit_bias"] = _logit_bias(chat.logit_bias, info.vocab_size)
-    if chat.logprobs:
-        changes["logprobs"] = chat.top_logprobs or 0
-    return msgspec.structs.replace(defaults, **changes)
-
-
-def _logit_bias(bias: Mapping[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    for key in bias:
-        if not (key.isascii() and key.isdigit() and int(key) < vocab_size):
-            raise InvalidRequest(
-                f"logit_bias: {key!r} is not a token id below {vocab_size}.", "logit_bias"
-            )
-    return tuple((int(key), value) for key, value in bias.items())
+def _logprobs(chat: ChatRequest) -> int | None:
+    return (chat.top_logprobs or 0) if chat.logprobs else None

@@ -10,7 +10,17 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from daemon.api.cache_plan import CachePlan
-from daemon.api.generation import EndReason, Outcome, Piece
+from daemon.api.errors import openai_error
+from daemon.api.generation import EndReason, Outcome, Piece, PromptProgress
+from daemon.api.openai_usage import (
+    ProgressOut,
+    Timings,
+    Usage,
+    progress_out,
+    timings_of,
+    usage_of,
+)
+from daemon.api.sse import DONE, frame
 from daemon.engine.requests import TokenLogprobs, TokenSampled
 from daemon.text.reply_parser import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
 from daemon.text.tokenizer import Tokenizer
@@ -93,28 +103,6 @@ class ChunkChoice(Struct):
     finish_reason: EndReason | None = None
 
 
-class PromptDetails(Struct):
-    """`cached_tokens` of the prompt were not evaluated again."""
-
-    cached_tokens: int
-
-
-class CompletionDetails(Struct):
-    """`reasoning_tokens` of the reply came before its thinking was closed."""
-
-    reasoning_tokens: int
-
-
-class Usage(Struct):
-    """Tokens; the cached ones are among the prompt's."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptDetails
-    completion_tokens_details: CompletionDetails
-
-
 class ChatCompletion(Struct, kw_only=True):
     """An answer in one piece."""
 
@@ -125,6 +113,7 @@ class ChatCompletion(Struct, kw_only=True):
     system_fingerprint: str
     choices: list[Choice]
     usage: Usage
+    timings: Timings
     cache_plan: CachePlan | UnsetType = UNSET
 
 
@@ -138,6 +127,8 @@ class ChatCompletionChunk(Struct, kw_only=True):
     system_fingerprint: str
     choices: list[ChunkChoice]
     usage: Usage | None | UnsetType = UNSET
+    timings: Timings | UnsetType = UNSET
+    prompt_progress: ProgressOut | UnsetType = UNSET
     cache_plan: CachePlan | UnsetType = UNSET
 
 
@@ -150,88 +141,102 @@ class Head(Struct, frozen=True):
     fingerprint: str
 
 
-class ChunkWriter:
-    """Encodes one stream's chunks."""
+class ChatWriter:
+    """Spells one reply.
 
-    def __init__(self, head: Head, tokenizer: Tokenizer, include_usage: bool) -> None:
+    Args:
+        include_usage: a chunk without choices at the end of a stream says what it cost.
+        progress: chunks with `prompt_progress` tell how far the prompt is.
+        explain: the end carries the cache plan.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        tokenizer: Tokenizer,
+        *,
+        include_usage: bool = False,
+        progress: bool = False,
+        explain: bool = False,
+    ) -> None:
         self._head = head
         self._tokenizer = tokenizer
+        self._include_usage = include_usage
+        self._progress = progress
+        self._explain = explain
         self._encoder = msgspec.json.Encoder()
-        self._usage: None | UnsetType = None if include_usage else UNSET
+        empty = self._encoder.encode(self._chunk([]))
+        before, _, self._after = empty.rpartition(b"[]")
+        self._before = b"data: " + before + b"["
+        self._after = b"]" + self._after + b"\n\n"
 
-    def first(self) -> bytes:
+    def begin(self) -> bytes:
         """The chunk that names the role; it goes out at once."""
-        return self._chunk(ChunkChoice(0, DeltaOut(role="assistant", content="")))
+        return self._frame(ChunkChoice(0, DeltaOut(role="assistant", content="")))
 
-    def piece(self, piece: Piece) -> list[bytes]:
+    def piece(self, piece: Piece) -> bytes:
         """A chunk a delta; for a sign of life one with an empty delta."""
+        if piece.progress is not None and not (piece.deltas or piece.tokens):
+            return self._progress_chunk(piece.progress)
         deltas = [_delta_out(delta) for delta in piece.deltas] or [DeltaOut()]
         choices = [ChunkChoice(0, delta) for delta in deltas]
-        choices[0].logprobs = logprobs_out(piece.tokens, self._tokenizer)
-        return [self._chunk(choice) for choice in choices]
+        if piece.tokens:
+            choices[0].logprobs = logprobs_out(piece.tokens, self._tokenizer)
+        return b"".join(map(self._frame, choices))
 
-    def last(self, reason: EndReason) -> bytes:
-        """The chunk that says why the answer ended."""
-        return self._chunk(ChunkChoice(0, DeltaOut(), None, reason))
+    def end(self, outcome: Outcome) -> bytes:
+        """The chunk that says why the answer ended, that of the usage, and the mark of the end."""
+        last = self._chunk([ChunkChoice(0, DeltaOut(), None, outcome.reason)])
+        last.timings = timings_of(outcome)
+        events = [frame(self._encoder.encode(last))]
+        if self._include_usage or self._explain:
+            chunk = self._chunk([])
+            chunk.usage = usage_of(outcome)
+            chunk.cache_plan = outcome.plan if self._explain else UNSET
+            events.append(frame(self._encoder.encode(chunk)))
+        return b"".join((*events, DONE))
 
-    def usage(self, outcome: Outcome, plan: CachePlan | UnsetType = UNSET) -> bytes:
-        """The chunk after the last, without choices; with the cache plan, if asked for."""
-        return self._encode([], usage_out(outcome), plan)
+    def error(self, error: Exception) -> bytes:
+        """The event that ends a broken stream."""
+        return frame(openai_error(error))
 
-    def _chunk(self, choice: ChunkChoice) -> bytes:
-        return self._encode([choice], self._usage)
-
-    def _encode(
-        self,
-        choices: list[ChunkChoice],
-        usage: Usage | None | UnsetType,
-        plan: CachePlan | UnsetType = UNSET,
-    ) -> bytes:
-        head = self._head
-        return self._encoder.encode(
-            ChatCompletionChunk(
-                id=head.id,
-                created=head.created,
-                model=head.model,
-                system_fingerprint=head.fingerprint,
-                choices=choices,
-                usage=usage,
-                cache_plan=plan,
-            )
+    def whole(self, pieces: Sequence[Piece], outcome: Outcome) -> bytes:
+        """The answer in one piece."""
+        message = _message([delta for piece in pieces for delta in piece.deltas])
+        tokens = [token for piece in pieces for token in piece.tokens]
+        logprobs = logprobs_out(tokens, self._tokenizer)
+        completion = ChatCompletion(
+            id=self._head.id,
+            created=self._head.created,
+            model=self._head.model,
+            system_fingerprint=self._head.fingerprint,
+            choices=[Choice(0, message, logprobs, outcome.reason)],
+            usage=usage_of(outcome),
+            timings=timings_of(outcome),
+            cache_plan=outcome.plan if self._explain else UNSET,
         )
+        return self._encoder.encode(completion)
 
+    def _frame(self, choice: ChunkChoice) -> bytes:
+        """All that is the same in every chunk has been encoded once."""
+        return self._before + self._encoder.encode(choice) + self._after
 
-def completion_body(
-    head: Head,
-    pieces: Sequence[Piece],
-    outcome: Outcome,
-    tokenizer: Tokenizer,
-    plan: CachePlan | UnsetType = UNSET,
-) -> bytes:
-    """A whole answer, encoded; with the cache plan, if asked for."""
-    message = _message([delta for piece in pieces for delta in piece.deltas])
-    tokens = [token for piece in pieces for token in piece.tokens]
-    completion = ChatCompletion(
-        id=head.id,
-        created=head.created,
-        model=head.model,
-        system_fingerprint=head.fingerprint,
-        choices=[Choice(0, message, logprobs_out(tokens, tokenizer), outcome.reason)],
-        usage=usage_out(outcome),
-        cache_plan=plan,
-    )
-    return msgspec.json.encode(completion)
+    def _progress_chunk(self, progress: PromptProgress) -> bytes:
+        if not self._progress:
+            return b""
+        chunk = self._chunk([ChunkChoice(0, DeltaOut())])
+        chunk.prompt_progress = progress_out(progress)
+        return frame(self._encoder.encode(chunk))
 
-
-def usage_out(outcome: Outcome) -> Usage:
-    """The token counts of a reply."""
-    return Usage(
-        outcome.num_prompt_tokens,
-        outcome.num_reply_tokens,
-        outcome.num_prompt_tokens + outcome.num_reply_tokens,
-        PromptDetails(outcome.num_cached_tokens),
-        CompletionDetails(outcome.num_reasoning_tokens),
-    )
+    def _chunk(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
+        return ChatCompletionChunk(
+            id=self._head.id,
+            created=self._head.created,
+            model=self._head.model,
+            system_fingerprint=self._head.fingerprint,
+            choices=choices,
+            usage=None if self._include_usage else UNSET,
+        )
 
 
 def logprobs_out(tokens: Sequence[TokenSampled], tokenizer: Tokenizer) -> LogprobsOut | None:

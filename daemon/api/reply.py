@@ -28,7 +28,7 @@ class ReplyRules(Struct, frozen=True, kw_only=True):
 
     `max_tokens` None is all that the context leaves. `forbid_calls` keeps the tools in the
     prompt, whose prefix stays the same, and bans the token that opens a call. `single_call` ends
-    the reply after its first tool call.
+    the reply after its first tool call. `report_progress` makes pieces of the prompt's progress.
     """
 
     sampling: SamplingParams
@@ -36,6 +36,7 @@ class ReplyRules(Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     forbid_calls: bool = False
     single_call: bool = False
+    report_progress: bool = False
 
 
 class Reply:
@@ -70,6 +71,11 @@ class Reply:
     def is_cut(self) -> bool:
         """Whether the reply ended before the model said so; further tokens are ignored."""
         return self._is_cut
+
+    @property
+    def stop(self) -> str:
+        """The stop string that ended the reply, or ""."""
+        return self._stop.found
 
     def feed(self, token: int) -> list[Delta]:
         """The deltas that `token` makes certain; may be none."""
@@ -111,7 +117,7 @@ class Reply:
 
     def _content(self, text: str) -> list[Delta]:
         certain = self._stop.feed(text)
-        self._is_cut = self._stop.found
+        self._is_cut = bool(self._stop.found)
         return [ContentDelta(certain)] if certain else []
 
     def _call(self, call: ToolCallDelta) -> list[Delta]:

@@ -10,7 +10,13 @@ import xxhash
 
 from daemon.text.messages import Message
 
-HEADERS = ("x-session-id", "x-session-affinity", "x-affinity", "thread-id")
+HEADERS = (
+    "x-session-id",
+    "x-session-affinity",
+    "x-affinity",
+    "thread-id",
+    "x-claude-code-session-id",
+)
 """Headers by which coding agents name their session, the most telling first."""
 
 MAX_LENGTH = 128

@@ -19,14 +19,14 @@ _HEADERS = [
 ]
 
 
-def frame(data: bytes) -> bytes:
-    """One event. `data` is JSON on a single line."""
-    assert b"\n" not in data
-    return b"data: " + data + b"\n\n"
+def frame(data: bytes, event: bytes = b"") -> bytes:
+    """One event, named if the dialect names them. `data` is JSON on a single line."""
+    name = b"event: " + event + b"\n" if event else b""
+    return name + b"data: " + data + b"\n\n"
 
 
 class EventStream:
-    """An ASGI response that sends frames as they come.
+    """An ASGI response that sends frames as they come; empty ones are left out.
 
     Headers go out before the first frame is asked for. `close` is called in every case: end,
     error, disconnect, cancellation; also when no frame was ever sent.
@@ -55,5 +55,6 @@ class EventStream:
         await send(start)
         async with aclosing(self._frames) as frames:
             async for chunk in frames:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                if chunk:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

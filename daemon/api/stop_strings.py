@@ -12,11 +12,11 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self._found = False
+        self._found = ""
 
     @property
-    def found(self) -> bool:
-        """Whether a stop string has occurred; nothing is passed on after it."""
+    def found(self) -> str:
+        """The stop string that occurred, or ""; nothing is passed on after it."""
         return self._found
 
     def feed(self, text: str) -> str:
@@ -26,9 +26,9 @@ class StopStrings:
         if self._found:
             return ""
         self._held += text
-        start = self._first_stop()
-        if start is not None:
-            self._found = True
+        first = self._first_stop()
+        if first is not None:
+            start, self._found = first
             return self._held[:start]
         keep = self._num_possible()
         cut = len(self._held) - keep
@@ -40,11 +40,11 @@ class StopStrings:
         held, self._held = ("" if self._found else self._held), ""
         return held
 
-    def _first_stop(self) -> int | None:
-        """Where the stop string begins that is complete first."""
-        found = ((self._held.find(stop), len(stop)) for stop in self._stops)
-        ends = [(start + size, start) for start, size in found if start >= 0]
-        return min(ends)[1] if ends else None
+    def _first_stop(self) -> tuple[int, str] | None:
+        """The stop string that is complete first, and where it begins."""
+        found = ((self._held.find(stop), stop) for stop in self._stops)
+        ends = [(start + len(stop), start, stop) for start, stop in found if start >= 0]
+        return min(ends)[1:] if ends else None
 
     def _num_possible(self) -> int:
         """Characters at the end that begin a stop string."""

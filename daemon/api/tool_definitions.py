@@ -4,7 +4,7 @@ Owns the checks, so that parsing a call's arguments by the schema can rely on it
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
@@ -21,50 +21,89 @@ _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _MAPS = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
 
 
-class _Function(Struct):
+class Function(Struct):
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
+
     name: Annotated[str, Meta(pattern=r"^[^\s<>]{1,256}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class _Tool(Struct):
-    function: _Function
-    type: Literal["function"] = "function"
+def tool_specs(
+    definitions: Sequence[dict[str, Any]],
+) -> tuple[tuple[ToolSpec, ...], tuple[str, ...]]:
+    """Check and convert the value of `tools` as chat clients send it.
 
-
-def tool_specs(definitions: Sequence[dict[str, Any]]) -> tuple[ToolSpec, ...]:
-    """Check and convert the value of `tools`.
+    Returns:
+        The functions; and, to be told to the client, what was passed over: tools of other types,
+        which the provider would have run.
 
     Raises:
-        InvalidRequest: not a function tool, a name twice, or parameters that are no JSON schema.
+        InvalidRequest: a name twice, or parameters that are no JSON schema.
     """
-    specs: dict[str, ToolSpec] = {}
+    specs: list[ToolSpec] = []
+    passed_over: list[str] = []
     for index, definition in enumerate(definitions):
         path = f"tools[{index}]"
-        spec = _spec(definition, path)
-        if spec.name in specs:
-            raise InvalidRequest(f"{path}: there are two tools named {spec.name!r}.", path)
-        specs[spec.name] = spec
-    return tuple(specs.values())
+        kind = definition.get("type", "function")
+        if kind == "function":
+            specs.append(_spec(definition, path))
+            refuse_twice(specs, path)
+        else:
+            passed_over.append(f"{path} ({kind})")
+    return tuple(specs), tuple(passed_over)
+
+
+def function_tool(name: str, description: str | None, parameters: dict[str, Any]) -> ToolSpec:
+    """A tool as the template is shown it, from a dialect that writes it otherwise."""
+    function = {"name": name, "description": description or "", "parameters": parameters}
+    return ToolSpec(name, parameters, {"type": "function", "function": function})
+
+
+def refuse_twice(specs: Sequence[ToolSpec], path: str) -> None:
+    """Check that the last one has a name of its own.
+
+    Raises:
+        InvalidRequest: an earlier one has it too.
+    """
+    if any(spec.name == specs[-1].name for spec in specs[:-1]):
+        raise InvalidRequest(f"{path}: there are two tools named {specs[-1].name!r}.", path)
 
 
 def _spec(definition: dict[str, Any], path: str) -> ToolSpec:
-    try:
-        function = msgspec.convert(definition, _Tool).function
-    except msgspec.ValidationError as error:
-        raise invalid(error, path) from error
-    where = f"{path}.function.parameters"
+    function = read_function(definition.get("function"), f"{path}.function")
     if function.strict:
         raise InvalidRequest(
             f"{path}.function.strict: strict tools are not supported; send false.",
             f"{path}.function.strict",
         )
-    parameters = function.parameters or {}
-    check_schema(parameters, where)
+    return ToolSpec(function.name, function.parameters or {}, definition)
+
+
+def read_function(given: object, path: str) -> Function:
+    """Check a function's form and its schema.
+
+    Raises:
+        InvalidRequest: names the place below `path`.
+    """
+    try:
+        function = msgspec.convert(given, Function)
+    except msgspec.ValidationError as error:
+        raise invalid(error, path) from error
+    check_parameters(function.parameters or {}, f"{path}.parameters")
+    return function
+
+
+def check_parameters(parameters: dict[str, Any], path: str) -> None:
+    """Check the schema of a call's arguments.
+
+    Raises:
+        InvalidRequest: names the place below `path`.
+    """
+    check_schema(parameters, path)
     if parameters.get("type", "object") != "object":
-        raise _no_schema(f"{where}.type", 'must be "object"')
-    return ToolSpec(function.name, parameters, definition)
+        raise _no_schema(f"{path}.type", 'must be "object"')
 
 
 def check_schema(schema: object, path: str, depth: int = 0) -> None:

@@ -263,6 +263,7 @@ class StepEngine:
         state = self.backend.read_slot(slot)
         snapshot = Snapshot(position, born, num_grid_pages, state, pages)
         sequence.timeline.save(snapshot, reason)
+        sequence.num_kept = max(sequence.num_kept, position)
 
     # ── work for later ────────────────────────────────────────────────────────────────────────
 
@@ -308,6 +309,7 @@ class StepEngine:
             tokens=tuple(reply),
             prompt_ms=sequence.prompt_ms,
             decode_ms=sequence.decode_ms,
+            num_kept_tokens=min(sequence.num_kept, sequence.num_prompt),
         )
         self._close(sequence, event)
 

@@ -89,7 +89,11 @@ class TokenSampled(Struct, frozen=True, tag=True):
 
 
 class Finished(Struct, frozen=True, tag=True):
-    """The last event of a request that did not fail. `tokens` are those that were reported."""
+    """The last event of a request that did not fail. `tokens` are those that were reported.
+
+    Of the prompt, `num_cached_tokens` were not evaluated again, and a checkpoint has been kept
+    that covers the first `num_kept_tokens` (0: none was taken).
+    """
 
     reason: FinishReason
     num_prompt_tokens: int
@@ -97,6 +101,7 @@ class Finished(Struct, frozen=True, tag=True):
     tokens: tuple[int, ...]
     prompt_ms: float
     decode_ms: float
+    num_kept_tokens: int = 0
 
 
 class Failed(Struct, frozen=True, tag=True):

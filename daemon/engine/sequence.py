@@ -30,7 +30,8 @@ class Sequence:
     """`tokens` are prompt and reply; the first `num_evaluated` are in state and pages.
 
     `mark` is the position (a multiple of PAGE_TOKENS, 0: none) whose state lies in `mark_slot`:
-    the last place on the grid that decoding passed, where a reply's checkpoint is cut.
+    the last place on the grid that decoding passed, where a reply's checkpoint is cut. `num_kept`
+    tokens are covered by the checkpoints that this sequence saved.
     """
 
     def __init__(self, request: GenerationRequest, deliver: Deliver, timeline: Timeline) -> None:
@@ -41,6 +42,7 @@ class Sequence:
         self.tokens = list(request.tokens)
         self.num_evaluated = 0
         self.num_cached = 0
+        self.num_kept = 0
         self.num_grid_pages = 0
         self.born: Birth = "prompt"
         self.pages: tuple[int, ...] = ()

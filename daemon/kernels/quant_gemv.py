@@ -271,7 +271,14 @@ def _fill_pieces(pieces: Table, runs: list[_Run], stripes: list[Stripe], units: 
         sums = -1 if run.num_units == units else cut[run.block]
         cut[run.block] += run.num_units < units
         pointer = stripe.pointer + run.first * TEAM_WARPS * stripe.tile_bytes
-        shape = (stripe.kind, stripe.tile_bytes, run.first, run.num_units, stripe.row, stripe.num_rows)
+        shape = (
+            stripe.kind,
+            stripe.tile_bytes,
+            run.first,
+            run.num_units,
+            stripe.row,
+            stripe.num_rows,
+        )
         pieces[run.block, run.team, counts[place]] = (pointer, *shape, sums, 0)
         counts[place] += 1
 

@@ -53,7 +53,7 @@ def make_api(tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[MakeApi]:
             if isinstance(chosen, Script):
                 return chosen
             assert isinstance(chosen, str)
-            return Script(tokenizer.encode(chosen), num_cached=3)
+            return Script(tokenizer.encode(chosen), num_cached=3, num_kept=5)
 
         engine = ScriptedEngine(script, **engine_options)
         engines.append(engine)

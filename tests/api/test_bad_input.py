@@ -75,7 +75,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"chat_template_kwargs": {"messages": []}}, "messages"),
     ({"tools": "f"}, "tools"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
-    ({"tools": [{"type": "web_search", "function": {"name": "f"}}]}, "tools[0].type"),
     ({"tools": tool(name="a b")}, "tools[0].function.name"),
     ({"tools": tool() + tool()}, "tools[1]"),
     ({"tools": tool(strict=True)}, "tools[0].function.strict"),

@@ -72,10 +72,21 @@ def test_whole_answer(make_api: MakeApi, tokenizer: Tokenizer) -> None:
             "prompt_tokens": num_prompt,
             "completion_tokens": num_reply,
             "total_tokens": num_prompt + num_reply,
-            "prompt_tokens_details": {"cached_tokens": 3},
+            "prompt_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 2},
             "completion_tokens_details": {
                 "reasoning_tokens": len(tokenizer.encode("Look first.\n</think>"))
             },
+        },
+        "timings": {
+            "cache_n": 3,
+            "prompt_n": num_prompt - 3,
+            "prompt_ms": 12.0,
+            "prompt_per_token_ms": round(12 / (num_prompt - 3), 4),
+            "prompt_per_second": round((num_prompt - 3) / 0.012, 3),
+            "predicted_n": num_reply,
+            "predicted_ms": 34.0,
+            "predicted_per_token_ms": round(34 / num_reply, 4),
+            "predicted_per_second": round(num_reply / 0.034, 3),
         },
     }
 
@@ -97,7 +108,21 @@ def test_stream_ends_with_usage_if_asked(make_api: MakeApi) -> None:
     chunks = stream(make_api("x</think>\n\ny"), stream_options={"include_usage": True})
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+    details = chunks[-1]["usage"]["prompt_tokens_details"]
+    assert details == {"cached_tokens": 3, "cache_write_tokens": 2}
+    assert chunks[-2]["timings"]["cache_n"] == 3
+
+
+def test_progress_of_the_prompt_if_asked(make_api: MakeApi) -> None:
+    api = make_api(Script(api_tokens(make_api, "</think>\n\nx"), prefill_steps=3, num_cached=2))
+    chunks = stream(api, return_progress=True)
+    progress = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+    num_prompt = len(api.engine.requests[0].tokens)
+    assert {(step["total"], step["cache"]) for step in progress} == {(num_prompt, 2)}
+    done = [step["processed"] for step in progress]
+    assert done == sorted(done)
+    assert done[-1] == num_prompt
+    assert not any("prompt_progress" in chunk for chunk in stream(api))
 
 
 def test_tool_calls(make_api: MakeApi) -> None:

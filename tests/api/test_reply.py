@@ -59,7 +59,7 @@ def test_stop_strings_cut_where_the_first_is_complete(pieces: list[str], stops: 
     text = "".join(pieces)
     ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
     assert passed == (text[: min(ends)[1]] if ends else text)
-    assert search.found == bool(ends)
+    assert bool(search.found) == bool(ends)
 
 
 def test_reasoning_is_counted_with_its_closing_token(tokenizer: Tokenizer) -> None:
