@@ -20,6 +20,7 @@
     │   └── StoreFull              the disk or the map is full
     └── DeviceError                the GPU
         ├── NoDevice               none, or the driver is too old
+        ├── DeviceLost             it failed in a way that ends all work on it
         ├── OutOfDeviceMemory
         └── KernelCompileError
 
@@ -137,6 +138,10 @@ class DeviceError(QwendError):
 
 class NoDevice(DeviceError):
     """No supported GPU, or a driver that is too old."""
+
+
+class DeviceLost(DeviceError):
+    """The GPU failed so that nothing more can run on it in this process."""
 
 
 class OutOfDeviceMemory(DeviceError):

@@ -21,9 +21,13 @@ CLOSE_TIMEOUT_S = 5
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with our own order of the end. `stop` may be called from any thread."""
+    """uvicorn, with our own order of the end. `stop` may be called from any thread.
 
-    def __init__(self, app: Starlette, on_ready: Callable[[str], None]) -> None:
+    Args:
+        on_ready: called with the URL once connections are taken.
+    """
+
+    def __init__(self, app: Starlette, on_ready: Callable[[str], None] = lambda url: None) -> None:
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -35,6 +39,14 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._on_ready = on_ready
+
+    def serve_on(self, listener: socket.socket) -> None:
+        """Serve until SIGINT, SIGTERM or `stop`; a second SIGINT waits for nothing.
+
+        Args:
+            listener: from `bind`; clients that connect before this call wait.
+        """
+        self.run(sockets=[listener])
 
     def stop(self) -> None:
         """End soon; running replies are cancelled."""
@@ -67,18 +79,6 @@ class Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def run_server(
-    app: Starlette, listener: socket.socket, on_ready: Callable[[str], None] = lambda url: None
-) -> None:
-    """Serve until SIGINT or SIGTERM; a second SIGINT waits for nothing.
-
-    Args:
-        listener: from `bind`; clients that connect before this call wait.
-        on_ready: called with the URL once connections are taken.
-    """
-    Server(app, on_ready).run(sockets=[listener])
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -19,8 +19,12 @@ def register(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Serve until SIGINT or SIGTERM."""
-    from daemon.api.server import bind, run_server
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        EngineStopped: the engine has failed; the store is closed in good order all the same.
+    """
+    from daemon.api.server import Server, bind
     from daemon.assemble import assemble
     from daemon.logs import configure_logs
 
@@ -28,11 +32,13 @@ def run(arguments: argparse.Namespace) -> None:
     configure_logs()
     with bind(config.server.host, config.server.port) as listener, assemble(config) as daemon:
         info = daemon.engine.info
-        run_server(
-            daemon.app(),
-            listener,
-            lambda url: _announce(url, info.model_name, info.backend, config),
+        server = Server(
+            daemon.app(), lambda url: _announce(url, info.model_name, info.backend, config)
         )
+        daemon.engine.when_failed(server.stop)
+        server.serve_on(listener)
+        if daemon.engine.failure is not None:
+            raise daemon.engine.failure
 
 
 def _announce(url: str, model: str, backend: str, config: Config) -> None:

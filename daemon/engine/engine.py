@@ -24,7 +24,7 @@ from daemon.engine.requests import (
 )
 from daemon.engine.scheduler import Scheduler, Work
 from daemon.engine.sequence import Phase, Sequence
-from daemon.errors import DeviceError, QwendError
+from daemon.errors import DeviceError, DeviceLost, QwendError
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +130,8 @@ class StepEngine:
             sampling = tuple(sequence for sequence, span in pairs if span.samples)
             rows = [sequence.sampling_row() for sequence in sampling]
             sampled = self.backend.sample(logits, rows, self.num_tokens) if rows else []
+        except DeviceLost:
+            raise
         except DeviceError as error:
             self._release_captures(work)
             self.fail(work.sequences, error)

@@ -71,6 +71,7 @@ class EngineThread:
         self._lock = threading.Lock()
         self._num_open = 0
         self._failure: QwendError | None = None
+        self._on_failure: Callable[[], None] | None = None
         self._built: Future[None] = Future()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -83,6 +84,14 @@ class EngineThread:
     def failure(self) -> QwendError | None:
         """Why no request is taken any more, or None while all is well."""
         return self._failure
+
+    def when_failed(self, call: Callable[[], None]) -> None:
+        """Have `call` run, on any thread, once no request is taken any more."""
+        with self._lock:
+            self._on_failure = call
+            has_failed = self._failure is not None
+        if has_failed:
+            call()
 
     def start(self) -> None:
         """Start the thread and wait until the engine is built.
@@ -187,7 +196,10 @@ class EngineThread:
         """Answer what is open and what is still queued; nothing comes in after this."""
         with self._lock:
             self._failure = failure
+            on_failure = self._on_failure
         engine.fail(tuple(engine.sequences.values()), failure)
         while (command := self._next_command(wait=False)) is not None:
             if isinstance(command, Submit):
                 command.deliver(Failed(failure))
+        if on_failure is not None:
+            on_failure()

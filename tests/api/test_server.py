@@ -21,7 +21,7 @@ SERVE = """
     from starlette.responses import StreamingResponse
     from starlette.routing import Route
     import asyncio
-    from daemon.api.server import bind, run_server
+    from daemon.api.server import Server, bind
 
     class Replies:
         def __init__(self):
@@ -39,7 +39,7 @@ SERVE = """
     app = Starlette(routes=[Route("/", root)])
     app.state.generations = Replies()
     with bind("127.0.0.1", 0) as listener:
-        run_server(app, listener, lambda url: print(url, flush=True))
+        Server(app, lambda url: print(url, flush=True)).serve_on(listener)
     print("returned", flush=True)
 """
 

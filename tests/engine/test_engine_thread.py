@@ -10,7 +10,14 @@ from tape_model import TapeModel, continuation
 from daemon.engine.engine import StepEngine
 from daemon.engine.engine_thread import EngineThread
 from daemon.engine.requests import EngineInfo, Event, Failed, Finished, GenerationRequest
-from daemon.errors import DeviceError, EngineStopped, ModelFileError, Overloaded, PromptTooLong
+from daemon.errors import (
+    DeviceError,
+    DeviceLost,
+    EngineStopped,
+    ModelFileError,
+    Overloaded,
+    PromptTooLong,
+)
 
 INFO = EngineInfo(
     model_name="tape",
@@ -199,6 +206,26 @@ def test_a_device_error_in_a_batch_does_not_stop_the_engine(stage: Stage) -> Non
     assert isinstance(end.error, DeviceError)
     stage.error = None
     assert isinstance(stage.submit(1).wait(), Finished)
+
+
+def test_a_lost_device_answers_everyone_and_ends_the_engine(stage: Stage) -> None:
+    told = threading.Event()
+    stage.thread.when_failed(told.set)
+    stage.may_step.clear()
+    answers = [stage.submit(number) for number in range(5)]
+    stage.error = DeviceLost("Could not finish work on the GPU: an illegal access.")
+    stage.may_step.set()
+    for answer in answers:
+        end = answer.wait()
+        assert isinstance(end, Failed)
+        assert isinstance(end.error, EngineStopped)
+        assert "illegal access" in str(end.error)
+    assert told.wait(PATIENCE_S)
+    late = threading.Event()
+    stage.thread.when_failed(late.set)
+    assert late.is_set()
+    with pytest.raises(EngineStopped, match="illegal access"):
+        stage.submit(9)
 
 
 def test_a_store_that_fails_at_the_door_answers_its_request(stage: Stage) -> None:

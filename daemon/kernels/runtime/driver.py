@@ -7,7 +7,7 @@ from typing import Any
 
 from cuda.bindings import driver
 
-from daemon.errors import DeviceError, NoDevice, OutOfDeviceMemory
+from daemon.errors import DeviceError, DeviceLost, NoDevice, OutOfDeviceMemory
 
 NO_DEVICE = {
     driver.CUresult.CUDA_ERROR_NO_DEVICE,
@@ -15,6 +15,17 @@ NO_DEVICE = {
     driver.CUresult.CUDA_ERROR_SYSTEM_DRIVER_MISMATCH,
     driver.CUresult.CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE,
 }
+
+LOST = frozenset(
+    f"CUDA_ERROR_{name}"
+    for name in (
+        "ILLEGAL_ADDRESS", "LAUNCH_TIMEOUT", "LAUNCH_FAILED", "ASSERT", "HARDWARE_STACK_ERROR",
+        "ILLEGAL_INSTRUCTION", "MISALIGNED_ADDRESS", "INVALID_ADDRESS_SPACE", "INVALID_PC",
+        "ECC_UNCORRECTABLE", "NVLINK_UNCORRECTABLE", "CONTAINED", "CONTEXT_IS_DESTROYED",
+        "DEVICE_UNAVAILABLE",
+    )
+)  # fmt: skip
+"""After these every further call fails as well, says the driver's manual."""
 
 
 def checked(result: tuple[Any, ...], doing: str) -> Any:
@@ -24,7 +35,7 @@ def checked(result: tuple[Any, ...], doing: str) -> Any:
         doing: what was tried, for the message, such as "allocate 512 MiB".
 
     Raises:
-        OutOfDeviceMemory, NoDevice, DeviceError: by the status.
+        OutOfDeviceMemory, NoDevice, DeviceLost, DeviceError: by the status.
     """
     status, values = result[0], result[1:]
     if status != driver.CUresult.CUDA_SUCCESS:
@@ -40,4 +51,6 @@ def _error(status: driver.CUresult, doing: str) -> DeviceError:
         return OutOfDeviceMemory(message)
     if status in NO_DEVICE:
         return NoDevice(message)
+    if status.name in LOST:
+        return DeviceLost(message)
     return DeviceError(message)
