@@ -46,11 +46,11 @@ class GpuModel:
         compiler = Compiler(self.device.arch, kernel_cache_folder())
         self.backend = CudaBackend(self.device, compiler, limits, self.shape.rms_eps)
         self.model = load_model(file, self.backend)
-        self.device.synchronize()
-        self.load_s = time.perf_counter() - began
         self.pages_each = -(-context // PAGE_TOKENS) + 1
         num_pages = self.pages_each * MAX_SEQUENCES
         self.backend.allocate(self.shape, MAX_SEQUENCES, num_pages)
+        self.device.synchronize()
+        self.load_s = time.perf_counter() - began
         for slot in range(MAX_SEQUENCES):
             self.backend.clear_slot(slot)
         self._rng = np.random.default_rng(0)

@@ -17,21 +17,23 @@ from daemon.api.app import create_app
 from daemon.api.service import Service
 from daemon.cache.checkpoint_cache import CheckpointCache
 from daemon.cache.prefix_hash import fingerprint
-from daemon.checkpoint import PAGE_TOKENS, Reach
+from daemon.checkpoint import Reach
 from daemon.config import DEFAULT_CONTEXT, CacheConfig, Config, EngineConfig, ModelConfig
-from daemon.devices import make_backend, prefill_tokens
+from daemon.devices import make_backend, plan_memory, prefill_tokens
 from daemon.engine.backends.backend import Backend
 from daemon.engine.checkpointing import CheckpointStore, NoCheckpoints
 from daemon.engine.engine import StepEngine
 from daemon.engine.engine_thread import EngineThread
+from daemon.engine.memory.memory_plan import MemoryDemand, MemoryPlan
 from daemon.engine.model.model import Model
 from daemon.engine.model.shape import ModelShape
 from daemon.engine.requests import EngineInfo, SamplingParams
-from daemon.engine.scheduler import Limits, Scheduler
+from daemon.engine.scheduler import Limits, Scheduler, num_slots
 from daemon.engine.weights.digest import weights_digest
 from daemon.engine.weights.gguf import GGUFFile, open_gguf
 from daemon.engine.weights.loader import load_model, model_shape
-from daemon.errors import ConfigError, ModelFileError, OutOfDeviceMemory
+from daemon.errors import ConfigError, ModelFileError
+from daemon.load_progress import LoadProgress
 from daemon.metrics import Metrics
 from daemon.text.prompt import PromptBuilder
 from daemon.text.prompt_history import FrameShape, PastPrompt, PromptHistory
@@ -96,8 +98,8 @@ def open_model_file(config: ModelConfig) -> GGUFFile:
     return open_gguf(config.path or embedded_model())
 
 
-def load_for_evaluation(model: ModelConfig, engine: EngineConfig) -> Model:
-    """The model on its backend, without state memory, for `engine.evaluation`.
+def load_for_evaluation(model: ModelConfig, engine: EngineConfig, num_tokens: int) -> Model:
+    """The model on its backend, for `engine.evaluation` of one text of `num_tokens`.
 
     Raises:
         ModelError: see `load_model`.
@@ -105,8 +107,20 @@ def load_for_evaluation(model: ModelConfig, engine: EngineConfig) -> Model:
     """
     file = open_model_file(model)
     shape = model_shape(file)
-    backend = make_backend(engine, file, shape, shape.context_length)
-    return load_model(file, backend)
+    demand = MemoryDemand(context_length=max(num_tokens, 1), num_sequences=1, num_slots=1)
+    return _load(file, make_backend(engine, file, shape, demand))
+
+
+def memory_plan(model: ModelConfig, engine: EngineConfig) -> MemoryPlan:
+    """What `assemble` would take on the GPU, found without loading anything.
+
+    Raises:
+        ModelError: the file cannot be served.
+        DeviceError: see `plan_memory`.
+    """
+    file = open_model_file(model)
+    context = _context_length(model_shape(file), engine)
+    return plan_memory(engine, file, _demand(engine, context))
 
 
 def assemble(config: Config) -> Daemon:
@@ -121,7 +135,7 @@ def assemble(config: Config) -> Daemon:
     template_source = _template_source(file, config.model)
     template = ChatTemplate(template_source, tokenizer.control_tokens)
     context = _context_length(shape, config.engine)
-    backend = make_backend(config.engine, file, shape, context)
+    backend = make_backend(config.engine, file, shape, _demand(config.engine, context))
     identity = _identity(file, template_source, backend)
     name = _model_name(file, config.model)
     cache = _open_cache(config.cache, identity, name)
@@ -175,7 +189,7 @@ def _engine_builder(
 
     def build(wake: Callable[[], None]) -> StepEngine:
         backend.attach()
-        model = load_model(file, backend)
+        model = _load(file, backend)
         limits = _limits(model, config, info.context_length)
         backend.allocate(model.shape, limits.num_slots, limits.num_pages)
         return StepEngine(
@@ -193,26 +207,29 @@ def _engine_builder(
 
 
 def _limits(model: Model, config: EngineConfig, context_length: int) -> Limits:
-    """Pages for all sequences at full length where they fit, for one at least.
-
-    Raises:
-        OutOfDeviceMemory: not even one sequence of the context length fits.
-    """
-    limits = Limits(
+    """Pages for all sequences at full length where they fit, for one at least."""
+    demand = _demand(config, context_length)
+    pages = model.backend.fit_pages(model.shape, demand.num_slots, demand.most_pages)
+    return Limits(
         max_sequences=config.parallel,
         max_waiting=config.max_waiting,
         prefill_tokens=prefill_tokens(config),
-        num_pages=-(-context_length // PAGE_TOKENS) * config.parallel + 1,
+        num_pages=pages,
         num_capture_slots=NUM_CAPTURE_SLOTS,
     )
-    fitting = model.backend.fit_pages(model.shape, limits.num_slots, limits.num_pages)
-    if fitting * PAGE_TOKENS < context_length + PAGE_TOKENS:
-        raise OutOfDeviceMemory(
-            f"a context of {context_length} tokens does not fit beside the weights; "
-            f"{max(fitting - 1, 0) * PAGE_TOKENS} tokens would: pass --ctx, fewer --parallel, or "
-            "smaller KV formats (-ctk, -ctv)"
-        )
-    return msgspec.structs.replace(limits, num_pages=fitting)
+
+
+def _demand(config: EngineConfig, context_length: int) -> MemoryDemand:
+    return MemoryDemand(
+        context_length=context_length,
+        num_sequences=config.parallel,
+        num_slots=num_slots(config.parallel, NUM_CAPTURE_SLOTS),
+    )
+
+
+def _load(file: GGUFFile, backend: Backend) -> Model:
+    with LoadProgress(file.paths[0].name, file.num_bytes) as progress:
+        return load_model(file, backend, lambda tensor: progress.advance(tensor.num_bytes))
 
 
 def _open_cache(config: CacheConfig, identity: bytes, model_name: str) -> CheckpointCache | None:

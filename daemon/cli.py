@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import NoReturn
 
 from daemon import __version__
-from daemon.commands import generate, logits, serve
+from daemon.commands import check, generate, logits, serve
 from daemon.errors import QwendError
 
-COMMANDS = (serve, generate, logits)
-"""Each has `register(commands)`, which adds its flags and says what runs."""
+COMMANDS = (serve, generate, check, logits)
+"""Each has `register(commands)`: it adds its flags and says what runs, which may give a status."""
 
 CLIENT_COMMANDS = {
     "chat": ("qwend_clients.chat", "chat with a server"),
@@ -31,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             client = import_module(CLIENT_COMMANDS[arguments[0]][0])
             return int(client.main(arguments[1:]))
         parsed = _parser().parse_args(arguments)
-        parsed.run(parsed)
-        return 0
+        return parsed.run(parsed) or 0
     except QwendError as error:
         print(f"qwend: error: {error}", file=sys.stderr)
         return 1

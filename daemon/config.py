@@ -29,7 +29,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     `canonical`: evaluate replies again as prompts while nothing else is to be done.
 
     `device` "auto" takes the GPU where there is one. `key_format` and `value_format` are how the
-    GPU keeps the KV cache; the CPU keeps float32.
+    GPU keeps the KV cache; the CPU keeps float32. `gpu_memory_bytes` is the most that all of qwend
+    may take on the GPU, CUDA's own part included; None is what is free.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -40,6 +41,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     canonical: bool = True
     key_format: str = "bf16"
     value_format: str = "bf16"
+    gpu_memory_bytes: int | None = None
 
 
 class CacheConfig(Struct, frozen=True, kw_only=True):

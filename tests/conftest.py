@@ -1,1 +1,23 @@
-"""Makes tests/ importable, so that every folder's tests find `fakes`."""
+"""Makes tests/ importable, so that every folder's tests find `fakes`; a driver without a card."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from fake_driver import FakeDriver
+
+
+@pytest.fixture
+def fake_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+    """The runtime calls it instead of CUDA."""
+    pytest.importorskip("cuda.core")
+    from fake_driver import install_fake_driver
+
+    yield install_fake_driver(monkeypatch)
+    # What the fake gave out must go back to it, not to the real driver.
+    gc.collect()

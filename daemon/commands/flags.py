@@ -22,21 +22,48 @@ from daemon.config import (
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which model, on which device, in what form."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", "-m", type=Path, help="GGUF file (default: the embedded model)")
+    add_model_flag(group)
     group.add_argument("--chat-template-file", type=Path, help="instead of the file's own template")
-    group.add_argument(
-        "--ctx", "-c", type=positive, metavar="TOKENS",
-        help=f"context length (default: the model's, at most {DEFAULT_CONTEXT})",
-    )  # fmt: skip
     add_device_flag(group)
-    for which in ("k", "v"):
-        group.add_argument(
-            f"--cache-type-{which}", f"-ct{which}", choices=("bf16", "q8_0", "fp8", "q4_0"),
-            default="bf16", help=f"how the GPU keeps {which.upper()} of the cache (%(default)s)",
-        )  # fmt: skip
+    add_context_flags(group)
     group.add_argument(
         "--strict", action="store_true",
         help="resume only from states born by prompt evaluation, which equal a cold run bit by bit",
+    )  # fmt: skip
+
+
+def add_model_flag(parser: argparse._ActionsContainer) -> None:
+    """Which file."""
+    parser.add_argument("--model", "-m", type=Path, help="GGUF file (default: the embedded model)")
+
+
+def add_context_flags(parser: argparse._ActionsContainer) -> None:
+    """How much context, and in how much memory."""
+    parser.add_argument(
+        "--ctx", "-c", type=positive, metavar="TOKENS",
+        help=f"context length (default: the model's, at most {DEFAULT_CONTEXT})",
+    )  # fmt: skip
+    for which in ("k", "v"):
+        parser.add_argument(
+            f"--cache-type-{which}", f"-ct{which}", choices=("bf16", "q8_0", "fp8", "q4_0"),
+            default="bf16", help=f"how the GPU keeps {which.upper()} of the cache (%(default)s)",
+        )  # fmt: skip
+    add_memory_flag(parser)
+
+
+def add_memory_flag(parser: argparse._ActionsContainer) -> None:
+    """A cap on what is taken of the GPU."""
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE",
+        help="the most that qwend may take of the GPU, for example 24G (default: what is free)",
+    )  # fmt: skip
+
+
+def add_parallel_flag(parser: argparse._ActionsContainer) -> None:
+    """How many requests at once."""
+    parser.add_argument(
+        "--parallel", "-np", type=positive, default=4, metavar="N",
+        help="requests that are evaluated together; more wait (%(default)s)",
     )  # fmt: skip
 
 
@@ -56,10 +83,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--port", type=int, default=DEFAULT_PORT, help="port, 0 for a free one (%(default)s)"
     )
     group.add_argument("--alias", help="the model's name for clients (default: the file's name)")
-    group.add_argument(
-        "--parallel", "-np", type=positive, default=4, metavar="N",
-        help="requests that are evaluated together; more wait (%(default)s)",
-    )  # fmt: skip
+    add_parallel_flag(group)
     group.add_argument(
         "--no-idle-work", action="store_true",
         help="leave the device alone between requests: replies are not evaluated again as prompts",
@@ -98,6 +122,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
             context=arguments.ctx,
             parallel=arguments.parallel if is_server else 1,
             strict=arguments.strict,
+            gpu_memory_bytes=gpu_memory(arguments),
             canonical=is_server and not arguments.no_idle_work,
         ),
         cache=CacheConfig(
@@ -110,6 +135,15 @@ def config_of(arguments: argparse.Namespace) -> Config:
         if is_server
         else ServerConfig(),
     )
+
+
+def gpu_memory(arguments: argparse.Namespace) -> int | None:
+    """Bytes of --gpu-memory, None where it is not given.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    return None if arguments.gpu_memory is None else parse_bytes(arguments.gpu_memory)
 
 
 def positive(text: str) -> int:

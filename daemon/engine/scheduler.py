@@ -34,8 +34,13 @@ class Limits(Struct, frozen=True):
 
     @property
     def num_slots(self) -> int:
-        """Two for each sequence (its state, and its mark), and those that captures fill."""
-        return 2 * self.max_sequences + self.num_capture_slots
+        """See the function of this name."""
+        return num_slots(self.max_sequences, self.num_capture_slots)
+
+
+def num_slots(max_sequences: int, num_capture_slots: int) -> int:
+    """Two for each sequence (its state, and its mark), and those that captures fill."""
+    return 2 * max_sequences + num_capture_slots
 
 
 class Work(Struct, frozen=True):

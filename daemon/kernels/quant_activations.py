@@ -1,4 +1,4 @@
-"""Launches quant_activations: float32 rows to fp16 operands, with or without an RMS norm."""
+"""Launches quant_activations: float32 rows to fp16 operands: as they are, normed, or gated."""
 
 from pathlib import Path
 
@@ -15,9 +15,13 @@ GROUP_TOKENS = 8
 PANELS, CHUNKS = 0, 1
 """Layouts: for quant_gemv (up to 16 tokens), and for quant_gemm."""
 
+PLAIN, NORMED, GATED = 0, 1, 2
+KINDS = (PLAIN, NORMED, GATED)
+"""What becomes of a row: itself, its RMS norm, or the SwiGLU of its halves."""
+
 
 class ActivationKernels:
-    """The four variants, compiled when first used. The device's thread."""
+    """Two layouts of three kinds, compiled when first used. The device's thread."""
 
     def __init__(self, device: Device, compiler: Compiler) -> None:
         self._device = device
@@ -45,17 +49,28 @@ class ActivationKernels:
         assert columns % 256 == 0
         padded = padded_tokens(num_tokens)
         assert out.num_bytes >= padded * columns * 2
-        kernel = self._kernel(int(norm is not None), layout)
+        kernel = self._kernel(PLAIN if norm is None else NORMED, layout)
         arguments = (x, norm if norm is not None else 0, out, columns, padded, eps)
         grid, block = (num_tokens, 1, 1), (THREADS, 1, 1)
         kernel.launch(self._device.stream, grid, block, *arguments, dependent=True)
 
-    def _kernel(self, norm: int, layout: int) -> Kernel:
-        kernel = self._kernels.get((norm, layout))
+    def gate(self, x: DeviceArray, out: DeviceArray, layout: int) -> None:
+        """Write SiLU(g) u into `out`, from rows `[g | u]` of x, float32 `[tokens, 2 columns]`."""
+        num_tokens, columns = x.shape[0], x.shape[1] // 2
+        assert columns % 256 == 0
+        padded = padded_tokens(num_tokens)
+        assert out.num_bytes >= padded * columns * 2
+        arguments = (x, 0, out, columns, padded, 0.0)
+        grid, block = (num_tokens, 1, 1), (THREADS, 1, 1)
+        kernel = self._kernel(GATED, layout)
+        kernel.launch(self._device.stream, grid, block, *arguments, dependent=True)
+
+    def _kernel(self, kind: int, layout: int) -> Kernel:
+        kernel = self._kernels.get((kind, layout))
         if kernel is None:
-            cubin = self._compiler.cubin(SOURCE, {"NORM": norm, "LAYOUT": layout})
+            cubin = self._compiler.cubin(SOURCE, {"KIND": kind, "LAYOUT": layout})
             kernel = Module(cubin).kernel("quant_activations", PARAMETERS)
-            self._kernels[norm, layout] = kernel
+            self._kernels[kind, layout] = kernel
         return kernel
 
 

@@ -392,7 +392,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) quant_gemv(
             total[n] = make_float4(
                 sum[n][0][0] + sum[n][1][0], sum[n][0][1] + sum[n][1][1],
                 sum[n][0][2] + sum[n][1][2], sum[n][0][3] + sum[n][1][3]);
-            if (p->sums >= 0) sums[p->sums * SUMS + (w.part * NUM_PANELS + n) * 32 + lane] = total[n];
+            if (p->sums >= 0)
+                sums[p->sums * SUMS + (w.part * NUM_PANELS + n) * 32 + lane] = total[n];
         }
         if (p->sums < 0) finish(out, p->row, p->num_rows, total, w.part, lane);
     }

@@ -7,6 +7,7 @@ card only, never on the number of tokens, so that sums keep their order. The dev
 from __future__ import annotations
 
 from collections import Counter
+from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,15 +62,11 @@ class Stripe(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Who does what for one matrix: `deals` u8 `[blocks, bytes of a block's lists]` on the device.
-
-    `partial` holds sums on their way between blocks.
-    """
+    """Who does what for one matrix: `deals` u8 `[blocks, bytes of their lists]` on the device."""
 
     matrix: PackedMatrix
     deals: DeviceArray
     max_pieces: int
-    partial: DeviceArray
 
 
 class GemvShape(NamedTuple):
@@ -110,11 +107,8 @@ class GemvKernels:
     def plan(self, matrix: PackedMatrix) -> Plan:
         """Deal a matrix to the blocks, once, when the model is loaded."""
         dealt = deal(matrix, self._num_blocks, self._shape.teams)
-        slots = (max(dealt.num_slots, 1), MAX_TOKENS, STRIPE_ROWS)
-        partial = self._device.allocate(slots, np.float32)
-        self._device.fill(partial, AWAITED_BYTE)
-        deals = self._device.to_device(dealt.bytes())
-        return Plan(matrix, deals, dealt.pieces.shape[2], partial)
+        assert dealt.num_slots <= self._partial.shape[0]
+        return Plan(matrix, self._device.to_device(dealt.bytes()), dealt.pieces.shape[2])
 
     def multiply(
         self,
@@ -148,12 +142,22 @@ class GemvKernels:
             self._device.stream,
             (self._num_blocks, 1, 1),
             (32 * shape.warps, 1, 1),
-            *(*deals, panels, rows, out_panels, plan.partial),
+            *(*deals, panels, rows, out_panels, self._partial),
             *(*lengths, shape.prefetch_bytes),
             *(matrix.columns // BLOCK_COLUMNS, num_tokens, stride),
             shared_bytes=shared_bytes(shape, slots, slot_bytes, num_panels, plan.max_pieces),
             dependent=True,
         )
+
+    @cached_property
+    def _partial(self) -> DeviceArray:
+        """Sums on their way between blocks, one of each block.
+
+        All products share them: each takes what it leaves, and waits for the one before.
+        """
+        partial = self._device.allocate((self._num_blocks, MAX_TOKENS, STRIPE_ROWS), np.float32)
+        self._device.fill(partial, AWAITED_BYTE)
+        return partial
 
     def _kernel(self, variant: tuple[int, int, int, int], epilogue: int) -> Kernel:
         key = (*variant, epilogue)

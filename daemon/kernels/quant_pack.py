@@ -6,10 +6,10 @@ layout itself is described in include/quant_blocks.cuh. The device's thread.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,10 +18,10 @@ from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray
 from daemon.kernels.runtime.kernel import Kernel, Module
+from daemon.kernels.runtime.upload import Bytes, Uploader
 
 SOURCE = Path(__file__).with_suffix(".cu")
 PARAMETERS = ("pointer", "pointer", "int32", "int32", "int32")
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 STRIPE_ROWS = 64
 BLOCK_COLUMNS = 256
@@ -62,6 +62,9 @@ FORMATS = {
 CONVERTED = frozenset("Q4_1 Q5_0 Q5_1 Q2_K Q3_K IQ4_NL MXFP4".split())
 """Rounded to Q8_0 when loaded."""
 
+CONVERTED_AT_ONCE = 2**18
+"""Values that are float32 at a time: they should stay in the processor's cache."""
+
 
 class RawMatrix(NamedTuple):
     """Rows as a file has them: `data` is `[rows * bytes of a row]` uint8 of format `format`."""
@@ -70,6 +73,12 @@ class RawMatrix(NamedTuple):
     rows: int
     columns: int
     data: Bytes
+
+    def rows_between(self, start: int, stop: int) -> RawMatrix:
+        """Some of the rows, without copying."""
+        row_bytes = len(self.data) // self.rows
+        data = self.data[start * row_bytes : stop * row_bytes]
+        return RawMatrix(self.format, stop - start, self.columns, data)
 
 
 class Segment(NamedTuple):
@@ -99,18 +108,20 @@ class PackedMatrix(NamedTuple):
 
 
 class Packer:
-    """Uploads and repacks matrices through one staging buffer on the device.
+    """Uploads matrices and repacks them on the device.
 
     Args:
-        staging_bytes: size of that buffer; larger matrices go through in runs of rows.
+        uploader: what is sent through it is complete after its `finish`; without one, each matrix
+            is complete when its method returns.
     """
 
     def __init__(
-        self, device: Device, compiler: Compiler, staging_bytes: int = 256 * 2**20
+        self, device: Device, compiler: Compiler, uploader: Uploader | None = None
     ) -> None:
         self._device = device
         self._compiler = compiler
-        self._staging = device.allocate((staging_bytes,), np.uint8)
+        self._uploader = uploader or Uploader(device)
+        self._finish = self._uploader.finish if uploader is None else lambda: None
         self._kernels: dict[tuple[int, int], Kernel] = {}
 
     def pack(self, parts: Sequence[RawMatrix]) -> PackedMatrix:
@@ -121,25 +132,38 @@ class Packer:
             OutOfDeviceMemory: it does not fit.
         """
         columns, segments, row = parts[0].columns, [], 0
-        for part in map(_readable, parts):
+        for part in parts:
             assert part.columns == columns
-            kept_as = FORMATS[part.format].kept_as
+            kept_as = kept_format(part).kept_as
             tiles = self._empty_tiles(kept_as, part.rows, columns)
             self._fill(part, tiles, -1)
             segments.append(Segment(kept_as, row, part.rows, tiles))
             row += part.rows
+        self._finish()
         return PackedMatrix(row, columns, tuple(segments), paired=False)
 
     def pack_paired(self, gate: RawMatrix, up: RawMatrix) -> PackedMatrix:
         """Gate and up rows alternating in groups of 8; both must be of one format (`can_pair`)."""
-        gate, up = _readable(gate), _readable(up)
         assert can_pair(gate, up)
-        kept_as = FORMATS[gate.format].kept_as
+        kept_as = kept_format(gate).kept_as
         tiles = self._empty_tiles(kept_as, 2 * gate.rows, gate.columns)
         self._fill(gate, tiles, 0)
         self._fill(up, tiles, 1)
+        self._finish()
         segment = Segment(kept_as, 0, 2 * gate.rows, tiles)
         return PackedMatrix(2 * gate.rows, gate.columns, (segment,), paired=True)
+
+    def copy_rows(self, part: RawMatrix) -> DeviceArray:
+        """The rows as the file has them, or converted: u8 `[rows, bytes of a row]`, not packed."""
+        row_bytes = part.columns // BLOCK_COLUMNS * kept_format(part).file_bytes
+        target = self._device.allocate((part.rows, row_bytes), np.uint8)
+        run = self._uploader.buffer_bytes // row_bytes
+        for start in range(0, part.rows, run):
+            stop = min(start + run, part.rows)
+            fill = partial(write_readable, part.rows_between(start, stop))
+            self._uploader.send_to(target.rows(start, stop), fill)
+        self._finish()
+        return target
 
     def _empty_tiles(self, kind: QuantType, rows: int, columns: int) -> DeviceArray:
         stripes, blocks = -(-rows // STRIPE_ROWS), columns // BLOCK_COLUMNS
@@ -148,22 +172,34 @@ class Packer:
         return tiles
 
     def _fill(self, part: RawMatrix, tiles: DeviceArray, pairing: int) -> None:
-        """Copy runs of whole stripes to the staging buffer and repack them from there."""
-        format = FORMATS[part.format]
+        """Send runs of whole stripes and repack each where it lands."""
+        format = kept_format(part)
         blocks = part.columns // BLOCK_COLUMNS
         row_bytes = blocks * format.file_bytes
-        run = self._staging.num_bytes // row_bytes // STRIPE_ROWS * STRIPE_ROWS
+        run = self._uploader.buffer_bytes // row_bytes // STRIPE_ROWS * STRIPE_ROWS
         assert run > 0
-        kernel = self._kernel(format)
         for start in range(0, part.rows, run):
-            rows = min(run, part.rows - start)
-            raw = self._staging.view((rows * row_bytes,))
-            self._device.write(raw, part.data[start * row_bytes : (start + rows) * row_bytes])
+            rows = part.rows_between(start, min(start + run, part.rows))
             first_stripe = start * (1 if pairing < 0 else 2) // STRIPE_ROWS
             target = tiles.rows(first_stripe, tiles.shape[0])
-            grid = (-(-rows // 8), blocks, 1)
-            arguments = (raw, target, rows, blocks, pairing)
-            kernel.launch(self._device.stream, grid, (256, 1, 1), *arguments)
+            self._uploader.send(
+                rows.rows * row_bytes,
+                partial(write_readable, rows),
+                partial(self._repack, format, target, rows.rows, blocks, pairing),
+            )
+
+    def _repack(
+        self,
+        format: FileFormat,
+        target: DeviceArray,
+        rows: int,
+        blocks: int,
+        pairing: int,
+        raw: DeviceArray,
+    ) -> None:
+        grid = (-(-rows // 8), blocks, 1)
+        arguments = (raw, target, rows, blocks, pairing)
+        self._kernel(format).launch(self._device.stream, grid, (256, 1, 1), *arguments)
 
     def _kernel(self, format: FileFormat) -> Kernel:
         key = (format.kept_as.code, format.source)
@@ -180,21 +216,35 @@ def can_pair(gate: RawMatrix, up: RawMatrix) -> bool:
     return same and gate.rows % 32 == 0
 
 
-def _readable(part: RawMatrix) -> RawMatrix:
+def kept_format(part: RawMatrix) -> FileFormat:
+    """What a matrix is read as.
+
+    Raises:
+        UnsupportedModel: its format is not known, or its columns are no multiple of 256.
+    """
     if part.columns % BLOCK_COLUMNS:
         raise UnsupportedModel(f"A matrix has {part.columns} columns, no multiple of 256.")
-    if part.format in CONVERTED:
-        warnings.warn(f"{part.format} weights are rounded to Q8_0.", stacklevel=3)
-        return part._replace(format="Q8_0", data=as_q8_0(part))
-    if part.format not in FORMATS:
+    name = "Q8_0" if part.format in CONVERTED else part.format
+    if name not in FORMATS:
         raise UnsupportedModel(f"The GPU cannot read {part.format} weights.")
-    return part
+    return FORMATS[name]
+
+
+def write_readable(part: RawMatrix, target: Bytes) -> None:
+    """Write the bytes of a matrix in its own format, or in that to which it is converted."""
+    np.copyto(target, as_q8_0(part) if part.format in CONVERTED else part.data)
 
 
 def as_q8_0(part: RawMatrix) -> Bytes:
-    """The bytes of a matrix of another format as Q8_0."""
+    """The bytes of a matrix of another format as Q8_0, some rows at a time."""
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType[part.format]
-    values = quants.dequantize(part.data.reshape(part.rows, -1), kind)
-    return quants.quantize(values, GGMLQuantizationType.Q8_0).reshape(-1)
+    converted = np.empty((part.rows, part.columns // 32 * 34), np.uint8)
+    step = max(1, CONVERTED_AT_ONCE // part.columns)
+    for start in range(0, part.rows, step):
+        rows = part.rows_between(start, min(start + step, part.rows))
+        values = quants.dequantize(rows.data.reshape(rows.rows, -1), kind)
+        quantized = quants.quantize(values, GGMLQuantizationType.Q8_0)
+        converted[start : start + rows.rows] = quantized
+    return converted.reshape(-1)

@@ -100,9 +100,9 @@ def test_compiles_with_few_spills(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_activations_compile(arch: str) -> None:
-    for norm in (0, 1):
+    for kind in quant_activations.KINDS:
         for layout in (0, 1):
-            defines = {"NORM": norm, "LAYOUT": layout}
+            defines = {"KIND": kind, "LAYOUT": layout}
             report = Compiler(arch, None).report(quant_activations.SOURCE, defines)
             assert report.kernels["quant_activations"].spill_bytes == 0
 

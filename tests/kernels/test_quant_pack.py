@@ -18,6 +18,7 @@ from daemon.kernels.quant_pack import (
 )
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
 from daemon.kernels.runtime.device import Device
+from daemon.kernels.runtime.upload import Uploader
 
 
 def raw(format: str, rows: int, columns: int, seed: int = 0) -> RawMatrix:
@@ -69,9 +70,11 @@ def test_only_equal_shapes_and_formats_pair() -> None:
 @pytest.mark.parametrize("format", sorted(BLOCK_BYTES))
 def test_tiles_hold_the_file_values(device: Device, compiler: Compiler, format: str) -> None:
     part = raw(format, 200, 768)
-    # A small staging buffer cuts the matrix into several runs.
-    packer = Packer(device, compiler, staging_bytes=64 * 768 * 5)
+    # Small buffers cut the matrix into several runs.
+    uploader = Uploader(device, buffer_bytes=64 * 768 * 5)
+    packer = Packer(device, compiler, uploader)
     packed = packer.pack([part])
+    uploader.finish()
     tiles = device.to_host(packed.segments[0].tiles)
     values = packed_values(KEPT_AS.get(format, format), tiles, 256)
     expected = file_values(format, part.data.reshape(200, -1))

@@ -42,12 +42,12 @@ def test_compiles_for_every_architecture(arch: str, add_source: Path) -> None:
 
 def test_a_second_compile_comes_from_the_cache(add_source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    first = Compiler("sm_80", folder).cubin(add_source, {"BIAS": 0})
+    first = Compiler("sm_80", folder).cubin(add_source, {"BIAS": 0}).code()
     kept = sorted(p.name for p in folder.rglob("*") if p.is_file())
-    assert Compiler("sm_80", folder).cubin(add_source, {"BIAS": 0}) == first
+    assert Compiler("sm_80", folder).cubin(add_source, {"BIAS": 0}).code() == first
     assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == kept
-    assert Compiler("sm_80", folder).cubin(add_source, {"BIAS": 1}) != first
-    assert Compiler("sm_86", folder).cubin(add_source, {"BIAS": 0}) != first
+    assert Compiler("sm_80", folder).cubin(add_source, {"BIAS": 1}).code() != first
+    assert Compiler("sm_86", folder).cubin(add_source, {"BIAS": 0}).code() != first
 
 
 def test_a_changed_include_is_a_changed_source(add_source: Path) -> None:
@@ -64,13 +64,13 @@ def test_a_changed_include_is_a_changed_source(add_source: Path) -> None:
 def test_an_error_names_file_and_line(add_source: Path) -> None:
     add_source.write_text('#include "warp.cuh"\n\nthis is wrong;\n')
     with pytest.raises(KernelCompileError, match=r"add\.cu\(3\)"):
-        Compiler("sm_80", None).cubin(add_source)
+        Compiler("sm_80", None).cubin(add_source).code()
 
 
 def test_a_missing_include_is_named(add_source: Path) -> None:
     add_source.write_text('#include "gone.cuh"\n')
     with pytest.raises(KernelCompileError, match=r"gone\.cuh"):
-        Compiler("sm_80", None).cubin(add_source)
+        Compiler("sm_80", None).cubin(add_source).code()
 
 
 def test_the_report_reads_spills_and_serialized_wgmma() -> None:

@@ -11,14 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from daemon.checkpoint import PAGE_TOKENS, HostBytes
+from daemon.checkpoint import HostBytes
 from daemon.engine.backends.backend import Sampled, SamplingRow
 from daemon.engine.backends.cuda_memory import (
     CudaLimits,
     SequenceMemory,
     Workspace,
-    kv_layout,
-    needed_bytes,
 )
 from daemon.engine.backends.cuda_run import (
     DecodeRun,
@@ -29,11 +27,12 @@ from daemon.engine.backends.cuda_run import (
 )
 from daemon.engine.backends.cuda_weights import CudaMatrix, CudaTable, WeightLoader
 from daemon.engine.batch import Batch
+from daemon.engine.memory.memory_plan import PAGES, STATES, WORKSPACE, MemoryPlan
 from daemon.engine.model.shape import ModelShape
 from daemon.engine.model.weights import AttentionWeights, DeltaNetWeights, ExpertWeights
 from daemon.engine.requests import TokenLogprobs
 from daemon.engine.weights.gguf import Tensor
-from daemon.errors import OutOfDeviceMemory, UnsupportedModel
+from daemon.errors import UnsupportedModel
 from daemon.kernels.attention_decode import AttentionDecode
 from daemon.kernels.attention_prefill import AttentionPrefill
 from daemon.kernels.delta_prefill import DeltaPrefill
@@ -53,6 +52,9 @@ from daemon.kernels.sample import Choice, Sample
 F32 = ElementType.F32
 BUCKETS = (1, 2, 4, 8, 16)
 Run = DecodeRun | PrefillRun
+Float32 = np.ndarray[Any, np.dtype[np.float32]]
+Logits = DeviceArray | Float32
+"""Of the rows to sample from on the device, in the workspace; of a whole text on the host."""
 
 
 class Operand(NamedTuple):
@@ -67,8 +69,16 @@ class CudaBackend:
     """Fulfils `backend.Backend` on one GPU."""
 
     def __init__(
-        self, device: Device, compiler: Compiler, limits: CudaLimits, rms_eps: float
+        self,
+        device: Device,
+        compiler: Compiler,
+        limits: CudaLimits,
+        rms_eps: float,
+        plan: MemoryPlan | None = None,
     ) -> None:
+        self._plan = plan
+        if plan is not None:
+            device.reserve(plan.regions)
         self._device = device
         self._compiler = compiler
         self._limits = limits
@@ -127,29 +137,28 @@ class CudaBackend:
     # ── memory ────────────────────────────────────────────────────────────────────────────────
 
     def fit_pages(self, shape: ModelShape, num_slots: int, wanted: int) -> int:
-        """What is free after slots and workspace, less the reserve."""
-        fixed = needed_bytes(shape, self._limits, num_slots) + self._limits.reserve_bytes
-        page_bytes = kv_layout(shape, self._limits).page_bytes
-        return max(0, min(wanted, (self._device.free_bytes() - fixed) // page_bytes))
+        """Those that were planned for."""
+        return wanted if self._plan is None else min(wanted, self._plan.num_pages)
 
     def allocate(self, shape: ModelShape, num_slots: int, num_pages: int) -> None:
         """States, pages, and the workspace of a step."""
-        if (fitting := self.fit_pages(shape, num_slots, num_pages)) < num_pages:
-            raise OutOfDeviceMemory(
-                f"{num_pages * PAGE_TOKENS} tokens of KV do not fit the GPU beside the weights; "
-                f"{fitting * PAGE_TOKENS} tokens would"
-            )
+        self._loader.finish()
         # Recorded graphs hold the addresses of what was allocated before.
         self._graphs.clear()
         self._warm.clear()
         self.shape = shape
-        self._memory = SequenceMemory(self._device, shape, self._limits, num_slots, num_pages)
-        self._space = Workspace(self._device, shape, self._limits)
-        self._decode_tables = DecodeTables(self._device, MAX_TOKENS, self._limits.max_pages)
-        self._frequencies = self._device.to_device(
-            np.asarray(shape.rope.frequencies).view(np.uint64)
-        )
-        self._make_kernels(shape)
+        device, limits = self._device, self._limits
+        for region in (STATES, PAGES, WORKSPACE):
+            device.clear(region)
+        self._memory = SequenceMemory(device, shape, limits, num_slots, num_pages)
+        with device.region(WORKSPACE):
+            self._space = Workspace(device, shape, limits, self._loader.stacked_columns)
+            self._decode_tables = DecodeTables(device, MAX_TOKENS, limits.max_pages)
+            frequencies = np.asarray(shape.rope.frequencies)
+            self._frequencies = device.to_device(frequencies.view(np.uint64))
+            self._make_kernels(shape)
+        if device.computes:
+            self._compiler.finish()
 
     def clear_slot(self, slot: int) -> None:
         """The state before the first token is zero."""
@@ -177,7 +186,7 @@ class CudaBackend:
 
     # ── one step ──────────────────────────────────────────────────────────────────────────────
 
-    def evaluate(self, batch: Batch, forward: Callable[[Run], DeviceArray]) -> DeviceArray:
+    def evaluate(self, batch: Batch, forward: Callable[[Run], Logits]) -> Logits:
         """Prefill calls the operations; decode records them per bucket and replays."""
         self._is_decoding = batch.kind == "decode"
         self._operand_layout = PANELS if self._is_decoding else CHUNKS
@@ -225,7 +234,10 @@ class CudaBackend:
     def project_gated(self, matrix: CudaMatrix, x: Operand) -> Operand:
         """An fp16 operand again, for the product that follows."""
         out = self._space.wide.view((padded_tokens(x.num_rows), matrix.rows // 2))
-        self._multiply(matrix, x, out, SWIGLU)
+        if matrix.is_paired:
+            self._multiply(matrix, x, out, SWIGLU)
+        else:
+            self._convert.gate(self.project(matrix, x), out, x.layout)
         return Operand(out, x.num_rows, x.layout)
 
     def delta_net(
@@ -273,24 +285,34 @@ class CudaBackend:
         head: CudaMatrix,
         x: DeviceArray,
         rows: Literal["last", "all"],
-    ) -> DeviceArray:
+    ) -> Logits:
         """By the kernel for few rows, always: a prompt's last row has the bits of decode."""
-        if isinstance(run, DecodeRun):
-            self._head(norm, head, x, self._space.logits)
-            return self._space.logits.rows(0, run.num_rows)
-        wanted = range(run.num_rows) if rows == "all" else run.last_rows
-        out = self._device.allocate((max(len(wanted), 1), head.rows), F32)
-        for first in range(0, len(wanted), MAX_TOKENS):
-            group = wanted[first : first + MAX_TOKENS]
-            picked = self._space.picked.rows(0, len(group))
-            for target, source in enumerate(group):
+        if rows == "all":
+            return self._logits_of_all(norm, head, x)
+        wanted = range(run.num_rows) if isinstance(run, DecodeRun) else run.last_rows
+        if isinstance(run, PrefillRun):
+            picked = self._space.picked.rows(0, len(wanted))
+            for target, source in enumerate(wanted):
                 self._device.copy(picked.rows(target, target + 1), x.rows(source, source + 1))
-            self._head(norm, head, picked, out.rows(first, first + len(group)))
-        return out
+            x = picked
+        logits = self._space.logits.rows(0, len(wanted))
+        if wanted:
+            self._head(norm, head, x, logits)
+        return logits
 
-    def logits_to_host(self, logits: DeviceArray) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def _logits_of_all(self, norm: DeviceArray, head: CudaMatrix, x: DeviceArray) -> Float32:
+        """On the host, some rows at a time: those of a long text may exceed the GPU's memory."""
+        groups = []
+        for first in range(0, x.shape[0], MAX_TOKENS):
+            rows = x.rows(first, min(first + MAX_TOKENS, x.shape[0]))
+            logits = self._space.logits.rows(0, rows.shape[0])
+            self._head(norm, head, rows, logits)
+            groups.append(self._device.to_host(logits))
+        return np.concatenate(groups)
+
+    def logits_to_host(self, logits: Logits) -> Float32:
         """Waits."""
-        return self._device.to_host(logits)
+        return self._device.to_host(logits) if isinstance(logits, DeviceArray) else logits
 
     def sample(
         self, logits: DeviceArray, rows: Sequence[SamplingRow], num_tokens: int
@@ -358,5 +380,5 @@ def _choice(row: SamplingRow) -> Choice:
     )
 
 
-def _discard(_: DeviceArray) -> None:
+def _discard(_: Logits) -> None:
     """A recording has no result: it is in the arrays that the launches write."""

@@ -10,6 +10,7 @@ import numpy as np
 from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS, HostBytes
+from daemon.engine.memory.memory_plan import PAGES, STATES
 from daemon.engine.model.shape import ModelShape
 from daemon.errors import UnsupportedModel
 from daemon.kernels.delta_prefill import workspace_bytes
@@ -24,13 +25,12 @@ ROTATED_DIMS = 64
 
 
 class CudaLimits(Struct, frozen=True, kw_only=True):
-    """`max_rows` of one prefill batch; formats of stored keys and values; bytes to leave free."""
+    """`max_rows` of one prefill batch; formats of stored keys and values."""
 
     max_rows: int = 2048
     context_length: int
     k_format: KvFormat = KvFormat.BF16
     v_format: KvFormat = KvFormat.BF16
-    reserve_bytes: int = 512 * 2**20
 
     @property
     def max_pages(self) -> int:
@@ -52,10 +52,12 @@ class SequenceMemory:
         check_heads(shape)
         self._device = device
         self.layout = kv_layout(shape, limits)
-        self.pool = device.allocate((num_pages, self.layout.page_bytes), ElementType.U8)
+        with device.region(PAGES):
+            self.pool = device.allocate((num_pages, self.layout.page_bytes), ElementType.U8)
         sizes, layers = delta_sizes(shape), shape.num_delta_layers
         slot_bytes = DeltaSlots.slot_bytes(sizes, layers, F32)
-        memory = device.allocate((num_slots, slot_bytes), ElementType.U8)
+        with device.region(STATES):
+            memory = device.allocate((num_slots, slot_bytes), ElementType.U8)
         self.slots = DeltaSlots(memory, sizes, layers, num_slots, F32)
         self._staging = device.allocate_pinned(max(slot_bytes, self.layout.page_bytes))
 
@@ -96,14 +98,19 @@ class Workspace:
     `residual` float32 `[rows, hidden]`; `narrow` and `wide` fp16 operands of hidden size and of
     any; `projected` and `mixed` float32, in and out of a mixer; `queries` 16 bits; `picked` the
     rows whose logits are wanted; `chunks` the delta net's between its prefill kernels.
+
+    Args:
+        stacked_columns: see `WeightLoader`.
     """
 
-    def __init__(self, device: Device, shape: ModelShape, limits: CudaLimits) -> None:
+    def __init__(
+        self, device: Device, shape: ModelShape, limits: CudaLimits, stacked_columns: int
+    ) -> None:
         allocate, rows, widths = device.allocate, limits.max_rows, _widths(shape)
         self.residual = allocate((rows, shape.hidden), F32)
         self.narrow = allocate((rows * shape.hidden,), ElementType.F16)
         self.wide = allocate((rows * widths.operand,), ElementType.F16)
-        self.projected = allocate((rows * widths.projected,), F32)
+        self.projected = allocate((rows * max(widths.projected, stacked_columns),), F32)
         self.mixed = allocate((rows * widths.mixed,), F32)
         layout = kv_layout(shape, limits)
         queries = ElementType.BF16 if layout.queries_are_bf16 else ElementType.F16
@@ -129,16 +136,6 @@ def _widths(shape: ModelShape) -> _Widths:
     mixed = max(attended, delta.value_size)
     delta_row = delta.conv_dim + delta.value_size + 2 * delta.num_v_heads
     return _Widths(max(2 * attended + 2 * kv, delta_row), mixed, max(mixed, shape.dense_dim))
-
-
-def needed_bytes(shape: ModelShape, limits: CudaLimits, num_slots: int) -> int:
-    """Device memory beside weights and pages: states, and the workspace of a step."""
-    widths, heads, rows = _widths(shape), shape.attention.num_heads, limits.max_rows
-    per_row = shape.hidden * 6 + 2 * widths.operand + 4 * (widths.projected + widths.mixed)
-    chunks = workspace_bytes(delta_sizes(shape), _max_chunks(rows))
-    slots = num_slots * DeltaSlots.slot_bytes(delta_sizes(shape), shape.num_delta_layers, F32)
-    logits = MAX_TOKENS * 4 * shape.vocab_size
-    return slots + rows * (per_row + 2 * heads * HEAD_DIM) + logits + chunks
 
 
 def _max_chunks(rows: int) -> int:

@@ -3,22 +3,32 @@
 Owns the handles that `cuda_backend` gives out for matrices, tables and vectors. Engine thread only.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from daemon.engine.memory.memory_plan import WEIGHTS, WORKSPACE
 from daemon.engine.weights.gguf import Tensor
 from daemon.engine.weights.quant_formats import dequantize
-from daemon.errors import UnsupportedModel
-from daemon.kernels.embed_rows import FORMATS as EMBED_FORMATS
 from daemon.kernels.embed_rows import EmbedRows
 from daemon.kernels.quant_gemm import GemmKernels, GemmPlan
 from daemon.kernels.quant_gemv import GemvKernels, Plan
-from daemon.kernels.quant_pack import PackedMatrix, Packer, RawMatrix, as_q8_0, can_pair
+from daemon.kernels.quant_pack import (
+    CONVERTED,
+    PackedMatrix,
+    Packer,
+    RawMatrix,
+    can_pair,
+)
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray
+from daemon.kernels.runtime.upload import Uploader
+
+logger = logging.getLogger(__name__)
 
 
 class CudaMatrix(NamedTuple):
@@ -27,6 +37,11 @@ class CudaMatrix(NamedTuple):
     rows: int
     gemv: Plan
     gemm: GemmPlan
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether a gated matrix's halves alternate, or are stacked."""
+        return self.gemv.matrix.paired
 
 
 class CudaTable(NamedTuple):
@@ -38,53 +53,71 @@ class CudaTable(NamedTuple):
 
 
 class WeightLoader:
-    """Uploads tensors; used while the model is loaded."""
+    """Uploads tensors; used while the model is loaded.
+
+    Attributes:
+        stacked_columns: the widest gated matrix whose halves are stacked, 0 if there is none.
+    """
 
     def __init__(
         self, device: Device, compiler: Compiler, gemv: GemvKernels, gemm: GemmKernels
     ) -> None:
+        self.stacked_columns = 0
         self._device = device
         self._compiler = compiler
-        self._packer = Packer(device, compiler)
+        self._uploader = Uploader(device, WORKSPACE)
+        self._packer = Packer(device, compiler, self._uploader)
         self._gemv = gemv
         self._gemm = gemm
+        self._num_converted: Counter[str] = Counter()
 
     def matrix(self, parts: Sequence[Tensor]) -> CudaMatrix:
         """Rows of all parts stacked, each in its own format."""
-        return self._dealt(self._packer.pack([_raw(part) for part in parts]))
+        with self._device.region(WEIGHTS):
+            return self._dealt(self._packer.pack([self._raw(part) for part in parts]))
 
     def gated_matrix(self, gate: Tensor, up: Tensor) -> CudaMatrix:
         """Rows of both interleaved, so that one block of a kernel sees a pair.
 
-        Raises:
-            UnsupportedModel: the two have different formats.
+        Where formats differ the halves are stacked, and a kernel of its own joins the products.
         """
-        pair = _raw(gate), _raw(up)
-        if not can_pair(*pair):
-            raise UnsupportedModel(
-                f"{gate.name} is {gate.format.name} {gate.shape} and {up.name} {up.format.name} "
-                f"{up.shape}: the GPU kernels need a pair of one format, in multiples of 32 rows"
-            )
-        return self._dealt(self._packer.pack_paired(*pair))
+        pair = self._raw(gate), self._raw(up)
+        with self._device.region(WEIGHTS):
+            if can_pair(*pair):
+                return self._dealt(self._packer.pack_paired(*pair))
+            stacked = self._dealt(self._packer.pack(pair))
+        self.stacked_columns = max(self.stacked_columns, stacked.rows)
+        return stacked
 
     def table(self, tensor: Tensor) -> CudaTable:
         """An embedding in the file's own layout, or as Q8_0 where no kernel reads that."""
-        raw = _raw(tensor)
-        format_name, data = raw.format, raw.data
-        if format_name not in EMBED_FORMATS:
-            format_name, data = "Q8_0", as_q8_0(raw)
-        rows = self._device.to_device(np.ascontiguousarray(data).reshape(raw.rows, -1))
-        return CudaTable(tensor, rows, EmbedRows(self._device, self._compiler, format_name))
+        raw = self._raw(tensor)
+        name = "Q8_0" if raw.format in CONVERTED else raw.format
+        with self._device.region(WEIGHTS):
+            rows = self._packer.copy_rows(raw)
+        return CudaTable(tensor, rows, EmbedRows(self._device, self._compiler, name))
 
     def vector(self, tensor: Tensor) -> DeviceArray:
         """Float32, in the tensor's own shape."""
-        values = dequantize(tensor.data, tensor.format, tensor.shape)
-        return self._device.to_device(np.ascontiguousarray(values))
+        with self._device.region(WEIGHTS):
+            values = self._device.allocate(tensor.shape, np.float32)
+        if self._device.computes:
+            content = dequantize(tensor.data, tensor.format, tensor.shape)
+            self._uploader.copy(np.ascontiguousarray(content).reshape(-1).view(np.uint8), values)
+        return values
+
+    def finish(self) -> None:
+        """Wait until all has arrived; says once which formats were converted."""
+        self._uploader.finish()
+        for name, count in sorted(self._num_converted.items()):
+            logger.warning("%d tensors in the format %s were rounded to Q8_0", count, name)
+        self._num_converted.clear()
+
+    def _raw(self, tensor: Tensor) -> RawMatrix:
+        rows, columns = tensor.shape
+        if self._device.computes and tensor.format.name in CONVERTED:
+            self._num_converted[tensor.format.name] += 1
+        return RawMatrix(tensor.format.name, rows, columns, tensor.data)
 
     def _dealt(self, packed: PackedMatrix) -> CudaMatrix:
         return CudaMatrix(packed.rows, self._gemv.plan(packed), self._gemm.plan(packed))
-
-
-def _raw(tensor: Tensor) -> RawMatrix:
-    rows, columns = tensor.shape
-    return RawMatrix(tensor.format.name, rows, columns, tensor.data)

@@ -49,6 +49,11 @@ class Tensor(Struct, frozen=True):
         """Values in the tensor."""
         return math.prod(self.shape)
 
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return self.num_elements // self.format.block_elements * self.format.block_bytes
+
 
 class GGUFFile(Struct, frozen=True):
     """An opened model file; a split one looks like one file.

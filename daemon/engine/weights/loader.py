@@ -3,7 +3,7 @@
 Owns the names of GGUF tensors. Knows no device: the backend makes the handles.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from daemon.engine.backends.backend import Backend
 from daemon.engine.model.model import Model
@@ -35,24 +35,36 @@ def model_shape(file: GGUFFile) -> ModelShape:
     return shape
 
 
-def load_model(file: GGUFFile, backend: Backend) -> Model:
-    """Check all tensors of the trunk, then hand them to the backend.
+def load_model(
+    file: GGUFFile, backend: Backend, report: Callable[[Tensor], None] = lambda _: None
+) -> Model:
+    """Check all tensors of the trunk and hand them to the backend, which copies them.
 
     A multi-token-prediction block after the trunk is left alone.
+
+    Args:
+        report: gets each tensor that is loaded, in order.
 
     Raises:
         TensorError: a tensor is missing or has the wrong shape; the first such is named.
         UnsupportedModel: a format that cannot be read.
     """
     shape = model_shape(file)
-    return Model(shape, _Loader(file, shape, backend).model_weights(), backend)
+    return Model(shape, _Loader(file, shape, backend, report).model_weights(), backend)
 
 
 class _Loader:
-    def __init__(self, file: GGUFFile, shape: ModelShape, backend: Backend) -> None:
+    def __init__(
+        self,
+        file: GGUFFile,
+        shape: ModelShape,
+        backend: Backend,
+        report: Callable[[Tensor], None],
+    ) -> None:
         self.file = file
         self.shape = shape
         self.backend = backend
+        self.report = report
 
     def model_weights(self) -> ModelWeights:
         hidden, vocab = self.shape.hidden, self.shape.vocab_size
@@ -182,4 +194,5 @@ class _Loader:
             raise UnsupportedModel(
                 f"tensor {name} has the format {tensor.format.name}, which is not supported"
             )
+        self.report(tensor)
         return tensor

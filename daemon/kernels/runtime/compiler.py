@@ -2,27 +2,33 @@
 
 Owns how a source file is put together and which options it gets; refuses to know what a kernel
 computes. Needs no GPU. Our sources include only each other, so no toolkit has to be installed.
-Any thread, one at a time for each Compiler.
+Compiles on threads of its own; one thread asks.
 """
 
 import io
+import logging
+import os
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from cuda.core import Program, ProgramOptions
-from cuda.core.utils import FileStreamProgramCache
 
 from daemon.errors import KernelCompileError
+from daemon.kernels.runtime.cubin_cache import CubinCache, cache_key
 
 KERNELS = Path(__file__).resolve().parent.parent
 INCLUDE = KERNELS / "include"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 """What every kernel must compile for."""
 
-CACHE_BYTES = 256 * 2**20
+MAX_THREADS = min(8, os.cpu_count() or 1)
+
+Defines = Mapping[str, str | int]
+
+logger = logging.getLogger(__name__)
 
 _INCLUDE_LINE = re.compile(r'^\s*#\s*include\s+"([^"]+)"\s*$')
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
@@ -49,8 +55,23 @@ class CompileReport(NamedTuple):
     serialized_wgmma: tuple[str, ...]
 
 
+class Cubin:
+    """Machine code of one program, which may still be in the making."""
+
+    def __init__(self, making: Future[bytes]) -> None:
+        self._making = making
+
+    def code(self) -> bytes:
+        """Waits until it is compiled.
+
+        Raises:
+            KernelCompileError: with the compiler's log.
+        """
+        return self._making.result()
+
+
 class Compiler:
-    """Compiles for one architecture.
+    """Compiles for one architecture, several programs at a time.
 
     Args:
         arch: such as "sm_90a".
@@ -60,49 +81,78 @@ class Compiler:
 
     def __init__(self, arch: str, cache_folder: Path | None) -> None:
         self.arch = arch
-        self._cache_folder = cache_folder
+        self._cache = None if cache_folder is None else _open_cache(cache_folder)
+        self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="compiler")
+        self._cubins: dict[tuple[Path, tuple[tuple[str, str], ...]], Cubin] = {}
 
-    def cubin(self, source: Path, defines: Mapping[str, str | int] | None = None) -> bytes:
-        """Machine code of a `.cu` file.
+    def cubin(self, source: Path, defines: Defines | None = None) -> Cubin:
+        """Machine code of a `.cu` file, once for each set of macros; compiled in the background.
 
         Args:
             source: the file; its `#include "x.cuh"` are taken from its folder or `include/`.
             defines: preprocessor macros, which choose a kernel's constants.
+        """
+        macros = tuple((name, str(value)) for name, value in sorted((defines or {}).items()))
+        if (source, macros) not in self._cubins:
+            making = self._threads.submit(self._make, source, macros)
+            self._cubins[source, macros] = Cubin(making)
+        return self._cubins[source, macros]
+
+    def finish(self) -> None:
+        """Wait for all that was asked for.
 
         Raises:
-            KernelCompileError: with the compiler's log.
+            KernelCompileError: the first that did not compile.
         """
-        program = self._program(source, defines or {}, verbose=False)
-        try:
-            return bytes(program.compile("cubin", cache=self._cache).code)
-        except Exception as error:
-            raise _compile_error(source, self.arch, error) from error
+        for cubin in self._cubins.values():
+            cubin.code()
 
-    def report(self, source: Path, defines: Mapping[str, str | int] | None = None) -> CompileReport:
+    def report(self, source: Path, defines: Defines | None = None) -> CompileReport:
         """Compile without the cache and read the assembler's report."""
         log = io.StringIO()
-        try:
-            self._program(source, defines or {}, verbose=True).compile("cubin", logs=log)
-        except Exception as error:
-            raise _compile_error(source, self.arch, error) from error
+        macros = tuple((name, str(value)) for name, value in sorted((defines or {}).items()))
+        options = self._options(source, macros, verbose=True)
+        self._compile(source, expand_includes(source), options, log)
         return read_report(log.getvalue())
 
-    @cached_property
-    def _cache(self) -> FileStreamProgramCache | None:
-        if self._cache_folder is None:
-            return None
-        self._cache_folder.mkdir(parents=True, exist_ok=True)
-        return FileStreamProgramCache(self._cache_folder, max_size_bytes=CACHE_BYTES)
+    def _make(self, source: Path, macros: tuple[tuple[str, str], ...]) -> bytes:
+        text, options = expand_includes(source), self._options(source, macros)
+        if self._cache is None:
+            return self._compile(source, text, options)
+        key = cache_key(text, options)
+        code = self._cache.find(key)
+        if code is None:
+            code = self._compile(source, text, options)
+            self._cache.keep(key, code)
+        return code
 
-    def _program(self, source: Path, defines: Mapping[str, str | int], verbose: bool) -> Program:
-        options = ProgramOptions(
+    def _compile(
+        self, source: Path, text: str, options: ProgramOptions, log: io.StringIO | None = None
+    ) -> bytes:
+        try:
+            return bytes(Program(text, "c++", options).compile("cubin", logs=log).code)
+        except Exception as error:
+            message = f"{source.name} does not compile for {self.arch}: {error}"
+            raise KernelCompileError(message) from error
+
+    def _options(
+        self, source: Path, macros: tuple[tuple[str, str], ...], verbose: bool = False
+    ) -> ProgramOptions:
+        return ProgramOptions(
             name=source.name,
             arch=self.arch,
             std="c++17",
-            define_macro=[(name, str(value)) for name, value in sorted(defines.items())] or None,
+            define_macro=list(macros) or None,
             ptxas_options=["-v"] if verbose else None,
         )
-        return Program(expand_includes(source), "c++", options)
+
+
+def _open_cache(folder: Path) -> CubinCache | None:
+    try:
+        return CubinCache(folder)
+    except OSError as error:
+        logger.warning("compiled kernels are not kept: %s", error)
+        return None
 
 
 def expand_includes(source: Path) -> str:
@@ -136,10 +186,6 @@ def _find(name: str, source: Path) -> Path:
         if (folder / name).is_file():
             return (folder / name).resolve()
     raise KernelCompileError(f"{source.name} includes {name}, which is not installed.")
-
-
-def _compile_error(source: Path, arch: str, error: Exception) -> KernelCompileError:
-    return KernelCompileError(f"{source.name} does not compile for {arch}: {error}")
 
 
 def read_report(log: str) -> CompileReport:

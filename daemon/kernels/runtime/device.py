@@ -7,6 +7,8 @@ the bytes mean. One thread at a time: the one that opened the device, or called 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import DTypeLike
 from daemon.errors import NoDevice
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.driver import checked
+from daemon.kernels.runtime.reservation import Region, aligned, cut_regions
 
 OLDEST_DRIVER = 13000
 """As cuDriverGetVersion writes 13.0: cubins of a 13.x compiler load from there on."""
@@ -66,6 +69,48 @@ class PinnedMemory:
             driver.cuMemFreeHost(self.pointer)
 
 
+class CopyStream:
+    """Copies to the device beside its stream, through numbered buffers that are used in turn."""
+
+    def __init__(self, device_stream: int, num_buffers: int) -> None:
+        self._device_stream = device_stream
+        flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        self._stream = checked(driver.cuStreamCreate(flags), "create a stream")
+        self._copied = [_new_event() for _ in range(num_buffers)]
+        self._used = [_new_event() for _ in range(num_buffers)]
+
+    def copy(self, buffer: int, target: DeviceArray, pinned: np.ndarray[Any, Any]) -> None:
+        """Copy once the buffer's last use has passed; the device's stream waits for it."""
+        assert target.num_bytes == pinned.nbytes
+        waited = driver.cuStreamWaitEvent(self._stream, self._used[buffer], 0)
+        checked(waited, "order copies")
+        address = pinned.ctypes.data
+        copied = driver.cuMemcpyHtoDAsync(target.pointer, address, pinned.nbytes, self._stream)
+        checked(copied, "copy to the GPU")
+        checked(driver.cuEventRecord(self._copied[buffer], self._stream), "record an event")
+        waited = driver.cuStreamWaitEvent(self._device_stream, self._copied[buffer], 0)
+        checked(waited, "order copies")
+
+    def mark_used(self, buffer: int) -> None:
+        """What was launched on the device's stream until now is the buffer's last use."""
+        checked(driver.cuEventRecord(self._used[buffer], self._device_stream), "record an event")
+
+    def wait_until_copied(self, buffer: int) -> None:
+        """Wait until the pinned side of a buffer may be written again; any thread."""
+        checked(driver.cuEventSynchronize(self._copied[buffer]), "wait for a copy")
+
+    def close(self) -> None:
+        """Give stream and events back; nothing may be under way."""
+        for event in self._copied + self._used:
+            checked(driver.cuEventDestroy(event), "drop an event")
+        checked(driver.cuStreamDestroy(self._stream), "drop a stream")
+
+
+def _new_event() -> driver.CUevent:
+    flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+    return checked(driver.cuEventCreate(flags), "create an event")
+
+
 class Device:
     """A GPU in use. Open it with `Device.open`.
 
@@ -76,7 +121,10 @@ class Device:
         shared_bytes_per_block: the most shared memory a block can ask for.
         total_bytes: device memory.
         stream: handle of the stream in whose order everything runs.
+        computes: whether anything happens at all; see `paper_device`.
     """
+
+    computes = True
 
     def __init__(self, index: int) -> None:
         self._handle = checked(driver.cuDeviceGet(index), f"find GPU {index}")
@@ -97,19 +145,21 @@ class Device:
         self.total_bytes = int(checked(driver.cuDeviceTotalMem(self._handle), "size the GPU"))
         flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         self.stream = int(checked(driver.cuStreamCreate(flags), "create a stream"))
+        self._regions: dict[str, Region] = {}
+        self._region = ""
 
     @classmethod
     def open(cls, index: int = 0) -> Device:
         """Take card `index`.
 
         Raises:
-            NoDevice: no such card, a card before sm_80, or a driver before CUDA 13.
+            NoDevice: no driver, no such card, a card before sm_80, or a driver before CUDA 13.
         """
-        checked(driver.cuInit(0), "start the NVIDIA driver")
+        start_driver()
         version = checked(driver.cuDriverGetVersion(), "ask for the driver's version")
         if version < OLDEST_DRIVER:
             found = f"{version // 1000}.{version % 1000 // 10}"
-            raise NoDevice(f"The NVIDIA driver supports CUDA {found}; install one for 13.0 (580+).")
+            raise NoDevice(f"The NVIDIA driver supports CUDA {found}; install 580 or newer (13.0).")
         if index >= checked(driver.cuDeviceGetCount(), "count the GPUs"):
             raise NoDevice(f"There is no GPU {index}; see nvidia-smi.")
         return cls(index)
@@ -124,6 +174,34 @@ class Device:
 
     # ── memory ────────────────────────────────────────────────────────────────────────────────
 
+    def reserve(self, sizes: Mapping[str, int]) -> None:
+        """Take one stretch of memory for all regions, once; arrays made within them lie there.
+
+        Raises:
+            OutOfDeviceMemory: it does not fit.
+        """
+        assert not self._regions
+        memory = self.allocate((sum(map(aligned, sizes.values())),), ElementType.U8)
+        self._regions = cut_regions(memory, sizes)
+
+    @contextmanager
+    def region(self, name: str) -> Iterator[None]:
+        """Where arrays lie that are made meanwhile; memory of their own if none is reserved."""
+        before, self._region = self._region, name
+        try:
+            yield
+        finally:
+            self._region = before
+
+    def clear(self, region: str) -> None:
+        """Give up all arrays of a region."""
+        if region in self._regions:
+            self._regions[region].clear()
+
+    def used_bytes_of(self, region: str) -> int:
+        """What arrays have taken of a reserved region."""
+        return self._regions[region].used_bytes
+
     def allocate(self, shape: tuple[int, ...], dtype: ElementType | DTypeLike) -> DeviceArray:
         """A new array, its contents undefined.
 
@@ -131,6 +209,8 @@ class Device:
             OutOfDeviceMemory: it does not fit.
         """
         element = ElementType.of(dtype)
+        if self._region in self._regions:
+            return self._regions[self._region].allocate(shape, element)
         memory = DeviceMemory(math.prod(shape) * element.num_bytes)
         return DeviceArray(memory.pointer, shape, element, memory)
 
@@ -186,6 +266,10 @@ class Device:
             "fill memory on the GPU",
         )
 
+    def copy_stream(self, num_buffers: int) -> CopyStream:
+        """A second stream, for copies that nothing else must wait for."""
+        return CopyStream(self.stream, num_buffers)
+
     # ── time ──────────────────────────────────────────────────────────────────────────────────
 
     def synchronize(self) -> None:
@@ -210,6 +294,17 @@ class Device:
     def _attribute(self, attribute: driver.CUdevice_attribute) -> int:
         value = driver.cuDeviceGetAttribute(attribute, self._handle)
         return int(checked(value, f"ask for {attribute.name}"))
+
+
+def start_driver() -> None:
+    """Raises NoDevice where no NVIDIA driver is installed, or none that can start."""
+    try:
+        started = driver.cuInit(0)
+    except RuntimeError as error:
+        raise NoDevice(
+            "There is no NVIDIA driver on this machine; install one, or pass --device cpu."
+        ) from error
+    checked(started, "start the NVIDIA driver")
 
 
 def architecture(capability: tuple[int, int], name: str) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from cuda.bindings import driver
 
+from daemon.kernels.runtime.compiler import Cubin
 from daemon.kernels.runtime.device_array import DeviceArray
 from daemon.kernels.runtime.driver import checked
 
@@ -28,10 +30,10 @@ _FIELDS: dict[str, Any] = {
 
 
 class Module:
-    """A cubin on the device; kernels taken from it keep it loaded."""
+    """A cubin, loaded on the device when one of its kernels first runs; they keep it loaded."""
 
-    def __init__(self, cubin: bytes) -> None:
-        self._handle = checked(driver.cuModuleLoadData(cubin), "load a kernel")
+    def __init__(self, cubin: Cubin) -> None:
+        self._cubin = cubin
 
     def kernel(self, name: str, parameters: Sequence[str], shared_bytes: int = 0) -> Kernel:
         """One `extern "C"` kernel.
@@ -41,28 +43,43 @@ class Module:
                 or "tensor_map" (a `const __grid_constant__` CUtensorMap).
             shared_bytes: the most dynamic shared memory that a launch will ask for.
         """
-        function = checked(driver.cuModuleGetFunction(self._handle, name.encode()), f"find {name}")
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        if shared_bytes > 0:
-            limited = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
-            checked(limited, f"give {name} {shared_bytes} bytes of shared memory")
-        return Kernel(name, function, parameters, self)
+        return Kernel(name, parameters, shared_bytes, self)
+
+    @cached_property
+    def handle(self) -> driver.CUmodule:
+        """The driver's own; waits for the compiler.
+
+        Raises:
+            KernelCompileError: it does not compile.
+            DeviceError: the driver refuses it.
+        """
+        return checked(driver.cuModuleLoadData(self._cubin.code()), "load a kernel")
 
 
 class Kernel:
     """A function on the device with a declared parameter list."""
 
     def __init__(
-        self, name: str, function: driver.CUfunction, parameters: Sequence[str], module: Module
+        self, name: str, parameters: Sequence[str], shared_bytes: int, module: Module
     ) -> None:
         self.name = name
-        self._function = function
+        self._shared_bytes = shared_bytes
         self._module = module
         self._fields = [_FIELDS[kind]() for kind in parameters]
         self._tensor_maps = [kind == "tensor_map" for kind in parameters]
         addresses = [ctypes.addressof(field) for field in self._fields]
         self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
         self._configs: dict[tuple[Any, ...], driver.CUlaunchConfig] = {}
+
+    @cached_property
+    def _function(self) -> driver.CUfunction:
+        found = driver.cuModuleGetFunction(self._module.handle, self.name.encode())
+        function = checked(found, f"find {self.name}")
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        if self._shared_bytes > 0:
+            limited = driver.cuFuncSetAttribute(function, attribute, self._shared_bytes)
+            checked(limited, f"give {self.name} {self._shared_bytes} bytes of shared memory")
+        return function
 
     def launch(
         self,

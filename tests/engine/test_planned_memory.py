@@ -1,0 +1,114 @@
+"""What is planned on paper is what loading takes, to the byte: on a driver without a card."""
+
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cuda.core")
+
+from fake_driver import FakeDriver
+from msgspec.structs import replace
+
+from benchmarks.make_model import make_model
+from benchmarks.model_sizes import TINY_DENSE
+from daemon.devices import memory_budget
+from daemon.engine.backends.cuda_backend import CudaBackend
+from daemon.engine.backends.cuda_memory import CudaLimits
+from daemon.engine.backends.cuda_plan import memory_needs
+from daemon.engine.memory.memory_plan import PAGES, STATES, WEIGHTS, MemoryDemand, MemoryPlan
+from daemon.engine.weights.gguf import GGUFFile, open_gguf
+from daemon.engine.weights.loader import load_model, model_shape
+from daemon.kernels.runtime.compiler import Compiler, Cubin
+from daemon.kernels.runtime.device import Device
+from daemon.kernels.runtime.paper_device import card_of
+
+DEMAND = MemoryDemand(context_length=1000, num_sequences=2, num_slots=6)
+
+
+class NothingCompiled(Compiler):
+    """Machine code that the fake driver is content with."""
+
+    def cubin(self, source: Path, defines: object = None) -> Cubin:
+        done: Future[bytes] = Future()
+        done.set_result(b"machine code")
+        return Cubin(done)
+
+
+def planned_backend(file: GGUFFile) -> tuple[Device, MemoryPlan, CudaBackend]:
+    device, limits = Device.open(), CudaLimits(context_length=DEMAND.context_length)
+    needs = memory_needs(file, card_of(device), limits, DEMAND.num_slots)
+    budget = memory_budget(device.free_bytes(), None)
+    plan = MemoryPlan(card="fake", demand=DEMAND, needs=needs, budget_bytes=budget)
+    compiler = NothingCompiled(device.arch, None)
+    return device, plan, CudaBackend(device, compiler, limits, model_shape(file).rms_eps, plan)
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> GGUFFile:
+    make_model(tmp_path / "tiny.gguf", replace(TINY_DENSE, vocab=1024), "q4_k_m")
+    return open_gguf(tmp_path / "tiny.gguf")
+
+
+def test_loading_takes_what_was_planned(fake_driver: FakeDriver, model_file: GGUFFile) -> None:
+    before = fake_driver.free_bytes
+    device, plan, backend = planned_backend(model_file)
+    reserved = before - fake_driver.free_bytes
+    assert reserved == sum(-(-size // 256) * 256 for size in plan.regions.values())
+    model = load_model(model_file, backend)
+    backend.allocate(model.shape, DEMAND.num_slots, plan.num_pages)
+    assert before - fake_driver.free_bytes == reserved
+    for region in (WEIGHTS, STATES, PAGES):
+        assert device.used_bytes_of(region) == plan.regions[region]
+    # The workspace is as large as the buffers that weights land in, whichever needs more.
+    assert device.used_bytes_of("workspace") <= plan.regions["workspace"]
+    # A second life of the same backend, such as another context, begins in the same place.
+    backend.allocate(model.shape, 2, 3)
+    assert before - fake_driver.free_bytes == reserved
+
+
+def test_the_embedding_arrives_as_it_is_in_the_file(
+    fake_driver: FakeDriver, model_file: GGUFFile
+) -> None:
+    device, _, backend = planned_backend(model_file)
+    model = load_model(model_file, backend)
+    backend.allocate(model.shape, 1, 1)
+    rows = device.to_host(model.weights.embedding.rows)
+    expected = model_file.tensors["token_embd.weight"].data
+    np.testing.assert_array_equal(rows.reshape(-1), expected)
+    assert fake_driver.launched["quant_pack"] > 20
+
+
+def test_states_and_pages_come_back_as_they_went(
+    fake_driver: FakeDriver, model_file: GGUFFile
+) -> None:
+    _, _, backend = planned_backend(model_file)
+    model = load_model(model_file, backend)
+    backend.allocate(model.shape, 3, 4)
+    rng = np.random.default_rng(5)
+    backend.clear_slot(0)
+    state = rng.integers(0, 256, len(backend.read_slot(0)), dtype=np.uint8).tobytes()
+    page = rng.integers(0, 256, len(backend.read_page(0)), dtype=np.uint8).tobytes()
+    backend.write_slot(1, state)
+    backend.copy_slot(1, 2)
+    backend.write_page(3, page)
+    assert bytes(backend.read_slot(2)) == state
+    assert bytes(backend.read_page(3)) == page
+    assert not any(bytes(backend.read_slot(0)))
+
+
+@pytest.mark.parametrize(
+    ("free", "cap", "budget"),
+    [
+        (None, None, None),
+        (10 * 2**30, None, 10 * 2**30 - 2**28),
+        (None, 24 * 2**30, 24 * 2**30 - 2**29 - 2**28),
+        (10 * 2**30, 4 * 2**30, 4 * 2**30 - 2**29 - 2**28),
+        (10 * 2**30, 80 * 2**30, 10 * 2**30 - 2**28),
+    ],
+)
+def test_the_budget_is_the_less_of_what_is_free_and_what_is_allowed(
+    free: int | None, cap: int | None, budget: int | None
+) -> None:
+    assert memory_budget(free, cap) == budget
