@@ -7,6 +7,7 @@ that loads.
 import logging
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -23,13 +24,21 @@ class LoadProgress:
 
     Args:
         console: where the bar goes; standard error.
+        clock: seconds, from anywhere.
     """
 
-    def __init__(self, name: str, num_bytes: int, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        num_bytes: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._name = name
         self._num_bytes = num_bytes
         self._done = 0
-        self._began = self._logged = time.monotonic()
+        self._clock = clock
+        self._began = self._logged = clock()
         self._is_worth_telling = num_bytes >= WORTH_TELLING_BYTES
         self._bar = _bar(console or Console(file=sys.stderr))
         self._task = self._bar.add_task(f"loading {name}", total=num_bytes)
@@ -45,9 +54,10 @@ class LoadProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        if self._has_bar:
+            self._bar.stop()
         if error is None and self._is_worth_telling:
-            seconds = max(time.monotonic() - self._began, 1e-3)
+            seconds = max(self._clock() - self._began, 1e-3)
             size, speed = self._num_bytes / 1e9, self._done / 1e9 / seconds
             logger.info(
                 "loaded %s: %.1f GB in %.1f s (%.1f GB/s)", self._name, size, seconds, speed
@@ -58,8 +68,8 @@ class LoadProgress:
         self._done += num_bytes
         if self._has_bar:
             self._bar.advance(self._task, num_bytes)
-        elif self._is_worth_telling and time.monotonic() - self._logged > LOG_EVERY_S:
-            self._logged = time.monotonic()
+        elif self._is_worth_telling and self._clock() - self._logged > LOG_EVERY_S:
+            self._logged = self._clock()
             share = 100 * self._done / self._num_bytes
             logger.info("loading %s: %.0f %% of %.1f GB", self._name, share, self._num_bytes / 1e9)
 
