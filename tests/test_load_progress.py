@@ -28,7 +28,7 @@ def test_a_terminal_gets_a_bar() -> None:
 
 
 def test_elsewhere_the_log_gets_lines(caplog: pytest.LogCaptureFixture) -> None:
-    now = iter([0.0, 1.0, 6.0, 6.0, 8.0])
+    now = iter([0.0, 1.0, 6.0, 6.0, 7.0, 8.0])
     caplog.set_level(logging.INFO)
     screen = io.StringIO()
     console = Console(file=screen)
