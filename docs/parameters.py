@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from daemon.api.anthropic_messages_request import PARAMETERS as MESSAGES
 from daemon.api.openai_chat_request import PARAMETERS as CHAT
 from daemon.api.parameters import Parameters
 
 TABLE = Path(__file__).with_suffix(".md")
 
-DIALECTS = (CHAT,)
+DIALECTS = (CHAT, MESSAGES)
 
 HEAD = """\
 # Parameters

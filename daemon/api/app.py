@@ -10,9 +10,11 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from daemon.api.anthropic_messages import Messages
 from daemon.api.cache_routes import CacheRoutes
 from daemon.api.errors import http_error_response, qwend_error_response, unexpected_error_response
 from daemon.api.generation import Generations
+from daemon.api.models import Models
 from daemon.api.openai_chat import ChatCompletions
 from daemon.api.service import Service
 from daemon.api.status import Status
@@ -26,8 +28,14 @@ def create_app(service: Service) -> Starlette:
     """
     generations = Generations(service)
     status = Status(service)
+    models = Models(service)
     chat = ChatCompletions(service, generations)
-    cache = CacheRoutes(service, generations, {"chat": chat.conversation})
+    messages = Messages(service, generations)
+    cache = CacheRoutes(
+        service,
+        generations,
+        {"chat": chat.conversation, "messages": messages.conversation},
+    )
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -38,13 +46,15 @@ def create_app(service: Service) -> Starlette:
         routes=[
             Route("/", status.root),
             Route("/health", status.health),
-            Route("/v1/models", status.models),
-            Route("/v1/models/{model:path}", status.model),
+            Route("/v1/models", models.models),
+            Route("/v1/models/{model:path}", models.model),
             Route("/v1/cache/stats", status.cache_stats),
             Route("/v1/cache/requests", cache.requests),
             Route("/v1/cache/requests/{id}", cache.request),
             Route("/v1/cache/plan", cache.plan, methods=["POST"]),
             Route("/v1/chat/completions", chat.answer, methods=["POST"]),
+            Route("/v1/messages", messages.answer, methods=["POST"]),
+            Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
         ],
         exception_handlers={
             QwendError: qwend_error_response,

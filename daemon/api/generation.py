@@ -47,10 +47,14 @@ BAN = -1000.0
 
 
 class Conversation(Struct, frozen=True, kw_only=True):
-    """What is to be answered. `template_options` go to the chat template."""
+    """What is to be answered. `template_options` go to the chat template.
+
+    `deferred_tools` may be called, but the prompt does not list them.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[ToolSpec, ...] = ()
+    deferred_tools: tuple[ToolSpec, ...] = ()
     template_options: dict[str, Any] = {}
     session: str = ""
 
@@ -139,6 +143,16 @@ class Generations:
         self.soon_on_prompt_thread(self._planner.remember, draft, prompt)
         return generation
 
+    async def count_tokens(self, conversation: Conversation) -> int:
+        """The length of the prompt.
+
+        Raises:
+            InvalidRequest: the template refuses the messages.
+            EngineStopped: the server is shutting down.
+        """
+        prompt = await self.on_prompt_thread(self._build, conversation)
+        return len(prompt.tokens)
+
     async def plan(self, conversation: Conversation) -> CachePlan:
         """What an answer would reuse; nothing is evaluated, and nothing remembered.
 
@@ -159,10 +173,13 @@ class Generations:
             self._prompt_thread.submit(function, *args)
 
     def _prepare(self, conversation: Conversation) -> tuple[Prompt, Draft]:
-        prompt = self._service.prompts.build(
+        prompt = self._build(conversation)
+        return prompt, self._planner.draft(uuid.uuid4().hex, prompt, conversation.session)
+
+    def _build(self, conversation: Conversation) -> Prompt:
+        return self._service.prompts.build(
             conversation.messages, conversation.tools, conversation.template_options
         )
-        return prompt, self._planner.draft(uuid.uuid4().hex, prompt, conversation.session)
 
     def discard(self, generation: "Generation") -> None:
         """Forget a generation that has been closed."""
@@ -204,7 +221,8 @@ class Generation:
         self._rules = rules
         self._owner = owner
         self._loop = asyncio.get_running_loop()
-        self._reply = Reply(service.tokenizer, prompt, conversation.tools, rules)
+        tools = (*conversation.tools, *conversation.deferred_tools)
+        self._reply = Reply(service.tokenizer, prompt, tools, rules)
         self._mailbox = Mailbox(self._loop, service.limits.max_pending_events, self.cancel)
         self._num_cached = 0
         self._num_done = 0
@@ -214,6 +232,11 @@ class Generation:
         self._closed = False
         self._restored: Found | None = None
         self._last_sign_s = self._loop.time()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """The prompt's length."""
+        return len(self._prompt.tokens)
 
     def submit(self) -> None:
         """Hand the prompt to the engine."""

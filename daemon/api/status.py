@@ -1,4 +1,4 @@
-"""What people and programs may ask about the server: health, model, reuse of prompts.
+"""What people and programs may ask about the server: health, reuse of prompts.
 
 Owns the read-only routes. Event loop.
 """
@@ -24,36 +24,6 @@ class Health(Struct):
     running: int
     uptime_s: float
     version: str
-
-
-class ModelMeta(Struct):
-    """Facts of the model file; `n_ctx` and its like are llama-server's names."""
-
-    n_ctx: int
-    n_vocab: int
-    n_params: int
-    backend: str
-    max_sequences: int
-
-
-class Model(Struct):
-    """One entry of /v1/models. The context length in tokens, under both names clients look for."""
-
-    id: str
-    created: int
-    context_length: int
-    max_model_len: int
-    aliases: tuple[str, ...]
-    meta: ModelMeta
-    object: str = "model"
-    owned_by: str = "qwend"
-
-
-class ModelList(Struct):
-    """The body of /v1/models."""
-
-    data: tuple[Model, ...]
-    object: str = "list"
 
 
 class TallyOut(Struct):
@@ -118,41 +88,10 @@ class Status:
         )
         return _json(body, 200 if state == "ok" else 503)
 
-    async def models(self, _: Request) -> Response:
-        """The one model that is served."""
-        return _json(ModelList((self._model(),)))
-
-    async def model(self, request: Request) -> Response:
-        """The model, by its name or an alias.
-
-        Raises:
-            UnknownModel: another name.
-        """
-        self._service.check_model(request.path_params["model"])
-        return _json(self._model())
-
     async def cache_stats(self, _: Request) -> Response:
         """How much of the prompts was not evaluated again, and what the store holds."""
         body = stats_out(self._service.metrics.snapshot(), self._service.cache_stats())
         return _json(body)
-
-    def _model(self) -> Model:
-        info = self._service.engine.info
-        meta = ModelMeta(
-            info.context_length,
-            info.vocab_size,
-            info.num_parameters,
-            info.backend,
-            info.max_sequences,
-        )
-        return Model(
-            info.model_name,
-            self._service.created,
-            info.context_length,
-            info.context_length,
-            self._service.aliases,
-            meta,
-        )
 
 
 def stats_out(metrics: MetricsSnapshot, store: Mapping[str, Any]) -> CacheStats:

@@ -20,13 +20,18 @@ class ToolCall(Struct, frozen=True):
 
 
 class Message(Struct, frozen=True, kw_only=True):
-    """One message. `tool_call_id` belongs to role tool, the two before it to role assistant."""
+    """One message. `tool_call_id` belongs to role tool, the two before it to role assistant.
+
+    `marks` are offsets in `content`, in characters, up to which the client wants the prompt kept;
+    one at its end is the end of the message, one of 0 in the first message that of the tools.
+    """
 
     role: Role
     content: str = ""
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    marks: tuple[int, ...] = ()
 
 
 class ToolSpec(Struct, frozen=True):

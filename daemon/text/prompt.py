@@ -4,7 +4,7 @@ Joins template, tokenizer and remembered replies. Knows nothing of the engine or
 reasons are spelled as the engine's. A PromptBuilder is safe on any thread.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import dropwhile
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from daemon.text.replay import ReplayEntry, SampledTokens, is_faithful, replay_e
 from daemon.text.template import ChatTemplate, Frame, FrameKind
 from daemon.text.tokenizer import Tokenizer
 
-BoundaryReason = Literal["system", "user", "prompt"]
+BoundaryReason = Literal["system", "user", "prompt", "mark"]
 
 
 class PromptFrame(Struct, frozen=True):
@@ -33,9 +33,9 @@ class Prompt(Struct, frozen=True, kw_only=True):
 
     `boundaries` are (position, reason) in rising order, one a position and none at 0: "system" is
     the end of system prompt and tools, "user" the start of a user message (tool results are none),
-    "prompt" the start of the generation prompt. `generation` are the generation prompt's tokens,
-    the last of `tokens`; with `thinking_open` it ends inside `<think>`. `frames` say which tokens
-    show which messages.
+    "prompt" the start of the generation prompt, "mark" where a client marked a message.
+    `generation` are the generation prompt's tokens, the last of `tokens`; with `thinking_open` it
+    ends inside `<think>`. `frames` say which tokens show which messages.
     """
 
     tokens: tuple[int, ...]
@@ -84,7 +84,7 @@ class PromptBuilder:
             tokens.extend(self._encode(frame))
         return Prompt(
             tokens=tuple(tokens),
-            boundaries=_boundaries(frames, starts),
+            boundaries=_boundaries(frames, starts, self._marks(frames, starts, messages)),
             generation=tuple(tokens[starts[-1] :]),
             thinking_open=_is_thinking_open(frames[-1].text),
             frames=tuple(
@@ -96,6 +96,23 @@ class PromptBuilder:
     def replay_entries(self, prompt: Prompt, reply_tokens: Sequence[int]) -> list[ReplayEntry]:
         """What to remember when a reply to `prompt` ends: (frame text, exact tokens) pairs."""
         return replay_entries(self._tokenizer, prompt.generation, reply_tokens)
+
+    def _marks(
+        self, frames: Sequence[Frame], starts: Sequence[int], messages: Sequence[Message]
+    ) -> Iterator[int]:
+        """Positions of the clients' marks; those inside a frame may be one token early."""
+        for frame, start, end in zip(frames, starts, starts[1:], strict=False):
+            for index in frame.messages:
+                content = messages[index].content
+                for mark in messages[index].marks:
+                    if mark == len(content) and index == frame.messages[-1]:
+                        yield end
+                    elif (text := _text_before(frame.text, content, mark)) is not None:
+                        yield start + max(0, self._num_tokens(text) - 1)
+
+    def _num_tokens(self, text: str) -> int:
+        """The last token of a text cut anywhere may be another one in the whole."""
+        return len(self._encoded.get_or_encode(text, lambda: self._tokenizer.encode(text)))
 
     def _encode(self, frame: Frame) -> Sequence[int]:
         sampled = self._sampled.recall(frame.text) if frame.kind == "assistant" else None
@@ -116,13 +133,24 @@ class PromptBuilder:
         ]
 
 
+def _text_before(frame: str, content: str, mark: int) -> str | None:
+    """A frame's text up to a mark in the content that it shows, or None where it shows another."""
+    shown = content.strip()
+    at = frame.find(shown)
+    if at < 0 or not shown:
+        return None
+    num_stripped = len(content) - len(content.lstrip())
+    return frame[: at + min(max(0, mark - num_stripped), len(shown))]
+
+
 def _boundaries(
-    frames: Sequence[Frame], starts: Sequence[int]
+    frames: Sequence[Frame], starts: Sequence[int], marks: Iterable[int]
 ) -> tuple[tuple[int, BoundaryReason], ...]:
     after_system = next(
         dropwhile(lambda pair: pair[0].kind == "system", zip(frames, starts, strict=True))
     )
-    reasons: dict[int, BoundaryReason] = {
+    reasons: dict[int, BoundaryReason] = dict.fromkeys(marks, "mark")
+    reasons |= {
         start: "user" for frame, start in zip(frames, starts, strict=True) if frame.kind == "user"
     }
     reasons |= {after_system[1]: "system", starts[-1]: "prompt"}
