@@ -17,10 +17,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from daemon.cache.checkpoint_reader import verify_page, verify_state
+from daemon.cache.checkpoint_reader import read_page, read_state
 from daemon.cache.index_loader import load_index
-from daemon.cache.records import FORMAT_VERSION, DamagedRecord
-from daemon.cache.sessions import CheckpointRow, SessionRow, session_rows, stored_states
+from daemon.cache.prefix_index import PrefixIndex
+from daemon.cache.records import FORMAT_VERSION, DamagedRecord, StateHeader
+from daemon.cache.session_catalogue import read_records
+from daemon.cache.sessions import (
+    Ancestors,
+    CheckpointRow,
+    SessionRow,
+    session_groups,
+    session_row,
+    stored_states,
+)
 from daemon.cache.store import Store
 from daemon.config import default_cache_folder
 from daemon.errors import QwendError
@@ -132,6 +141,7 @@ def _view(store: Store, damaged: tuple[DamagedRow, ...] | None) -> StoreView:
     with store.reading() as reader:
         loaded = load_index(reader)
         names = reader.models()
+        records = read_records(reader.headers("sessions"))
     states = stored_states(loaded.index, lambda _: False)
     per_model = Counter(state.header.fingerprint for state in states)
     return StoreView(
@@ -146,14 +156,25 @@ def _view(store: Store, damaged: tuple[DamagedRow, ...] | None) -> StoreView:
             ModelRow(fingerprint=model.hex(), name=names.get(model, ""), num_checkpoints=count)
             for model, count in per_model.most_common()
         ),
-        sessions=session_rows(states),
+        sessions=tuple(
+            session_row(group, _ancestors(loaded.index))
+            for group in session_groups(states, records)
+        ),
         damaged=damaged,
     )
 
 
+def _ancestors(index: PrefixIndex) -> Ancestors:
+    def find(key: bytes) -> list[StateHeader]:
+        state = index.state(key)
+        return [] if state is None else list(index.ancestors(state))
+
+    return find
+
+
 def _damaged_rows(store: Store) -> Iterator[DamagedRow]:
     """Check record by record, each in its own view, so that a running daemon can reuse space."""
-    for kind, verify in (("page", verify_page), ("state", verify_state)):
+    for kind, read in (("page", read_page), ("state", read_state)):
         table = f"{kind}s"
         with store.reading() as reader:
             keys = [key for key, _ in reader.headers(table)]
@@ -162,7 +183,7 @@ def _damaged_rows(store: Store) -> Iterator[DamagedRow]:
                 if reader.header(table, key) is None:
                     continue  # deleted meanwhile
                 try:
-                    verify(reader, key)
+                    read(reader, key)
                 except DamagedRecord as error:
                     yield DamagedRow(kind=kind, key=key.hex(), problem=str(error))
 

@@ -169,6 +169,8 @@ def assemble(config: Config) -> Daemon:
         cache_stats=lambda: {} if cache is None else msgspec.to_builtins(cache.stats()),
         metrics=Metrics(),
         history=history,
+        sessions=None if cache is None else cache.catalogue,
+        suggest_title=_ignore_title if cache is None else cache.suggest_title,
         reach=_reach(cache, config.engine.strict),
         sampling=_recommended_sampling(file),
         fingerprint=f"qwend-{__version__}-{identity.hex()[:12]}",
@@ -242,6 +244,10 @@ def _open_cache(config: CacheConfig, identity: bytes, model_name: str) -> Checkp
         budget_bytes=config.budget_bytes,
         interval_tokens=config.interval_tokens,
     )
+
+
+def _ignore_title(session: str, title: str) -> None:
+    """Without a store there are no sessions to name."""
 
 
 def _reach(cache: CheckpointCache | None, strict: bool) -> Callable[[Sequence[int]], Reach]:

@@ -11,7 +11,9 @@
     │   ├── InvalidRequest         a value, a role, a schema; names the parameter
     │   ├── PromptTooLong          more tokens than the context holds
     │   ├── UnknownModel
-    │   └── UnknownRequest         asked about, and not remembered
+    │   ├── UnknownRequest         asked about, and not remembered
+    │   ├── UnknownSession         asked about, and not stored
+    │   └── SessionFileError       an exported session that cannot be taken in
     ├── Overloaded                 try again later
     ├── EngineStopped              the engine is shutting down or has failed
     ├── StoreError                 the checkpoint store
@@ -98,6 +100,14 @@ class UnknownModel(RequestError):
 
 class UnknownRequest(RequestError):
     """Nothing is remembered of a request that somebody asks about."""
+
+
+class UnknownSession(RequestError):
+    """Nothing is stored of a session that somebody asks for."""
+
+
+class SessionFileError(RequestError):
+    """An exported session is damaged, of another version or of another model."""
 
 
 class Overloaded(QwendError):

@@ -17,6 +17,7 @@ from daemon.api.generation import Generations
 from daemon.api.models import Models
 from daemon.api.openai_chat import ChatCompletions
 from daemon.api.service import Service
+from daemon.api.session_routes import SessionRoutes
 from daemon.api.status import Status
 from daemon.errors import QwendError
 
@@ -29,6 +30,7 @@ def create_app(service: Service) -> Starlette:
     generations = Generations(service)
     status = Status(service)
     models = Models(service)
+    sessions = SessionRoutes(service, generations)
     chat = ChatCompletions(service, generations)
     messages = Messages(service, generations)
     cache = CacheRoutes(
@@ -49,6 +51,13 @@ def create_app(service: Service) -> Starlette:
             Route("/v1/models", models.models),
             Route("/v1/models/{model:path}", models.model),
             Route("/v1/cache/stats", status.cache_stats),
+            Route("/v1/cache/sessions", sessions.rows),
+            Route("/v1/cache/sessions/import", sessions.take_in, methods=["POST"]),
+            Route("/v1/cache/sessions/{name:path}/export", sessions.export),
+            Route("/v1/cache/sessions/{name:path}/fork", sessions.fork, methods=["POST"]),
+            Route("/v1/cache/sessions/{name:path}", sessions.row, methods=["GET"]),
+            Route("/v1/cache/sessions/{name:path}", sessions.change, methods=["PATCH"]),
+            Route("/v1/cache/sessions/{name:path}", sessions.wipe, methods=["DELETE"]),
             Route("/v1/cache/requests", cache.requests),
             Route("/v1/cache/requests/{id}", cache.request),
             Route("/v1/cache/plan", cache.plan, methods=["POST"]),

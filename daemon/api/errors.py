@@ -21,8 +21,10 @@ from daemon.errors import (
     PromptTooLong,
     QwendError,
     RequestError,
+    SessionFileError,
     UnknownModel,
     UnknownRequest,
+    UnknownSession,
 )
 
 
@@ -67,6 +69,8 @@ _KINDS: dict[type[QwendError], _Kind] = {
     PromptTooLong: _Kind(400, _INVALID, "context_length_exceeded", _INVALID),
     UnknownModel: _Kind(404, _INVALID, "model_not_found", "not_found_error"),
     UnknownRequest: _Kind(404, _INVALID, "request_not_found", "not_found_error"),
+    UnknownSession: _Kind(404, _INVALID, "session_not_found", "not_found_error"),
+    SessionFileError: _Kind(400, _INVALID, "session_file_refused", _INVALID),
     InvalidRequest: _Kind(400, _INVALID, None, _INVALID),
     RequestError: _Kind(400, _INVALID, None, _INVALID),
     Overloaded: _Kind(503, "overloaded_error", "overloaded", "overloaded_error"),

@@ -19,6 +19,7 @@ from daemon.api.mailbox import Mailbox
 from daemon.api.reply import Reply, ReplyRules, joined
 from daemon.api.request_plans import RequestPlans
 from daemon.api.service import Service
+from daemon.api.session_hint import title_of
 from daemon.checkpoint import Boundary, Found
 from daemon.engine.requests import (
     Event,
@@ -140,6 +141,7 @@ class Generations:
         generation = Generation(self._service, prompt, draft, conversation, rules, self)
         generation.submit()
         self._live.add(generation)
+        self._service.suggest_title(conversation.session, title_of(conversation.messages))
         self.soon_on_prompt_thread(self._planner.remember, draft, prompt)
         return generation
 

@@ -3,8 +3,9 @@
 Owns nothing; knows the engine by its front door and the store only as functions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from msgspec import Struct
 
@@ -35,14 +36,52 @@ class Limits(Struct, frozen=True, kw_only=True):
     sign_of_life_s: float = 5.0
 
 
+class StoredSessions(Protocol):
+    """What the store can do with sessions, by id or name; it may take its time."""
+
+    @property
+    def folder(self) -> Path:
+        """Where there is room for a file that is being imported."""
+        ...
+
+    def rows(self) -> object:
+        """All sessions, the last used first."""
+        ...
+
+    def row(self, name: str) -> object:
+        """One session."""
+        ...
+
+    def change(self, name: str, *, title: str | None, is_pinned: bool | None) -> object:
+        """Rename, pin or unpin."""
+        ...
+
+    def fork(self, name: str, session: str, *, position: int | None, title: str) -> object:
+        """A new session that goes on from another's checkpoint."""
+        ...
+
+    def wipe(self, name: str, timelines: Sequence[bytes]) -> object:
+        """Delete a session and all that was sampled in these token ids (little-endian u32)."""
+        ...
+
+    def export(self, name: str) -> Iterator[bytes]:
+        """A session as a file, piece by piece."""
+        ...
+
+    def take_in(self, path: Path, session: str | None) -> object:
+        """Import an exported session."""
+        ...
+
+
 class Service(Struct, frozen=True, kw_only=True):
     """One served model and all that a request to it needs.
 
     `sampling` are the model's own recommended values, which a request's override one by one.
     `aliases` are further names that the model answers to. `fingerprint` names build and weights
     in answers, `created` is when the model was loaded, in Unix seconds. `history` are the prompts
-    that new ones are compared with, `reach` says what the store has of one. `cache_stats` gives the
-    store's own figures; it must be quick and thread-safe.
+    that new ones are compared with, `reach` says what the store has of one, `sessions` are its
+    sessions as objects, and `suggest_title` names one by its first question. `cache_stats` gives
+    the store's own figures; it must be quick and thread-safe.
     """
 
     engine: Engine
@@ -53,6 +92,8 @@ class Service(Struct, frozen=True, kw_only=True):
     cache_stats: Callable[[], Mapping[str, Any]]
     metrics: Metrics
     history: PromptHistory
+    sessions: StoredSessions | None = None
+    suggest_title: Callable[[str, str], None] = lambda session, title: None
     reach: AskReach = lambda _: Reach(None)
     sampling: SamplingParams = SamplingParams()
     limits: Limits = Limits()

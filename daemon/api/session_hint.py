@@ -4,6 +4,7 @@ Owns the order of the hints. A session groups requests for people and statistics
 of a checkpoint's key. Pure.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 import xxhash
@@ -20,6 +21,8 @@ HEADERS = (
 """Headers by which coding agents name their session, the most telling first."""
 
 MAX_LENGTH = 128
+MAX_TITLE = 80
+_BLOCK = re.compile(r"\s*<([\w-]+)[^>]*>.*?</\1>\s*", re.DOTALL)
 
 
 def session_of(headers: Mapping[str, str], hint: str | None, messages: Sequence[Message]) -> str:
@@ -29,6 +32,17 @@ def session_of(headers: Mapping[str, str], hint: str | None, messages: Sequence[
     """
     given = hint or next((headers[name] for name in HEADERS if headers.get(name)), None)
     return given[:MAX_LENGTH] if given else _derived(messages)
+
+
+def title_of(messages: Sequence[Message]) -> str:
+    """What a session is about, for people: the first question's first line.
+
+    Agents put blocks of their own, in tags, before what the user wrote; these are passed over.
+    """
+    question = next((m.content for m in messages if m.role == "user"), "")
+    lines = _BLOCK.sub("", question).split("\n") + question.split("\n")
+    first = next((line.strip() for line in lines if line.strip()), "")
+    return first if len(first) <= MAX_TITLE else first[: MAX_TITLE - 1] + "…"
 
 
 def _derived(messages: Sequence[Message]) -> str:

@@ -11,11 +11,11 @@ from pathlib import Path
 from msgspec import Struct
 
 from daemon.cache.prefix_hash import PrefixChain
-from daemon.cache.records import MAX_SESSION_BYTES
 from daemon.cache.sampled_text import SampledText
-from daemon.cache.sessions import SessionRow, session_rows
+from daemon.cache.session_catalogue import SessionCatalogue
+from daemon.cache.session_records import clipped
 from daemon.cache.store import MIN_MAP_BYTES, Store
-from daemon.cache.stored_prompts import StoredPrompt
+from daemon.cache.stored_prompts import StoredPrompt, read_prompts
 from daemon.cache.timeline import StoredTimeline
 from daemon.cache.transfer import Transfer, now_us
 from daemon.checkpoint import PAGE_TOKENS, Reach
@@ -94,6 +94,8 @@ class CheckpointCache:
         self._now_us = now_us
         with store.reading() as reader:
             sampled = list(reader.headers("sampled"))
+            sessions = list(reader.headers("sessions"))
+            names = reader.models()
         self._transfer = Transfer(
             store,
             max_bytes=limits.checkpoint_bytes,
@@ -106,6 +108,14 @@ class CheckpointCache:
             fingerprint=fingerprint,
             max_bytes=limits.sampled_bytes,
             write=self._transfer.write_sampled,
+        )
+        self.catalogue = SessionCatalogue(
+            self._transfer,
+            self.sampled,
+            sessions,
+            max_bytes=limits.checkpoint_bytes,
+            fingerprints=[fingerprint],
+            names={**names, fingerprint: model_name},
         )
 
     @classmethod
@@ -149,13 +159,11 @@ class CheckpointCache:
 
     def timeline(self, tokens: Sequence[int], session: str) -> StoredTimeline:
         """Begin with a prompt; `session` groups checkpoints for people, not for look-up."""
-        # Half a character at the cut, and lone surrogates, go.
-        hint = session.encode(errors="ignore")[:MAX_SESSION_BYTES].decode(errors="ignore")
         return StoredTimeline(
             self._transfer,
             self._fingerprint,
             tokens,
-            session=hint,
+            session=clipped(session),
             interval_tokens=self._limits.interval_tokens,
             now_us=self._now_us,
         )
@@ -163,9 +171,8 @@ class CheckpointCache:
     def reach(self, tokens: Sequence[int], limit: int, strict: bool) -> Reach:
         """What is stored of a prompt at a position <= limit, and what was, without reading it."""
         hashes = PrefixChain(self._fingerprint, tokens).hashes
-        state = self._transfer.find(hashes, limit, strict)
-        departed = self._transfer.departed(hashes, state.position if state else 0, limit)
-        return Reach(None if state is None else self._transfer.found(state), departed)
+        with self._transfer.looking() as shelf:
+            return shelf.reach(hashes, limit, strict)
 
     def stats(self) -> CacheStats:
         """Numbers of this moment, over all models of the store."""
@@ -189,11 +196,14 @@ class CheckpointCache:
 
     def stored_prompts(self, max_tokens: int) -> list[StoredPrompt]:
         """The tokens of what is on disk, the last used first: all models' prompts."""
-        return self._transfer.stored_prompts(max_tokens)
+        with self._transfer.looking() as shelf:
+            branches = shelf.branches(max_tokens)
+        with self._transfer.reading() as reader:
+            return list(read_prompts(reader, branches))
 
-    def sessions(self) -> tuple[SessionRow, ...]:
-        """Sessions, the last used first."""
-        return session_rows(self._transfer.states())
+    def suggest_title(self, session: str, title: str) -> None:
+        """Give a session of the served model a title unless it has one; memory only."""
+        self.catalogue.suggest_title(self._fingerprint, session, title)
 
     def flush(self) -> None:
         """Wait until all that was saved before is on disk or given up."""

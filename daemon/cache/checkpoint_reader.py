@@ -63,29 +63,11 @@ def read_checkpoint(reader: Reader, wanted: Wanted) -> Snapshot:
     return Snapshot(state.position, state.born, state.num_grid_pages, content, pages)
 
 
-def verify_page(reader: Reader, key: bytes) -> PageHeader:
-    """Check a page's header and payload by themselves.
-
-    Raises:
-        DamagedPage: it is missing or wrong.
-    """
-    return _page(reader, key)[0]
-
-
-def verify_state(reader: Reader, key: bytes) -> StateHeader:
-    """Check a state's header and payload by themselves.
-
-    Raises:
-        DamagedRecord: it is missing or wrong.
-    """
-    return _state(reader, key)[0]
-
-
 def _read_state(reader: Reader, wanted: Wanted) -> HostBytes:
     queued = wanted.queued.get(wanted.state.key)
     if queued is not None:
         return queued
-    header, payload = _state(reader, wanted.state.key)
+    header, payload = read_state(reader, wanted.state.key)
     if header.tip != wanted.chain[-1] or header.position != wanted.state.position:
         raise DamagedRecord("a state of another position or other pages")
     if header.fingerprint != wanted.state.fingerprint:
@@ -95,7 +77,7 @@ def _read_state(reader: Reader, wanted: Wanted) -> HostBytes:
 
 def _read_page(reader: Reader, wanted: Wanted, index: int) -> HostBytes:
     key = wanted.chain[index]
-    header, payload = _page(reader, key)
+    header, payload = read_page(reader, key)
     start = index * _PAGE_TOKEN_BYTES
     if header.tokens != wanted.tokens[start : start + _PAGE_TOKEN_BYTES]:
         raise DamagedPage(key, "a page of other tokens")
@@ -106,7 +88,12 @@ def _read_page(reader: Reader, wanted: Wanted, index: int) -> HostBytes:
     return payload
 
 
-def _state(reader: Reader, key: bytes) -> tuple[StateHeader, bytes]:
+def read_state(reader: Reader, key: bytes) -> tuple[StateHeader, bytes]:
+    """A state's header and payload, each sound by itself.
+
+    Raises:
+        DamagedRecord: it is missing or wrong.
+    """
     record = reader.header("states", key)
     if record is None:
         raise DamagedRecord("a state without header")
@@ -117,7 +104,12 @@ def _state(reader: Reader, key: bytes) -> tuple[StateHeader, bytes]:
     return header, payload
 
 
-def _page(reader: Reader, key: bytes) -> tuple[PageHeader, bytes]:
+def read_page(reader: Reader, key: bytes) -> tuple[PageHeader, bytes]:
+    """A page's header and payload, each sound by itself.
+
+    Raises:
+        DamagedPage: it is missing or wrong.
+    """
     record = reader.header("pages", key)
     if record is None:
         raise DamagedPage(key, "a page without header")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from msgspec import Struct
 
-from daemon.cache.records import NO_PARENT, StateHeader, state_key
+from daemon.cache.records import HASH_BYTES, NO_PARENT, StateHeader, state_key
 from daemon.cache.store import footprint
 from daemon.checkpoint import PAGE_TOKENS, Birth
 
@@ -102,6 +102,15 @@ class PrefixIndex:
         while tip != NO_PARENT:
             yield tip
             tip = self._pages[tip].parent
+
+    def ancestors(self, state: StateHeader) -> Iterator[StateHeader]:
+        """The states on the way to a state, the nearest first."""
+        for page in self.walk_up(state.tip):
+            hash = page[:HASH_BYTES]
+            for born in self._births.get(hash, ()):
+                other = self._states[state_key(hash, born)]
+                if other.tip == page and other is not state:
+                    yield other
 
     def inner_pages(self) -> set[bytes]:
         """Keys of the pages that another page follows."""

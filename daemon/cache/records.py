@@ -152,7 +152,7 @@ def encode_page(page: PageHeader) -> bytes:
         page.payload_sum,
         page.tokens,
     )
-    return _sealed(fields)
+    return sealed(fields)
 
 
 def decode_page(key: bytes, record: HostBytes) -> PageHeader:
@@ -161,7 +161,7 @@ def decode_page(key: bytes, record: HostBytes) -> PageHeader:
     Raises:
         DamagedRecord: it is not whole, or belongs to another key.
     """
-    content = _unsealed(record, b"qwKV", _PAGE.size)
+    content = unsealed(record, b"qwKV", _PAGE.size)
     _, _, _, hash, variant, parent, parent_variant, print_, index, _, *rest = _PAGE.unpack(content)
     created_us, payload_bytes, payload_sum, tokens = rest
     if hash + variant != key:
@@ -198,7 +198,7 @@ def encode_state(state: StateHeader) -> bytes:
         state.payload_bytes,
         state.payload_sum,
     )
-    return _sealed(fields + session)
+    return sealed(fields + session)
 
 
 def decode_state(key: bytes, record: HostBytes) -> StateHeader:
@@ -207,7 +207,7 @@ def decode_state(key: bytes, record: HostBytes) -> StateHeader:
     Raises:
         DamagedRecord: it is not whole, or belongs to another key.
     """
-    content = _unsealed(record, b"qwST", _STATE.size)
+    content = unsealed(record, b"qwST", _STATE.size)
     _, _, born, reason, hash, variant, print_, position, num_grid_pages, session_bytes, *rest = (
         _STATE.unpack_from(content)
     )
@@ -247,7 +247,7 @@ def encode_sampled(reply: SampledReply) -> bytes:
         len(reply.tokens),
         0,
     )
-    return _sealed(fields + _token_bytes(reply.tokens))
+    return sealed(fields + _token_bytes(reply.tokens))
 
 
 def decode_sampled(key: bytes, record: HostBytes) -> SampledReply:
@@ -256,7 +256,7 @@ def decode_sampled(key: bytes, record: HostBytes) -> SampledReply:
     Raises:
         DamagedRecord: it is not whole, or belongs to another key.
     """
-    content = _unsealed(record, b"qwSR", _SAMPLED.size)
+    content = unsealed(record, b"qwSR", _SAMPLED.size)
     _, _, _, hash, print_, text_bytes, text_sum, created_us, num_tokens, _ = _SAMPLED.unpack_from(
         content
     )
@@ -273,11 +273,22 @@ def decode_sampled(key: bytes, record: HostBytes) -> SampledReply:
     )
 
 
-def _sealed(content: bytes) -> bytes:
+def sampled_bytes(record: bytes) -> bytes:
+    """The token ids of a sampled reply's record, little-endian u32."""
+    return record[_SAMPLED.size : -_SUM.size]
+
+
+def sealed(content: bytes) -> bytes:
+    """A record with its checksum."""
     return content + _SUM.pack(checksum(content))
 
 
-def _unsealed(record: HostBytes, magic: bytes, min_bytes: int) -> bytes:
+def unsealed(record: HostBytes, magic: bytes, min_bytes: int) -> bytes:
+    """A record without its checksum.
+
+    Raises:
+        DamagedRecord: it is not whole, or of another kind or version.
+    """
     record = bytes(record)
     content, seal = record[: -_SUM.size], record[-_SUM.size :]
     if len(content) < min_bytes or _SUM.pack(checksum(content)) != seal:

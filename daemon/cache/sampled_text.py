@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import xxhash
 
+from daemon.cache.prefix_hash import TOKEN_BYTES
 from daemon.cache.records import (
     DamagedRecord,
     SampledReply,
     decode_sampled,
     encode_sampled,
+    sampled_bytes,
 )
 
 _TEXT_SUM_SEED = 1
@@ -84,6 +86,17 @@ class SampledText:
         if changes:
             self._write(changes)
 
+    def forget_within(self, timelines: Sequence[bytes]) -> None:
+        """Forget the replies whose tokens stand in one of these (little-endian u32)."""
+        with self._lock:
+            records = list(self._records.items())
+        doomed = [key for key, record in records if _stands_in(sampled_bytes(record), timelines)]
+        with self._lock:
+            for key in doomed:
+                self._num_bytes -= len(self._records.pop(key, b""))
+        if doomed:
+            self._write(dict.fromkeys(doomed))
+
     def _put(self, key: bytes, record: bytes) -> None:
         self._num_bytes += len(record) - len(self._records.pop(key, b""))
         self._records[key] = record
@@ -108,6 +121,17 @@ class SampledText:
 
     def _key(self, content: bytes) -> bytes:
         return xxhash.xxh3_128_digest(self._fingerprint + content)
+
+
+def _stands_in(tokens: bytes, timelines: Sequence[bytes]) -> bool:
+    """Whether whole tokens stand in a timeline, not just their bytes."""
+    for timeline in timelines:
+        at = timeline.find(tokens)
+        while at >= 0 and at % TOKEN_BYTES:
+            at = timeline.find(tokens, at + 1)
+        if at >= 0:
+            return True
+    return False
 
 
 def _readable(

@@ -32,6 +32,9 @@ _OS_PAGE_BYTES = 4096
 _RECORD_BYTES = 512  # header, keys and their share of the B-tree
 _PAYLOADS = {"pages": "page_payloads", "states": "state_payloads"}
 _TABLES = ("meta", "pages", "states", *_PAYLOADS.values(), "uses", "sampled", "models")
+_LATER_TABLES = ("sessions",)
+"""Tables that a store may be without: a writer makes them, a reader takes them for empty."""
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -39,7 +42,8 @@ class WriteBatch(Struct, frozen=True, kw_only=True):
     """What one transaction does: deletions first, then records. Keys and headers are bytes.
 
     `pages` and `states` are deleted with their payloads; `put_*` are (key, header, payload).
-    `uses` are times of last use by state key; an absent reply in `put_sampled` is deleted;
+    `uses` are times of last use by state key; an absent reply in `put_sampled` is deleted,
+    and so is a session in `put_sessions`;
     `models` are names by fingerprint.
     """
 
@@ -49,6 +53,7 @@ class WriteBatch(Struct, frozen=True, kw_only=True):
     put_state: tuple[bytes, bytes, HostBytes] | None = None
     uses: Mapping[bytes, int] = {}
     put_sampled: Mapping[bytes, bytes | None] = {}
+    put_sessions: Mapping[bytes, bytes | None] = {}
     models: Mapping[bytes, str] = {}
 
 
@@ -65,7 +70,10 @@ class Reader:
         return None if value is None else bytes(value)
 
     def headers(self, table: str) -> Iterator[tuple[bytes, bytes]]:
-        """All (key, header) of "pages", "states" or "sampled", in key order; no payloads."""
+        """All (key, header) of "pages", "states", "sampled" or "sessions", in key order; no
+        payloads."""
+        if table not in self._tables:
+            return
         for key, value in self._txn.cursor(self._tables[table]):
             yield bytes(key), bytes(value)
 
@@ -172,11 +180,8 @@ class Store:
                 self._put(txn, "states", batch.put_state)
             for key, used_us in batch.uses.items():
                 txn.put(key, used_us.to_bytes(8, "little"), db=self._tables["uses"])
-            for key, reply in batch.put_sampled.items():
-                if reply is None:
-                    txn.delete(key, db=self._tables["sampled"])
-                else:
-                    txn.put(key, reply, db=self._tables["sampled"])
+            self._put_or_delete(txn, "sampled", batch.put_sampled)
+            self._put_or_delete(txn, "sessions", batch.put_sessions)
             for fingerprint, name in batch.models.items():
                 txn.put(fingerprint, name.encode(errors="replace"), db=self._tables["models"])
 
@@ -201,11 +206,19 @@ class Store:
                     self._check_version()
                 for name in _TABLES:
                     self._tables[name] = self._env.open_db(name.encode(), create=is_new)
+                self._open_later_tables(create)
                 if is_new:
                     self._write_version()
         except BaseException:
             self._env.close()
             raise
+
+    def _open_later_tables(self, create: bool) -> None:
+        for name in _LATER_TABLES:
+            try:
+                self._tables[name] = self._env.open_db(name.encode(), create=create)
+            except lmdb.NotFoundError:
+                assert not create
 
     def _check_length(self) -> None:
         """LMDB trusts its own page numbers: beyond the end of the file lies a bus error."""
@@ -243,6 +256,13 @@ class Store:
             chunk = content[start : start + CHUNK_BYTES]
             txn.put(_chunk_key(key, number), chunk, db=self._tables[_PAYLOADS[table]])
 
+    def _put_or_delete(self, txn: Any, table: str, records: Mapping[bytes, bytes | None]) -> None:
+        for key, record in records.items():
+            if record is None:
+                txn.delete(key, db=self._tables[table])
+            else:
+                txn.put(key, record, db=self._tables[table])
+
     def _delete(self, txn: Any, table: str, key: bytes) -> None:
         txn.delete(key, db=self._tables[table])
         if table == "states":
@@ -266,7 +286,9 @@ def _chunk_key(key: bytes, number: int) -> bytes:
 
 def _environment(path: Path, **options: Any) -> Any:
     with _typed_errors(path):
-        return lmdb.open(str(path), mode=0o600, max_dbs=len(_TABLES), **options)
+        return lmdb.open(
+            str(path), mode=0o600, max_dbs=len(_TABLES) + len(_LATER_TABLES), **options
+        )
 
 
 @contextmanager

@@ -54,8 +54,9 @@ class StoredTimeline:
 
     def find(self, limit: int, strict: bool) -> Found | None:
         """The longest usable checkpoint at a position <= limit; memory only."""
-        state = self._transfer.find(self._chain.hashes, limit, strict)
-        return None if state is None else self._transfer.found(state)
+        with self._transfer.looking() as shelf:
+            state = shelf.index.find(self._chain.hashes, limit, strict)
+            return None if state is None else shelf.found(state)
 
     def load(self, found: Found) -> "Future[Snapshot | None]":
         """Read it on another thread, and go on from it."""

@@ -10,22 +10,23 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-
-from msgspec import Struct
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 from daemon.cache.checkpoint_reader import DamagedPage, Wanted, read_checkpoint
 from daemon.cache.departures import Departures
 from daemon.cache.index_loader import load_index
+from daemon.cache.pending_changes import PendingChanges
 from daemon.cache.policy import Candidate, drop_order, eviction_order
 from daemon.cache.prefix_index import PageRow, Removed
 from daemon.cache.records import HASH_BYTES, DamagedRecord, StateHeader, state_key
 from daemon.cache.sessions import StoredState, stored_states
-from daemon.cache.store import Store, WriteBatch, footprint
-from daemon.cache.stored_prompts import StoredPrompt, branches, read_prompts
+from daemon.cache.shelf import Shelf, TransferCounts
+from daemon.cache.store import Reader, Store, footprint
 from daemon.cache.write_queue import Job, QueuedPage, QueuedState, WriteQueue
-from daemon.checkpoint import Birth, Departed, Departure, Found, HostBytes, Snapshot, Tier
+from daemon.checkpoint import Birth, Departure, HostBytes, Snapshot
 from daemon.errors import StoreError, StoreFull
 
 logger = logging.getLogger(__name__)
@@ -38,32 +39,6 @@ _SHRINK = 0.9
 def now_us() -> int:
     """Microseconds since 1970."""
     return time.time_ns() // 1000
-
-
-class TransferCounts(Struct, frozen=True, kw_only=True):
-    """Counts since the store was opened, and sizes now, in bytes on disk or in memory."""
-
-    num_pages: int
-    num_bytes: int
-    queue_bytes: int
-    num_written: int
-    written_bytes: int
-    num_dropped: int
-    num_damaged: int
-    num_evicted: int
-
-
-class _Pending(Struct):
-    """Small changes that ride along with the next transaction."""
-
-    doomed_pages: set[bytes]
-    doomed_states: set[bytes]
-    touched: dict[bytes, int]
-    sampled: dict[bytes, bytes | None]
-    models: dict[bytes, str]
-
-    def __bool__(self) -> bool:
-        return any((self.doomed_pages, self.doomed_states, self.touched, self.sampled, self.models))
 
 
 class Transfer:
@@ -94,9 +69,10 @@ class Transfer:
         self._lock = threading.Condition()
         self._index = loaded.index
         self._queue = WriteQueue()
-        self._pending = _Pending(set(loaded.stale_pages), set(loaded.stale_states), {}, {}, {})
+        self._pending = PendingChanges(set(loaded.stale_pages), set(loaded.stale_states))
         self._pins: Counter[bytes] = Counter()
         self._departures = Departures()
+        self._is_protected: Callable[[StateHeader], bool] = lambda _: False
         self._counts: Counter[str] = Counter(damaged=loaded.num_damaged)
         self._is_closing = False
         self._is_busy = False
@@ -108,22 +84,6 @@ class Transfer:
         self._writer.start()
 
     # ── on the engine's thread: memory only ───────────────────────────────────────────────────
-
-    def find(self, hashes: Sequence[bytes], limit: int, strict: bool) -> StateHeader | None:
-        """See `PrefixIndex.find`; checkpoints that wait to be written are found too."""
-        with self._lock:
-            return self._index.find(hashes, limit, strict)
-
-    def found(self, state: StateHeader) -> Found:
-        """A state as the engine sees it."""
-        with self._lock:
-            tier: Tier = "disk" if self._queue.state(state.key) is None else "host"
-        return Found(state.position, state.born, state.reason, tier)
-
-    def departed(self, hashes: Sequence[bytes], start: int, stop: int) -> Departed | None:
-        """See `Departures.deepest`."""
-        with self._lock:
-            return self._departures.deepest(hashes, start, stop)
 
     def births(self, hashes: Iterable[bytes]) -> list[frozenset[Birth]]:
         """For each prefix, how its states were born."""
@@ -204,12 +164,59 @@ class Transfer:
         with self._lock:
             return stored_states(self._index, lambda key: self._queue.state(key) is not None)
 
-    def stored_prompts(self, max_tokens: int) -> list[StoredPrompt]:
-        """What prompts were, the last used first; those that wait to be written are left out."""
+    # ── for sessions, on any thread ───────────────────────────────────────────────────────────
+
+    @contextmanager
+    def looking(self) -> Iterator[Shelf]:
+        """What is here at this moment; nobody else gets on meanwhile."""
         with self._lock:
-            chosen = branches(self._index, max_tokens)
-        with self._store.reading() as reader:
-            return list(read_prompts(reader, chosen))
+            yield Shelf(self._index, self._queue, self._departures)
+
+    def protect(self, is_protected: Callable[[StateHeader], bool]) -> None:
+        """Evict none of these. Called with the lock held: it must be quick and take no other."""
+        with self._lock:
+            self._is_protected = is_protected
+
+    def write_sessions(self, records: Mapping[bytes, bytes | None]) -> None:
+        """Write or (None) delete records of sessions with the next transaction."""
+        with self._lock:
+            self._pending.sessions.update(records)
+            self._lock.notify_all()
+
+    def wipe(self, keys: Iterable[bytes]) -> None:
+        """Delete states, and the pages that nothing needs then; `flush` waits until it is done."""
+        with self._lock:
+            for key in keys:
+                self._forget(self._index.remove_state(key), "wiped")
+            self._lock.notify_all()
+
+    @property
+    def folder(self) -> Path:
+        """Where the store's files are."""
+        return self._store.path
+
+    def reading(self) -> AbstractContextManager[Reader]:
+        """One consistent view of what is on disk."""
+        return self._store.reading()
+
+    @contextmanager
+    def holding(self, keys: Sequence[bytes]) -> Iterator[None]:
+        """Meanwhile these states are not evicted."""
+        with self._lock:
+            self._pins.update(keys)
+        try:
+            yield
+        finally:
+            with self._lock:
+                for key in keys:
+                    self._unpin(key)
+
+    def wait_for_room(self) -> None:
+        """Wait until half of the queue is free, or all has been written that can be."""
+        with self._lock:
+            self._lock.wait_for(
+                lambda: self._queue.num_bytes <= self._queue_bytes // 2 or not self._has_work()
+            )
 
     def flush(self) -> None:
         """Wait until all that was saved before is on disk or given up."""
@@ -281,11 +288,13 @@ class Transfer:
             self._pending.touched.pop(key, None)
 
     def _candidates(self, is_queued: bool) -> list[Candidate]:
-        """Checkpoints that may go: none that is being read or written."""
+        """Checkpoints that may go: none that is being read or written, none of a pinned session."""
         return [
             Candidate(s.key, s.reason, s.born, s.position, self._index.used_us(s.key))
             for s in (self._queue.states if is_queued else self._index.states)
-            if not self._pins[s.key] and (self._queue.state(s.key) is not None) is is_queued
+            if not self._pins[s.key]
+            and not self._is_protected(s)
+            and (self._queue.state(s.key) is not None) is is_queued
         ]
 
     def _touch(self, key: bytes) -> None:
@@ -307,7 +316,7 @@ class Transfer:
                 self._is_busy = True
                 job, pending = self._next_transaction()
             try:
-                self._store.write(_batch(job, pending))
+                self._store.write(pending.batch(job))
             except Exception as error:
                 self._after_failure(job, pending, error)
             else:
@@ -316,7 +325,7 @@ class Transfer:
     def _has_work(self) -> bool:
         return bool(self._queue) or (bool(self._pending) and not self._is_stalled)
 
-    def _next_transaction(self) -> tuple[Job | None, _Pending]:
+    def _next_transaction(self) -> tuple[Job | None, PendingChanges]:
         """Make room, then take the oldest waiting checkpoint and all small changes."""
         self._make_room(self._max_bytes)
         state = self._queue.oldest()
@@ -324,7 +333,7 @@ class Transfer:
         if state is not None:
             job = self._queue.job(state, self._index.walk_up(state.header.tip))
             self._pins[state.header.key] += 1
-        pending, self._pending = self._pending, _Pending(set(), set(), {}, {}, {})
+        pending, self._pending = self._pending, PendingChanges()
         return job, pending
 
     def _make_room(self, max_bytes: int) -> None:
@@ -361,7 +370,7 @@ class Transfer:
             if self._index.page(page.header.key) is None:
                 self._pending.doomed_pages.add(page.header.key)
 
-    def _after_failure(self, job: Job | None, pending: _Pending, error: Exception) -> None:
+    def _after_failure(self, job: Job | None, pending: PendingChanges, error: Exception) -> None:
         """Nothing of the transaction happened: drop its checkpoint, keep its deletions for later.
 
         When there was no room, some of what is stored goes: deleting alone may succeed even then.
@@ -369,6 +378,7 @@ class Transfer:
         with self._lock:
             self._pending.doomed_pages |= pending.doomed_pages
             self._pending.doomed_states |= pending.doomed_states
+            self._pending.sessions = pending.sessions | self._pending.sessions
             self._warn(error)
             if job is None:
                 self._is_stalled = True
@@ -436,15 +446,3 @@ class Transfer:
         self._pins[key] -= 1
         if not self._pins[key]:
             del self._pins[key]
-
-
-def _batch(job: Job | None, pending: _Pending) -> WriteBatch:
-    return WriteBatch(
-        delete_pages=list(pending.doomed_pages),
-        delete_states=list(pending.doomed_states),
-        put_pages=job.page_records() if job else (),
-        put_state=job.state_record() if job else None,
-        uses=pending.touched,
-        put_sampled=pending.sampled,
-        models=pending.models,
-    )

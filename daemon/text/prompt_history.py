@@ -176,6 +176,14 @@ class PromptHistory:
                 self._pop(request_id)
                 self._put(ended)
 
+    def timelines(self, session: str) -> list[bytes]:
+        """The tokens of a session's timelines as frames would end them, little-endian u32."""
+        end = np.asarray(self.shape.end, "<u4").tobytes()
+        with self._lock:
+            pasts = [entry.past for entry in self._entries.values()]
+        own = [past for past in pasts if past.session == session]
+        return [past.tokens.astype("<u4").tobytes() + end for past in own]
+
     def forget(self, session: str) -> None:
         """Forget all timelines of a session."""
         with self._lock:

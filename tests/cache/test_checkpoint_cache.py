@@ -187,7 +187,7 @@ def test_sessions_group_checkpoints(tmp_path: Path) -> None:
         sequence.save(64, "system")
         sequence.save(256, "prompt")
     cache.flush()
-    rows = cache.sessions()
+    rows = cache.catalogue.rows()
     assert [row.session for row in rows] == ["b", "aé" + "x" * 253]
     assert rows[0].num_tokens == 256
     assert [(c.position, c.reason, c.born) for c in rows[0].checkpoints] == [
@@ -278,7 +278,7 @@ def test_threads_may_read_stats_while_an_engine_saves(tmp_path: Path) -> None:
     def watch() -> None:
         while not is_over.is_set():
             try:
-                cache.sessions()
+                cache.catalogue.rows()
                 cache.stats()
             except Exception as error:
                 problems.append(error)

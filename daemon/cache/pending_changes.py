@@ -1,0 +1,37 @@
+"""Small changes that ride along with the next transaction.
+
+Owns what is to be deleted and put beside a checkpoint. Not thread-safe: `transfer` guards it.
+"""
+
+from msgspec import Struct, field
+
+from daemon.cache.store import WriteBatch
+from daemon.cache.write_queue import Job
+
+
+class PendingChanges(Struct):
+    """Keys to delete; last uses, sampled replies and sessions by key (None: delete), names of
+    models by fingerprint."""
+
+    doomed_pages: set[bytes] = field(default_factory=set)
+    doomed_states: set[bytes] = field(default_factory=set)
+    touched: dict[bytes, int] = field(default_factory=dict)
+    sampled: dict[bytes, bytes | None] = field(default_factory=dict)
+    sessions: dict[bytes, bytes | None] = field(default_factory=dict)
+    models: dict[bytes, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, name) for name in self.__struct_fields__)
+
+    def batch(self, job: Job | None) -> WriteBatch:
+        """One transaction: these changes, and a checkpoint."""
+        return WriteBatch(
+            delete_pages=list(self.doomed_pages),
+            delete_states=list(self.doomed_states),
+            put_pages=job.page_records() if job else (),
+            put_state=job.state_record() if job else None,
+            uses=self.touched,
+            put_sampled=self.sampled,
+            put_sessions=self.sessions,
+            models=self.models,
+        )

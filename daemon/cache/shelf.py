@@ -1,0 +1,82 @@
+"""What the store holds at one moment, on disk and on its way there, for those who look.
+
+Owns the questions; index and queue are transfer's, which lends them with its lock held: answers
+must be quick and keep nothing of them. Not thread-safe by itself.
+"""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from daemon.cache.departures import Departures
+from daemon.cache.prefix_index import PrefixIndex
+from daemon.cache.records import StateHeader
+from daemon.cache.write_queue import WriteQueue
+from daemon.checkpoint import Found, Reach
+
+
+class TransferCounts(Struct, frozen=True, kw_only=True):
+    """Counts since the store was opened, and sizes now, in bytes on disk or in memory."""
+
+    num_pages: int
+    num_bytes: int
+    queue_bytes: int
+    num_written: int
+    written_bytes: int
+    num_dropped: int
+    num_damaged: int
+    num_evicted: int
+
+
+class Branch(Struct, frozen=True):
+    """A state and the keys of its pages, the first page first."""
+
+    state: StateHeader
+    used_us: int
+    chain: tuple[bytes, ...]
+
+
+class Shelf(Struct, frozen=True):
+    """The index, what waits to be written, and what has gone."""
+
+    index: PrefixIndex
+    queue: WriteQueue
+    departures: Departures
+
+    def found(self, state: StateHeader) -> Found:
+        """A state as the engine sees it."""
+        is_queued = self.queue.state(state.key) is not None
+        return Found(state.position, state.born, state.reason, "host" if is_queued else "disk")
+
+    def reach(self, hashes: Sequence[bytes], limit: int, strict: bool) -> Reach:
+        """The nearest checkpoint at a position <= limit, and the nearest that was there once."""
+        state = self.index.find(hashes, limit, strict)
+        found = None if state is None else self.found(state)
+        start = 0 if found is None else found.position
+        return Reach(found, self.departures.deepest(hashes, start, limit))
+
+    def branch(self, key: bytes) -> Branch | None:
+        """A state with its pages, if it is here."""
+        state = self.index.state(key)
+        if state is None:
+            return None
+        return Branch(state, self.index.used_us(key), tuple(self.index.chain(state.tip)))
+
+    def ancestors(self, key: bytes) -> list[StateHeader]:
+        """The states on the way to a state, the nearest first."""
+        state = self.index.state(key)
+        return [] if state is None else list(self.index.ancestors(state))
+
+    def branches(self, max_tokens: int) -> list[Branch]:
+        """The ends of the tree, the last used first, as many as `max_tokens` allow."""
+        inner = self.index.inner_pages()
+        ends = {state.tip: state for state in self.index.states if state.tip not in inner}
+        keys = sorted((state.key for state in ends.values()), key=self.index.used_us, reverse=True)
+        chosen: list[Branch] = []
+        num_tokens = 0
+        for branch in filter(None, map(self.branch, keys)):
+            num_tokens += branch.state.position
+            if num_tokens > max_tokens:
+                break
+            chosen.append(branch)
+        return chosen

@@ -1,0 +1,109 @@
+"""/v1/cache/sessions over a real store: what is listed, changed, moved, and refused."""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from cache.cache_harness import MODEL, open_cache, prompt
+from http_harness import ApiHarness
+
+from daemon.api.app import create_app
+from daemon.cache.checkpoint_cache import CheckpointCache
+from daemon.checkpoint import Snapshot
+
+MakeApi = Callable[..., ApiHarness]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[CheckpointCache]:
+    cache = open_cache(tmp_path / "store")
+    for number, session in enumerate(("work/main", "side")):
+        timeline = cache.timeline(prompt(2, number), session)
+        timeline.save(Snapshot(64, "prompt", 1, b"state", {0: b"page"}), "system")
+        timeline.save(Snapshot(128, "prompt", 2, b"state", {1: b"page"}), "prompt")
+    yield cache
+    cache.close()
+
+
+@pytest.fixture
+def api(make_api: MakeApi, cache: CheckpointCache) -> ApiHarness:
+    harness = make_api()
+    service = msgspec.structs.replace(
+        harness.service, sessions=cache.catalogue, suggest_title=cache.suggest_title
+    )
+    return ApiHarness(create_app(service), service, harness.engine, harness.replies)
+
+
+def call(
+    api: ApiHarness, method: str, path: str = "", body: Any = None, content: bytes | None = None
+) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        async with api.client() as client:
+            given = content if body is None else json.dumps(body).encode()
+            return await client.request(method, f"/v1/cache/sessions{path}", content=given)
+
+    return asyncio.run(ask())
+
+
+def test_list_and_look(api: ApiHarness) -> None:
+    rows = call(api, "GET").json()["data"]
+    assert {row["session"] for row in rows} == {"work/main", "side"}
+    by_name = call(api, "GET", "/work/main").json()
+    assert by_name in rows
+    assert call(api, "GET", f"/{by_name['id']}").json() == by_name
+    assert (by_name["num_tokens"], len(by_name["checkpoints"])) == (128, 2)
+    assert by_name["model"] == MODEL.hex()
+    missing = call(api, "GET", "/none")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "session_not_found")
+
+
+def test_the_first_question_is_the_title(api: ApiHarness) -> None:
+    question = "<environment>\na tree\n</environment>\nFix the parser, please.\nAnd hurry."
+    messages = [{"role": "user", "content": question}]
+    asyncio.run(api.post(messages=messages, prompt_cache_key="side"))
+    assert call(api, "GET", "/side").json()["title"] == "Fix the parser, please."
+
+
+def test_rename_pin_and_fork(api: ApiHarness) -> None:
+    changed = call(api, "PATCH", "/side", {"title": "Aside", "pinned": True}).json()
+    assert (changed["title"], changed["is_pinned"]) == ("Aside", True)
+    fork = call(api, "POST", "/side/fork", {"session": "aside", "position": 100})
+    assert fork.status_code == 201
+    assert (fork.json()["num_tokens"], fork.json()["parents"]) == (64, [changed["id"]])
+    assert call(api, "POST", "/side/fork", {"session": "aside"}).status_code == 400
+    assert call(api, "PATCH", "/side", {"pin": True}).json()["error"]["param"] == "pin"
+
+
+def test_export_wipe_import(api: ApiHarness) -> None:
+    exported = call(api, "GET", "/work/main/export")
+    assert exported.status_code == 200
+    assert ".qwend-session" in exported.headers["content-disposition"]
+    wiped = call(api, "DELETE", "/work/main").json()["wiped"]
+    assert wiped["session"] == "work/main"
+    assert call(api, "GET", "/work/main").status_code == 404
+    back = call(api, "POST", "/import?session=back", content=exported.content)
+    assert (back.status_code, back.json()["num_tokens"]) == (201, 128)
+    refused = call(api, "POST", "/import", content=exported.content[:-1])
+    assert refused.json()["error"]["code"] == "session_file_refused"
+    folder = api.service.sessions.folder  # type: ignore[union-attr]
+    assert not list(folder.glob("import-*"))
+
+
+def test_a_wipe_forgets_prompts_and_plans(api: ApiHarness) -> None:
+    words = {"messages": [{"role": "user", "content": "secret " * 80}], "prompt_cache_key": "side"}
+    asyncio.run(api.post(**words))
+    assert len(api.service.history) == 1
+    call(api, "DELETE", "/side")
+    assert len(api.service.history) == 0
+    assert api.app.state.generations.plans.latest(9) == []
+
+
+def test_without_a_store_there_are_none(make_api: MakeApi) -> None:
+    answer = call(make_api(), "GET")
+    assert answer.status_code == 404
+    assert "--no-cache" in answer.json()["error"]["message"]
