@@ -10,7 +10,7 @@
 // Bytes: all K and V pages of the sequences once; bound by memory.
 //
 // Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head, 1 … 16), WARPS,
-// STAGES (ring depth, in half strips), PROJECTION_BF16, OUTPUT_BF16 (0: f32, 1: bf16).
+// STAGES (ring depth, in half strips), PROJECTION_BF16, OUTPUT (0: f32, 1: bf16, 2: operand).
 #include "attention_output.cuh"
 #include "attention_strip.cuh"
 
@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM / 4) attention_decode_merg
     const float* partials,                 // f32 [sequences, kv_heads, max_splits, PARTIAL_FLOATS]
     const void* projections,               // f32 or bf16 [sequences, row_stride]: the gates
     const int* __restrict__ positions,     // i32 [sequences]
-    void* __restrict__ output,             // f32 or bf16 [sequences, q_heads, 256]
+    void* __restrict__ output,             // [sequences, q_heads, 256], or panels
     int row_stride,                        // in elements
     int max_splits)
 {
@@ -172,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM / 4) attention_decode_merg
 #pragma unroll
     for (int i = 0; i < 4; ++i) merged[dim_of_place<V_FORMAT>(place + i)] = values[i] * inverse;
     __syncthreads();
-    const GatedRow target(projections, output, sequence, row_stride, head, q_heads);
+    const GatedRow<true> target(projections, output, sequence, row_stride, head, q_heads, 0);
     for (int dim = threadIdx.x * 2; dim < HEAD_DIM; dim += HEAD_DIM / 2) {
         target.write(dim, merged[dim], merged[dim + 1]);
     }

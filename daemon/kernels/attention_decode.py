@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from daemon.kernels.attention_tiles import OUTPUTS
 from daemon.kernels.kv_format import HEAD_DIM, KvLayout
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
@@ -55,7 +56,7 @@ def defines(
         "WARPS": shape.warps,
         "STAGES": shape.stages,
         "PROJECTION_BF16": int(projection is ElementType.BF16),
-        "OUTPUT_BF16": int(output is ElementType.BF16),
+        "OUTPUT": OUTPUTS[output],
     }
 
 
@@ -90,6 +91,7 @@ class AttentionDecode:
         self._partials = device.allocate(results, ElementType.F32)
         self._stream = device.stream
         self._layout = layout
+        self._q_heads = q_heads
 
     def __call__(
         self,
@@ -108,7 +110,7 @@ class AttentionDecode:
             queries: 16-bit `[sequences, q_heads, 256]` from `KvAppend`.
             projections: the rows that `KvAppend` read; gates are taken from them.
             positions: i32 `[sequences]` of the new tokens; negative rows become zero.
-            output: `[sequences, q_heads, 256]`, written.
+            output: `[sequences, q_heads, 256]`, or an operand's panels, written.
         """
         num_sequences = positions.shape[0]
         shared_bytes = self._shape.shared_bytes
@@ -134,7 +136,7 @@ class AttentionDecode:
         )
         self._merge.launch(
             self._stream,
-            (output.shape[1], num_sequences, 1),
+            (self._q_heads, num_sequences, 1),
             (MERGE_THREADS, 1, 1),
             self._partials,
             projections,

@@ -10,7 +10,7 @@
 // heads flops against the tensor cores' rate: bound by arithmetic.
 //
 // Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head), HEADS (of a
-// block: 1 or 2, a divisor of GROUP), PROJECTION_BF16, OUTPUT_BF16 (0: f32, 1: bf16).
+// block: 1 or 2, a divisor of GROUP), PROJECTION_BF16, OUTPUT (0: f32, 1: bf16, 2: operand).
 #include "attention_rows.cuh"
 #include "attention_tile.cuh"
 
@@ -115,9 +115,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill(
                                            // sequence; heaviest last
     const int* __restrict__ page_table,    // i32 [sequences, table_stride]
     const u8* pool,                        // u8 [pages, page_bytes]
-    void* __restrict__ output,             // f32 or bf16 [rows, q_heads, 256]
+    void* __restrict__ output,             // [rows, q_heads, 256], or chunks of padded_rows
     int row_stride,                        // in elements
-    int table_stride, int kv_heads, long long page_bytes,
+    int table_stride, int kv_heads, int padded_rows, long long page_bytes,
     long long layer_offset)                // bytes from a page's start to this layer's K plane
 {
     extern __shared__ __align__(128) u8 shared[];  // queries, keys, values: TILE_BYTES each
@@ -159,5 +159,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill(
         rows.mix_page(score, shared_address(value_tile), lane);
     }
     rows.write(projections, output, tile, row_stride, first_head + (warp >> 2), kv_heads * GROUP,
-               first_row, lane);
+               padded_rows, first_row, lane);
 }

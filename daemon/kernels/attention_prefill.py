@@ -11,7 +11,7 @@ from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.kernel import Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
-PARAMETERS = ("pointer",) * 6 + ("int32",) * 3 + ("int64",) * 2
+PARAMETERS = ("pointer",) * 6 + ("int32",) * 4 + ("int64",) * 2
 THREADS_PER_HEAD = 128
 
 
@@ -77,7 +77,8 @@ class AttentionPrefill:
             queries: 16-bit `[rows, q_heads, 256]` from `KvAppend`.
             projections: the rows that `KvAppend` read; gates are taken from them.
             tiles: i32 `[tiles, 4]` from `query_tiles`; lines without rows may follow.
-            output: `[rows, q_heads, 256]`; rows of no tile are left as they are.
+            output: `[rows, q_heads, 256]`, or an operand `[padded rows, q_heads * 256]`; rows of
+                no tile are left as they are.
         """
         self._kernel.launch(
             self._stream,
@@ -92,6 +93,7 @@ class AttentionPrefill:
             projections.shape[1],
             page_table.shape[1],
             self._layout.kv_heads,
+            output.shape[0],
             self._layout.page_bytes,
             self._layout.layer_offset(layer),
             shared_bytes=self._variant.shared_bytes,

@@ -10,7 +10,7 @@
 // its sequence, not on the span, the tile's other rows or the launch.
 //
 // Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head, even),
-// PROJECTION_BF16, OUTPUT_BF16 (0: f32, 1: bf16).
+// PROJECTION_BF16, OUTPUT (0: f32, 1: bf16, 2: operand).
 #include "attention_rows.cuh"
 #include "attention_wgmma.cuh"
 
@@ -164,9 +164,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
                                           // sequence; heaviest last
     const int* __restrict__ page_table,   // i32 [sequences, table_stride]
     const u8* pool,                       // u8 [pages, page_bytes]
-    void* __restrict__ output,            // f32 or bf16 [rows, q_heads, 256]
+    void* __restrict__ output,            // [rows, q_heads, 256], or chunks of padded_rows
     int row_stride,                       // in elements
-    int table_stride, int kv_heads, long long page_bytes,
+    int table_stride, int kv_heads, int padded_rows, long long page_bytes,
     long long layer_offset)               // bytes from a page's start to this layer's K plane
 {
     // Queries of two heads, STAGES tiles of keys, STAGES of values.
@@ -212,6 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
         asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
         SoftRows rows;
         attend(rows, keys, values, shared_address(query_tile), tile.last_page, first_row, lane);
-        rows.write(projections, output, tile, row_stride, head, kv_heads * GROUP, first_row, lane);
+        rows.write(projections, output, tile, row_stride, head, kv_heads * GROUP, padded_rows,
+                   first_row, lane);
     }
 }

@@ -12,6 +12,9 @@ import numpy as np
 from daemon.kernels.kv_format import HEAD_DIM, PAGE_TOKENS, KvLayout
 from daemon.kernels.runtime.device_array import ElementType
 
+OUTPUTS = {ElementType.F32: 0, ElementType.BF16: 1, ElementType.F16: 2}
+"""Values of the macro OUTPUT."""
+
 TILE_BYTES = PAGE_TOKENS * HEAD_DIM * 2
 """A tile of queries, keys or values in shared memory, 16 bits a value."""
 
@@ -29,12 +32,12 @@ class PrefillVariant(NamedTuple):
 def variant_defines(
     layout: KvLayout, group: int, projection: ElementType, output: ElementType
 ) -> dict[str, str | int]:
-    """Macros that both kernels take; rows and outputs are F32 or BF16."""
+    """Macros that both kernels take; outputs of F16 are chunks of an operand."""
     return {
         **layout.defines,
         "GROUP": group,
         "PROJECTION_BF16": int(projection is ElementType.BF16),
-        "OUTPUT_BF16": int(output is ElementType.BF16),
+        "OUTPUT": OUTPUTS[output],
     }
 
 

@@ -3,6 +3,7 @@
 // Takes outputs from the workspace of delta_scan. Bytes: 768 a head and token in bf16; bound by
 // them. Block: one value head of one chunk, 4 warps of 16 tokens; a warp takes a token's head.
 #include "delta_tiles.cuh"
+#include "operand.cuh"
 
 constexpr int WARPS = 4;
 constexpr int ROWS = CHUNK / WARPS;
@@ -13,8 +14,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) delta_gate(
     const float* norm,         // [HEAD_DIM]
     const ChunkEntry* chunks,  // [chunks]
     u8* workspace,             // see Workspace
-    Output* out,               // [rows, v_heads * 128]
-    int z_stride, int k_heads, int v_heads, float norm_eps) {
+    void* out,                 // [rows, v_heads * 128], or chunks of padded_rows
+    int padded_rows, int z_stride, int k_heads, int v_heads, float norm_eps) {
     const int head = blockIdx.x, chunk = blockIdx.y;
     const int first = (threadIdx.x >> 5) * ROWS, lane = threadIdx.x & 31;
     const ChunkEntry entry = chunks[chunk];
@@ -24,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) delta_gate(
     const float4 weight = reinterpret_cast<const float4*>(norm)[lane];
     const long long row = static_cast<long long>(entry.first_row) + first;
     z += row * z_stride + head * HEAD_DIM + lane * 4;
-    out += (row * v_heads + head) * HEAD_DIM + lane * 4;
+    const int column = head * HEAD_DIM + lane * 4;
     wait_for_previous_kernel();
     allow_next_kernel();
 #pragma unroll 4
@@ -35,7 +36,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) delta_gate(
         const float2 left = from_half_pair(packed.x), right = from_half_pair(packed.y);
         const float4 o = make_float4(left.x, left.y, right.x, right.y);
         const float scale = reciprocal_root(warp_sum(dot4(o, o)) / HEAD_DIM + norm_eps);
-        store4(out + static_cast<long long>(i) * v_heads * HEAD_DIM,
-               gated(o, scale, weight, gate));
+        const float4 y = gated(o, scale, weight, gate);
+#if OUTPUT == 2
+        *(u32*)chunk_place(out, row + i, column, padded_rows) = operand_pair(y.x, y.y);
+        *(u32*)chunk_place(out, row + i, column + 2, padded_rows) = operand_pair(y.z, y.w);
+#else
+        store4(static_cast<Output*>(out) + (row + i) * v_heads * HEAD_DIM + column, y);
+#endif
     }
 }

@@ -29,7 +29,7 @@ FOLDER = Path(__file__).parent
 PREPARE, SCAN, GATE = (FOLDER / f"delta_{name}.cu" for name in ("prepare", "scan", "gate"))
 PREPARE_PARAMETERS = ("pointer",) * 8 + ("int32",) * 2 + ("int64",) + ("int32",) * 2
 SCAN_PARAMETERS = ("pointer",) * 6 + ("int32",) + ("int64",) * 2 + ("int32",) * 2
-GATE_PARAMETERS = ("pointer",) * 5 + ("int32",) * 3 + ("float32",)
+GATE_PARAMETERS = ("pointer",) * 5 + ("int32",) * 4 + ("float32",)
 
 CHUNK = 64
 THREADS = 128
@@ -147,7 +147,8 @@ class DeltaPrefill:
 
         Args:
             tables: from `chunk_tables`; written at least two launches before.
-            output: `[rows, v_heads * 128]`; rows of the spans are written.
+            output: `[rows, v_heads * 128]`, or an operand `[padded rows, v_heads * 128]`; rows of
+                the spans are written.
             dependent: start before the previous kernel has ended. (Scan and gate do not: blocks
                 that wait take the place of blocks that work.)
         """
@@ -211,5 +212,5 @@ class DeltaPrefill:
             (self._sizes.num_v_heads, tables.chunks.shape[0], 1),
             (THREADS, 1, 1),
             *(inputs.z.address, constants.norm, tables.chunks, self._workspace, output),
-            *(inputs.z.stride, *self._sizes, self._norm_eps),
+            *(output.shape[0], inputs.z.stride, *self._sizes, self._norm_eps),
         )

@@ -64,8 +64,15 @@ class DeltaSizes(NamedTuple):
         return self.value_size * HEAD_DIM
 
 
+OUTPUTS = {ElementType.F32: 0, ElementType.BF16: 1, ElementType.F16: 2}
+"""Values of the macro OUTPUT."""
+
+
 class DeltaTypes(NamedTuple):
-    """Element types, each F32 or BF16: of qkv, z and kept rows; of beta and alpha; of outputs."""
+    """Element types: of qkv, z and kept rows; of beta and alpha, each F32 or BF16; of outputs.
+
+    Outputs of F16 are an operand of quantized products, in the layout that the kernel's kind takes.
+    """
 
     activations: ElementType
     gates: ElementType
@@ -74,11 +81,11 @@ class DeltaTypes(NamedTuple):
     @property
     def defines(self) -> dict[str, str | int]:
         """Macros of the kernels."""
-        assert set(self) <= {ElementType.F32, ElementType.BF16}
+        assert {self.activations, self.gates} <= {ElementType.F32, ElementType.BF16}
         return {
             "ACTIVATION_BF16": int(self.activations is ElementType.BF16),
             "GATES_BF16": int(self.gates is ElementType.BF16),
-            "OUTPUT_BF16": int(self.outputs is ElementType.BF16),
+            "OUTPUT": OUTPUTS[self.outputs],
         }
 
 

@@ -9,6 +9,7 @@
 // Bound: bytes. 128 KiB a head and token (state read and written); 6.3 MB a layer for 48 heads.
 // Row invariance: nothing crosses sequences; all sums have one order.
 #include "delta_math.cuh"
+#include "operand.cuh"
 #include "warp.cuh"
 
 constexpr int ROWS = 16;                     // of the state, a thread
@@ -120,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) delta_step(
     const int* slots,        // [sequences]
     const int* captures,     // [sequences]: slot that gets a copy of the new state, or -1
     const int* positions,    // [sequences]: of the token
-    Output* out,             // [sequences, v_heads * 128]
+    void* out,               // [sequences, v_heads * 128], or panels
     int qkv_stride, int z_stride, int gates_stride, long long rule_stride, long long ring_stride,
     int k_heads, int v_heads, float norm_eps) {
     __shared__ __align__(16) float mixed[CHANNELS];
@@ -179,6 +180,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) delta_step(
     if (warp != 0) return;
     const float4 o = combine(error, kq, reads.by_q, decay * q_scale);
     const float scale = reciprocal_root(warp_sum(dot4(o, o)) / HEAD_DIM + norm_eps);
-    store4(out + (sequence * v_heads + head) * HEAD_DIM + lane * 4,
-           gated(o, scale, weight, to_float4(z4)));
+    const float4 y = gated(o, scale, weight, to_float4(z4));
+#if OUTPUT == 2
+    *(uint2*)panel_place(out, sequence, head * HEAD_DIM + lane * 4, v_heads * HEAD_DIM) =
+        make_uint2(operand_pair(y.x, y.y), operand_pair(y.z, y.w));
+#else
+    store4(static_cast<Output*>(out) + (sequence * v_heads + head) * HEAD_DIM + lane * 4, y);
+#endif
 }

@@ -1,21 +1,13 @@
 // Float32 rows to the fp16 operands of quant_gemv (panels) or quant_gemm (chunks), maybe normed,
 // or halves of rows gated by each other.
 //
-// One block a token. Reads the row twice (the second time from cache) and writes half of it:
-// latency at one token, bandwidth at many. The order of the sum of squares depends on the number
-// of columns alone. Macros: KIND (0 plain, 1 RMS norm, 2 SwiGLU of [gate | up] rows), LAYOUT
-// (0 panels, 1 chunks).
-//
-// Panels: [token / 8, columns / 256, 8 chunks, lane 4 (token % 8) + t, 8], columns 64t + 8 chunk.
-// Chunks: [columns / 64, padded tokens, 64]. The columns of each 256 are permuted: position
-// 16 j + 8 h + 2 t + e holds column 64 t + 4 j + 2 h + e, which is what lane t of step j
-// multiplies; and 16-byte units of a line are exchanged by XOR with token % 8, as the tensor
-// cores read shared memory, so that a tile is one contiguous copy.
+// One block a token, which keeps the row in registers: read once, half of it written. Latency at
+// one token, bandwidth at many. The order of the sum of squares depends on columns and layout.
+// Macros: KIND (0 plain, 1 RMS norm, 2 SwiGLU of [gate | up] rows), LAYOUT (0 panels, 1 chunks),
+// THREADS, GROUPS (of 8 columns, a thread).
 #include "mma.cuh"
+#include "operand.cuh"
 #include "warp.cuh"
-
-constexpr int THREADS = 256;  // few registers in all, to fit beside two blocks of quant_gemv
-constexpr float ACTIVATION_SCALE = 0.125f;
 
 __device__ float block_sum(float value) {
     __shared__ float of_warp[THREADS / 32];
@@ -23,69 +15,100 @@ __device__ float block_sum(float value) {
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
     __syncthreads();
     float total = 0.0f;
+#pragma unroll
     for (int w = 0; w < THREADS / 32; w++) total += of_warp[w];
     return total;
 }
 
-__device__ __forceinline__ float square(float4 v) {
-    return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+// Eight neighbouring columns.
+struct Eight {
+    float4 low, high;
+
+    __device__ __forceinline__ void load(const float* at) {
+        low = *(const float4*)at;
+        high = *(const float4*)(at + 4);
+    }
+
+    __device__ __forceinline__ float square() const {
+        return low.x * low.x + low.y * low.y + low.z * low.z + low.w * low.w + high.x * high.x +
+               high.y * high.y + high.z * high.z + high.w * high.w;
+    }
+
+    __device__ __forceinline__ void multiply(const Eight& w, float scale) {
+        low.x *= w.low.x * scale, low.y *= w.low.y * scale;
+        low.z *= w.low.z * scale, low.w *= w.low.w * scale;
+        high.x *= w.high.x * scale, high.y *= w.high.y * scale;
+        high.z *= w.high.z * scale, high.w *= w.high.w * scale;
+    }
+
+    // SiLU(gate) of these, times `up`.
+    __device__ __forceinline__ void gate(const Eight& up) {
+        low.x *= up.low.x / (1.0f + __expf(-low.x)), low.y *= up.low.y / (1.0f + __expf(-low.y));
+        low.z *= up.low.z / (1.0f + __expf(-low.z)), low.w *= up.low.w / (1.0f + __expf(-low.w));
+        high.x *= up.high.x / (1.0f + __expf(-high.x));
+        high.y *= up.high.y / (1.0f + __expf(-high.y));
+        high.z *= up.high.z / (1.0f + __expf(-high.z));
+        high.w *= up.high.w / (1.0f + __expf(-high.w));
+    }
+
+    __device__ __forceinline__ uint4 packed() const {
+        return {operand_pair(low.x, low.y), operand_pair(low.z, low.w),
+                operand_pair(high.x, high.y), operand_pair(high.z, high.w)};
+    }
+};
+
+// The permuted row in shared memory, from where it leaves in whole lines.
+__device__ __forceinline__ void stage(u8* row, int column, uint4 v) {
+    u8* at = row + column / 256 * 512 + permuted_byte(column);
+    *(u32*)at = v.x;
+    *(u32*)(at + 16) = v.y;
+    *(u32*)(at + 32) = v.z;
+    *(u32*)(at + 48) = v.w;
 }
 
-__device__ __forceinline__ float gated(float gate, float up) {
-    return gate / (1.0f + __expf(-gate)) * up;
+__device__ __forceinline__ void write_chunks(
+    u8* out, const u8* row, int token, int columns, int padded_tokens) {
+    __syncthreads();
+    for (int unit = threadIdx.x; unit < columns / 8; unit += THREADS) {
+        const long long line = (long long)(unit / 8) * padded_tokens + token;
+        u8* at = out + line * 128 + (unit % 8 ^ token % 8) * 16;
+        *(uint4*)at = *(const uint4*)(row + unit * 16);
+    }
 }
 
-__device__ __forceinline__ float4 gated(float4 g, float4 u) {
-    return make_float4(gated(g.x, u.x), gated(g.y, u.y), gated(g.z, u.z), gated(g.w, u.w));
-}
-
-__device__ __forceinline__ void write_panel(u8* out, int token, int column, int columns, uint4 v) {
-    const long long unit = (long long)(token / 8) * (columns / 256) + column / 256;
-    const int t = column % 256 / 64, chunk = column % 64 / 8;
-    *(uint4*)(out + (unit * 8 + chunk) * 512 + (token % 8 * 4 + t) * 16) = v;
-}
-
-__device__ __forceinline__ void write_chunk(u8* out, int token, int column, int padded, uint4 v) {
-    const int t = column % 256 / 64, step = column % 64 / 4, unit = step % 4 * 2;
-    const long long line = (long long)(column / 256 * 4 + step / 4) * padded + token;
-    u8* at = out + line * 128 + 4 * t;
-    const int swizzle = token % 8;
-    *(u32*)(at + (unit ^ swizzle) * 16) = v.x;
-    *(u32*)(at + ((unit + 1) ^ swizzle) * 16) = v.y;
-    *(u32*)(at + ((unit + 2) ^ swizzle) * 16) = v.z;
-    *(u32*)(at + ((unit + 3) ^ swizzle) * 16) = v.w;
-}
-
-// x: float32 [tokens, columns], of KIND 2 [tokens, 2 columns]; norm: float32 [columns], read by
-// KIND 1 alone; out: fp16.
+// x: float32 [tokens, columns], or [tokens, 2 columns] of gates and what they gate; norm: float32
+// [columns] for KIND 1; out: fp16 operand.
 extern "C" __global__ void __launch_bounds__(THREADS) quant_activations(
-    const float* x, const float* norm, u8* out, int columns, int padded_tokens,
-    float eps) {
+    const float* x, const float* norm, u8* out, int columns, int padded_tokens, float eps) {
     allow_next_kernel();
+    __shared__ __align__(16) u8 row[LAYOUT == 1 ? THREADS * GROUPS * 16 : 16];
+    const int token = blockIdx.x, num_groups = columns / 8;
+    const float* from = x + (long long)token * columns * (KIND == 2 ? 2 : 1);
+    Eight value[GROUPS], other[GROUPS];  // of a norm's weight, or what is gated
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        const int group = threadIdx.x + g * THREADS;
+        if (KIND == 1 && group < num_groups) other[g].load(norm + group * 8);
+    }
     wait_for_previous_kernel();
-    const int token = blockIdx.x, i = threadIdx.x;
-    const float* row = x + (long long)token * columns * (KIND == 2 ? 2 : 1);
-    float scale = ACTIVATION_SCALE;
-    if (KIND == 1) {
-        float sum = 0.0f;
-        for (int c = i * 4; c < columns; c += THREADS * 4) sum += square(*(const float4*)(row + c));
-        scale *= rsqrtf(block_sum(sum) / columns + eps);
+    float sum = 0.0f;
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        const int group = threadIdx.x + g * THREADS;
+        if (group >= num_groups) continue;
+        value[g].load(from + group * 8);
+        if (KIND == 1) sum += value[g].square();
+        if (KIND == 2) other[g].load(from + columns + group * 8);
     }
-    for (int group = i; group < columns / 8; group += THREADS) {
-        const int c = group / 32 * 256 + group % 4 * 64 + group % 32 / 4 * 8;
-        float4 a = *(const float4*)(row + c), b = *(const float4*)(row + c + 4);
-        if (KIND == 1) {
-            const float4 p = *(const float4*)(norm + c), q = *(const float4*)(norm + c + 4);
-            a.x *= p.x, a.y *= p.y, a.z *= p.z, a.w *= p.w;
-            b.x *= q.x, b.y *= q.y, b.z *= q.z, b.w *= q.w;
-        }
-        if (KIND == 2) {
-            a = gated(a, *(const float4*)(row + columns + c));
-            b = gated(b, *(const float4*)(row + columns + c + 4));
-        }
-        const uint4 v = {half2_of(a.x * scale, a.y * scale), half2_of(a.z * scale, a.w * scale),
-                         half2_of(b.x * scale, b.y * scale), half2_of(b.z * scale, b.w * scale)};
-        if (LAYOUT == 0) write_panel(out, token, c, columns, v);
-        else write_chunk(out, token, c, padded_tokens, v);
+    const float scale = KIND == 1 ? rsqrtf(block_sum(sum) / columns + eps) : 1.0f;
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        const int group = threadIdx.x + g * THREADS;
+        if (group >= num_groups) continue;
+        if (KIND == 1) value[g].multiply(other[g], scale);
+        if (KIND == 2) value[g].gate(other[g]);
+        if (LAYOUT == 1) stage(row, group * 8, value[g].packed());
+        else *(uint4*)panel_place(out, token, group * 8, columns) = value[g].packed();
     }
+    if (LAYOUT == 1) write_chunks(out, row, token, columns, padded_tokens);
 }

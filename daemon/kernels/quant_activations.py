@@ -1,6 +1,7 @@
 """Launches quant_activations: float32 rows to fp16 operands: as they are, normed, or gated."""
 
 from pathlib import Path
+from typing import Any
 
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
@@ -9,8 +10,15 @@ from daemon.kernels.runtime.kernel import Kernel, Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
 PARAMETERS = ("pointer", "pointer", "pointer", "int32", "int32", "float32")
-THREADS = 256
 GROUP_TOKENS = 8
+GROUP_COLUMNS = 8
+PROMPT_THREADS = 256
+"""Enough for many blocks side by side; a single token's block takes a thread a group."""
+
+MAX_THREADS = 1024
+MAX_GROUPS = 3
+"""Of a thread, in registers."""
+
 
 PANELS, CHUNKS = 0, 1
 """Layouts: for quant_gemv (up to 16 tokens), and for quant_gemm."""
@@ -21,12 +29,12 @@ KINDS = (PLAIN, NORMED, GATED)
 
 
 class ActivationKernels:
-    """Two layouts of three kinds, compiled when first used. The device's thread."""
+    """Two layouts of three kinds for each width, compiled when first used. The device's thread."""
 
     def __init__(self, device: Device, compiler: Compiler) -> None:
         self._device = device
         self._compiler = compiler
-        self._kernels: dict[tuple[int, int], Kernel] = {}
+        self._kernels: dict[tuple[int, ...], Kernel] = {}
 
     def operand(self, num_tokens: int, columns: int) -> DeviceArray:
         """Memory for an operand in either layout: `[padded_tokens(num_tokens), columns]` fp16."""
@@ -49,10 +57,8 @@ class ActivationKernels:
         assert columns % 256 == 0
         padded = padded_tokens(num_tokens)
         assert out.num_bytes >= padded * columns * 2
-        kernel = self._kernel(PLAIN if norm is None else NORMED, layout)
         arguments = (x, norm if norm is not None else 0, out, columns, padded, eps)
-        grid, block = (num_tokens, 1, 1), (THREADS, 1, 1)
-        kernel.launch(self._device.stream, grid, block, *arguments, dependent=True)
+        self._launch(PLAIN if norm is None else NORMED, layout, num_tokens, columns, arguments)
 
     def gate(self, x: DeviceArray, out: DeviceArray, layout: int) -> None:
         """Write SiLU(g) u into `out`, from rows `[g | u]` of x, float32 `[tokens, 2 columns]`."""
@@ -60,18 +66,33 @@ class ActivationKernels:
         assert columns % 256 == 0
         padded = padded_tokens(num_tokens)
         assert out.num_bytes >= padded * columns * 2
-        arguments = (x, 0, out, columns, padded, 0.0)
-        grid, block = (num_tokens, 1, 1), (THREADS, 1, 1)
-        kernel = self._kernel(GATED, layout)
+        self._launch(GATED, layout, num_tokens, columns, (x, 0, out, columns, padded, 0.0))
+
+    def _launch(
+        self, kind: int, layout: int, num_tokens: int, columns: int, arguments: tuple[Any, ...]
+    ) -> None:
+        macros = defines(kind, layout, columns)
+        kernel = self._kernel(macros)
+        grid, block = (num_tokens, 1, 1), (macros["THREADS"], 1, 1)
         kernel.launch(self._device.stream, grid, block, *arguments, dependent=True)
 
-    def _kernel(self, kind: int, layout: int) -> Kernel:
-        kernel = self._kernels.get((kind, layout))
+    def _kernel(self, macros: dict[str, int]) -> Kernel:
+        key = tuple(macros.values())
+        kernel = self._kernels.get(key)
         if kernel is None:
-            cubin = self._compiler.cubin(SOURCE, {"KIND": kind, "LAYOUT": layout})
+            cubin = self._compiler.cubin(SOURCE, macros)
             kernel = Module(cubin).kernel("quant_activations", PARAMETERS)
-            self._kernels[kind, layout] = kernel
+            self._kernels[key] = kernel
         return kernel
+
+
+def defines(kind: int, layout: int, columns: int) -> dict[str, int]:
+    """The macros of a variant."""
+    groups = columns // GROUP_COLUMNS
+    wanted = groups if layout == PANELS else max(PROMPT_THREADS, -(-groups // MAX_GROUPS))
+    threads = min(MAX_THREADS, -(-wanted // 32) * 32)
+    per_thread = -(-groups // threads)
+    return {"KIND": kind, "LAYOUT": layout, "THREADS": threads, "GROUPS": per_thread}
 
 
 def padded_tokens(num_tokens: int) -> int:

@@ -7,14 +7,15 @@
 // before the end. Then cut stripes are joined: within a block through shared memory, between blocks
 // by the last of them, which awaits the others' sums. The order of all sums depends on the matrices
 // and the card alone: a token's bits are the same whatever the other tokens are.
-// When a warp has asked for its last tile, it brings the beginning of the next launch's weights
-// into the L2 cache: memory goes on working while this launch ends and the small ones between run.
+// A warp that has used its last tile brings the beginning of the next launch's weights into the L2
+// cache: memory goes on working while this launch ends and the small ones between run.
 // Bound: bytes of the weights, each read once.
 //
 // Macros: TYPES (bit mask of QuantTypes), NUM_PANELS (1: up to 8 tokens, 2: up to 16), SLOTS and
 // SLOT_BYTES (a warp's ring), WARPS (a multiple of 4), BLOCKS_PER_SM, EPILOGUE (0 store, 1 add to a
 // residual, 2 SwiGLU of paired rows), BULK_COPIES (1: the copy engine fills the rings, sm_90 on;
 // 0: cp.async)
+#include "operand.cuh"
 #include "quant_blocks.cuh"
 #include "warp.cuh"
 #if BULK_COPIES
@@ -24,7 +25,6 @@
 constexpr int TEAM_WARPS = 4;
 constexpr int TEAMS = WARPS / TEAM_WARPS;
 constexpr int THREADS = 32 * WARPS;
-constexpr float ACTIVATION_SCALE = 0.125f;  // x in fp16 is x / 8: values up to 524,000 fit
 
 // A run of units of one stripe, for one team.
 struct Piece {
@@ -121,21 +121,17 @@ struct Ahead {
     }
 };
 
-// Asks for the next tile; false when there is none.
-__device__ __forceinline__ bool issue_next(Ring& ring, int slot, Ahead& a, int part, int lane) {
+// Asks for the next tile, if there is one.
+__device__ __forceinline__ void issue_next(Ring& ring, int slot, Ahead& a, int part, int lane) {
     if (a.units_left == 0) {
         if (a.piece->num_units != 0) a.piece++;
-        if (a.piece->num_units == 0) {
-            issue_nothing();
-            return false;
-        }
+        if (a.piece->num_units == 0) return issue_nothing();
         a.enter(part);
     }
     const int bytes = a.piece->tile_bytes;
     issue_copy(ring, slot, a.tile, bytes, lane);
     a.tile += TEAM_WARPS * bytes;
     a.units_left--;
-    return true;
 }
 
 // x of a product: fp16 panels [NUM_PANELS, num_chunks, 32 lanes, 8], eight chunks a unit.
@@ -144,20 +140,19 @@ struct Input {
     int num_chunks, num_tokens;
 };
 
-// Activations of a unit, as B operands: 16 bytes a lane, chunk and panel.
-template <int chunks>
-__device__ __forceinline__ void load_panels(
-    uint4 (&x)[NUM_PANELS][chunks], const Input& in, int chunk, int lane) {
+// How many chunks of x make a part: a warp holds two parts, one in use and one on its way.
+constexpr int PART_CHUNKS = 4 / NUM_PANELS;
+constexpr int PARTS = 8 / PART_CHUNKS;  // of a tile
+typedef uint4 Part[NUM_PANELS][PART_CHUNKS];  // B operands: 16 bytes a lane, panel and chunk
+
+__device__ __forceinline__ void load_part(Part& x, const Input& in, int chunk, int lane) {
     const u8* at = in.panels + chunk * 512 + lane * 16;
 #pragma unroll
     for (int n = 0; n < NUM_PANELS; n++) {
-        if (8 * n + lane / 4 < in.num_tokens) {
+        const bool is_token = 8 * n + lane / 4 < in.num_tokens;
 #pragma unroll
-            for (int i = 0; i < chunks; i++) x[n][i] = *(const uint4*)(at + i * 512);
-        } else {
-#pragma unroll
-            for (int i = 0; i < chunks; i++) x[n][i] = make_uint4(0, 0, 0, 0);
-        }
+        for (int i = 0; i < PART_CHUNKS; i++)
+            x[n][i] = is_token ? *(const uint4*)(at + i * 512) : make_uint4(0, 0, 0, 0);
         at += in.num_chunks * 512;
     }
 }
@@ -192,10 +187,7 @@ __device__ __forceinline__ void write_product(
     if (token >= out.num_tokens) return;
     gate /= ACTIVATION_SCALE, up /= ACTIVATION_SCALE;
     const float y = gate / (1.0f + __expf(-gate)) * up;
-    const int t = k % 256 / 64, e = k % 64;
-    const int unit = (token / 8 * (out.stride / 256) + k / 256) * 8 + e / 8;
-    u8* at = out.panels + unit * 512 + (token % 8 * 4 + t) * 16 + e % 8 * 2;
-    *(u16*)at = float_half(y * ACTIVATION_SCALE);
+    *(u16*)panel_place(out.panels, token, k, out.stride) = float_half(y * ACTIVATION_SCALE);
 }
 
 // Writes a warp's 16 of a stripe's rows.
@@ -271,76 +263,74 @@ __device__ __forceinline__ void close_seam(
 struct Worker {
     Ring ring;
     Ahead ahead;
-    bool is_asking;  // its last tile has not been asked for
-    int team, part, lane;
+    int part, lane;
 };
 
-// Asks for a tile in the place of the one that was just used, until there are no more.
-__device__ __forceinline__ void refill(Worker& w, int slot, const Upcoming& upcoming) {
-    const bool had_more = issue_next(w.ring, slot, w.ahead, w.part, w.lane);
-    if (w.is_asking && !had_more) prefetch_upcoming(upcoming, w.team, w.part, w.lane);
-    w.is_asking = had_more;
-}
-
 // A tile has been read from its slot.
-__device__ __forceinline__ void release_slot(Worker& w, const Upcoming& upcoming) {
+__device__ __forceinline__ void release_slot(Worker& w) {
     __syncwarp();
-    refill(w, w.ring.slot, upcoming);
+    issue_next(w.ring, w.ring.slot, w.ahead, w.part, w.lane);
     if (++w.ring.slot == SLOTS) w.ring.slot = 0, w.ring.phase ^= 1;
 }
 
-// How much of x a warp holds at once: a whole tile's, as far as registers reach.
-constexpr int HELD_CHUNKS = NUM_PANELS == 1 ? 8 : 4;
+template <int type>
+__device__ __forceinline__ void multiply_part(
+    Sums& sum, const Part& x, const HalfTile& h, const u8* tile, int part, int lane) {
+    constexpr int STEPS = 2 * PART_CHUNKS;
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        const int step = part * STEPS + i;
+        u32 a[4];
+        fragment<type>(a, h, tile, lane, step / 8, step % 8);
+#pragma unroll
+        for (int n = 0; n < NUM_PANELS; n++) {
+            const uint4& v = x[n][i / 2];
+            if (i % 2 == 0) mma_m16n8k16(sum[n][0], a, v.x, v.y);
+            else mma_m16n8k16(sum[n][1], a, v.z, v.w);
+        }
+    }
+}
 
+// Begins with the tile's first part of x in x[0], ends with that of the tile at `next_chunk`.
 template <int type>
 __device__ __forceinline__ void multiply_tile(
-    Sums& sum, const Input& in, int chunk, Worker& w, const Upcoming& upcoming) {
-    uint4 x[NUM_PANELS][HELD_CHUNKS];
-    load_panels(x, in, chunk, w.lane);
+    Sums& sum, Part (&x)[2], const Input& in, int chunk, int next_chunk, Worker& w) {
     wait_for_slot(w.ring);
     const u8* tile = w.ring.slots + w.ring.slot * SLOT_BYTES;
     HalfTile h[2];
     load_half<type>(h[0], tile, w.lane, 0);
     load_half<type>(h[1], tile, w.lane, 1);
-    if (type != F16) release_slot(w, upcoming);
+    if (type != F16) release_slot(w);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        if (half == 1 && HELD_CHUNKS == 4) load_panels(x, in, chunk + 4, w.lane);
-#pragma unroll
-        for (int step = 0; step < 8; step++) {
-            u32 a[4];
-            fragment<type>(a, h[half], tile, w.lane, half, step);
-#pragma unroll
-            for (int n = 0; n < NUM_PANELS; n++) {
-                const uint4& v = x[n][(half * 4 + step / 2) % HELD_CHUNKS];
-                if (step % 2 == 0) mma_m16n8k16(sum[n][0], a, v.x, v.y);
-                else mma_m16n8k16(sum[n][1], a, v.z, v.w);
-            }
-        }
+    for (int part = 0; part < PARTS; part++) {
+        const int later = part + 1 < PARTS ? chunk + (part + 1) * PART_CHUNKS : next_chunk;
+        load_part(x[(part + 1) % 2], in, later, w.lane);
+        multiply_part<type>(sum, x[part % 2], h[part * 2 / PARTS], tile, part, w.lane);
     }
-    if (type == F16) release_slot(w, upcoming);
+    if (type == F16) release_slot(w);
 }
 
+// A team's later pieces begin with a stripe, at chunk 0.
 template <int type>
 __device__ __forceinline__ void multiply_piece(
-    Sums& sum, const Piece& p, const Input& in, Worker& w, const Upcoming& upcoming) {
+    Sums& sum, Part (&x)[2], const Piece& p, const Input& in, Worker& w) {
     const int end = (p.first_block + p.num_units) * 8;
     for (int chunk = p.first_block * 8; chunk < end; chunk += 8)
-        multiply_tile<type>(sum, in, chunk, w, upcoming);
+        multiply_tile<type>(sum, x, in, chunk, chunk + 8 < end ? chunk + 8 : 0, w);
 }
 
 template <int type>
 __device__ __forceinline__ void dispatch(
-    Sums& sum, const Piece& p, const Input& in, Worker& w, const Upcoming& upcoming) {
+    Sums& sum, Part (&x)[2], const Piece& p, const Input& in, Worker& w) {
     if constexpr (type < 7) {
         if constexpr ((TYPES >> type) & 1) {
-            if (p.type == type) return multiply_piece<type>(sum, p, in, w, upcoming);
+            if (p.type == type) return multiply_piece<type>(sum, x, p, in, w);
         }
-        dispatch<type + 1>(sum, p, in, w, upcoming);
+        dispatch<type + 1>(sum, x, p, in, w);
     }
 }
 
-__device__ __forceinline__ void start_ring(Worker& w, const Upcoming& upcoming) {
+__device__ __forceinline__ void start_ring(Worker& w) {
 #if BULK_COPIES
     if (w.lane == 0) {
         for (int s = 0; s < SLOTS; s++) barrier_init(w.ring.full + s, 1);
@@ -348,7 +338,7 @@ __device__ __forceinline__ void start_ring(Worker& w, const Upcoming& upcoming) 
     }
     __syncwarp();
 #endif
-    for (int s = 0; s < SLOTS; s++) refill(w, s, upcoming);
+    for (int s = 0; s < SLOTS; s++) issue_next(w.ring, s, w.ahead, w.part, w.lane);
 }
 
 // deals: u8 [blocks, deal_bytes(max_pieces)]; upcoming: the next launch's or null; panels: fp16
@@ -371,21 +361,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) quant_gemv(
 
     const Piece* pieces = (const Piece*)dealt + warp / TEAM_WARPS * max_pieces;
     const Seam* seams = (const Seam*)((const Piece*)dealt + TEAMS * max_pieces);
-    const Upcoming next = {upcoming, upcoming_max_pieces, upcoming_bytes};
     Worker w = {{memory + warp * SLOTS * SLOT_BYTES, full + warp * SLOTS, 0, 0},
                 {pieces, nullptr, 0},
-                true,
-                int(blockIdx.x) * TEAMS + warp / TEAM_WARPS,
                 warp % TEAM_WARPS,
                 lane};
     w.ahead.enter(w.part);
-    start_ring(w, next);
+    start_ring(w);
     wait_for_previous_kernel();
     const Output out = {rows, out_panels, stride, num_tokens};
     const Input in = {panels, num_blocks * 8, num_tokens};
+    Part x[2];
+    load_part(x[0], in, pieces->first_block * 8, lane);
     for (const Piece* p = pieces; p->num_units > 0; p++) {
         Sums sum = {};
-        dispatch<0>(sum, *p, in, w, next);
+        dispatch<0>(sum, x, *p, in, w);
         Totals total;
 #pragma unroll
         for (int n = 0; n < NUM_PANELS; n++) {
@@ -397,6 +386,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) quant_gemv(
         }
         if (p->sums < 0) finish(out, p->row, p->num_rows, total, w.part, lane);
     }
+    const int team = blockIdx.x * TEAMS + warp / TEAM_WARPS;
+    prefetch_upcoming({upcoming, upcoming_max_pieces, upcoming_bytes}, team, w.part, lane);
     __syncthreads();
     // The last first: what goes to another block must not wait for what comes from one.
     for (int s = MAX_SEAMS - 1 - warp / TEAM_WARPS; s >= 0; s -= TEAMS)

@@ -90,7 +90,7 @@ class GemvShape(NamedTuple):
 def choose_shape(shared_bytes_per_block: int) -> GemvShape:
     """Four teams a multiprocessor where its shared memory keeps a ring for each."""
     if shared_bytes_per_block > ROOMY_SHARED_BYTES:
-        return GemvShape(16, 1, 160 * 1024, 40 * 1024)
+        return GemvShape(16, 1, 144 * 1024, 0)
     return GemvShape(8, 1, shared_bytes_per_block - STATIC_SHARED_BYTES - 8 * 1024, 0)
 
 

@@ -159,3 +159,21 @@ def _tile_values(kind: str, tiles: Array) -> Array:
     ds, dm = d[..., :1] * scale, d[..., 1:] * minimum
     product = np.repeat(ds.astype(np.float32), 32, -1) * code.astype(np.float32)
     return product - np.repeat(dm.astype(np.float32), 32, -1)
+
+
+def panel_values(raw: np.ndarray[Any, Any], num_tokens: int, columns: int) -> np.ndarray[Any, Any]:
+    """float32 `[num_tokens, columns]` of an operand in panels; the layout's plain definition."""
+    halves = raw.reshape(-1).view(np.float16).reshape(-1, columns // 256, 8, 8, 4, 8)
+    tokens = halves.transpose(0, 3, 1, 4, 2, 5).reshape(-1, columns)
+    return tokens[:num_tokens].astype(np.float32) * 8
+
+
+def chunk_values(raw: np.ndarray[Any, Any], num_tokens: int, columns: int) -> np.ndarray[Any, Any]:
+    """float32 `[num_tokens, columns]` of an operand in chunks; the layout's plain definition."""
+    lines = raw.reshape(-1).view(np.float16).reshape(columns // 64, -1, 8, 8)[:, :num_tokens]
+    swizzled = np.arange(8)[None] ^ (np.arange(num_tokens) % 8)[:, None]
+    lines = np.take_along_axis(lines, swizzled[None, :, :, None], axis=2)
+    permuted = lines.reshape(columns // 256, 4, num_tokens, 64).transpose(2, 0, 1, 3)
+    steps = permuted.reshape(num_tokens, columns // 256, 16, 2, 4, 2)
+    values = steps.transpose(0, 1, 4, 2, 3, 5).reshape(num_tokens, columns)
+    return values.astype(np.float32) * 8

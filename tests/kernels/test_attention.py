@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
+from quant_reference import chunk_values, panel_values
 
 pytest.importorskip("cuda.core")
 
@@ -15,13 +17,14 @@ from daemon.kernels.attention_prefill import AttentionPrefill
 from daemon.kernels.attention_tiles import query_tiles
 from daemon.kernels.kv_append import KvAppend
 from daemon.kernels.kv_format import HEAD_DIM, PAGE_TOKENS, KvFormat, KvLayout
+from daemon.kernels.quant_activations import padded_tokens
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 
 if TYPE_CHECKING:
     from daemon.kernels.runtime.device import Device
 
-F32, BF16 = ElementType.F32, ElementType.BF16
+F32, BF16, F16 = ElementType.F32, ElementType.BF16, ElementType.F16
 BYTES_OF_ARCH = {"sm_80": 166912, "sm_90a": 232448}
 SMALL_SHARED = 101376
 FORMATS = list(KvFormat)
@@ -29,7 +32,7 @@ MIXED = [*((f, f) for f in FORMATS), (KvFormat.Q8_0, KvFormat.Q4_0), (KvFormat.B
 COMPILED = [MIXED[1], *MIXED[-2:]]  # every format once at least
 FORMAT_IDS = [f"{k.name}-{v.name}" for k, v in MIXED]
 # By query heads of a block: with one (cards with 99 KB) a thread holds twice as much of a page.
-SPILL_BUDGET = {1: 320, 2: 16}
+SPILL_BUDGET = {1: 320, 2: 32}
 WGMMA_SPILL_BUDGET = 256  # of the producer, which has 88 registers
 
 
@@ -191,7 +194,12 @@ def relative_error(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> flo
 
 
 def decode(
-    device: Device, compiler: Compiler, case: Case, rows: list[int], lines: list[int]
+    device: Device,
+    compiler: Compiler,
+    case: Case,
+    rows: list[int],
+    lines: list[int],
+    output_type: ElementType = ElementType.F32,
 ) -> Any:
     """Attention of appended rows, each over the pages of its line, as one batch."""
     batch = len(rows)
@@ -200,12 +208,30 @@ def decode(
     positions = device.to_device(device.to_host(case.positions)[rows])
     table = device.to_device(device.to_host(case.page_table)[lines])
     kernel = AttentionDecode(
-        device, compiler, case.layout, case.q_heads, batch, case.projections.dtype, F32
+        device, compiler, case.layout, case.q_heads, batch, case.projections.dtype, output_type
     )
-    output = device.allocate((batch, case.q_heads, HEAD_DIM), F32)
-    device.fill(output, 0xFF)
+    output = empty_output(device, case, batch, output_type)
     kernel(queries, projections, positions, table, case.pool, LAYER, output)
-    return device.to_host(output)
+    return host_output(device, output, case, batch, panel_values)
+
+
+def empty_output(device: Device, case: Case, rows: int, output_type: ElementType) -> DeviceArray:
+    shape: tuple[int, ...] = (rows, case.q_heads, HEAD_DIM)
+    if output_type is F16:
+        shape = (padded_tokens(rows), case.q_heads * HEAD_DIM)
+    output = device.allocate(shape, output_type)
+    device.fill(output, 0xFF)
+    return output
+
+
+def host_output(
+    device: Device, output: DeviceArray, case: Case, rows: int, of_operand: Callable[..., Any]
+) -> Any:
+    values = device.to_host(output)
+    if output.dtype is not F16:
+        return values
+    columns = case.q_heads * HEAD_DIM
+    return of_operand(values.view(np.uint8), rows, columns).reshape(rows, -1, HEAD_DIM)
 
 
 def prefill(
@@ -214,21 +240,23 @@ def prefill(
     case: Case,
     spans: list[tuple[int, int, int, int]],
     portable: bool,
+    output_type: ElementType = ElementType.F32,
 ) -> Any:
     projection = case.projections.dtype
     group = case.q_heads // case.layout.kv_heads
     shared = device.shared_bytes_per_block
-    chosen = attention_prefill.variant(case.layout, group, projection, F32, shared)
+    chosen = attention_prefill.variant(case.layout, group, projection, output_type, shared)
     kernel = AttentionPrefill(
-        device, compiler, case.layout, case.q_heads, projection, F32, chosen if portable else None
+        *(device, compiler, case.layout, case.q_heads, projection, output_type),
+        chosen if portable else None,
     )
-    output = device.allocate((case.queries.shape[0], case.q_heads, HEAD_DIM), F32)
-    device.fill(output, 0xFF)
+    rows = case.queries.shape[0]
+    output = empty_output(device, case, rows, output_type)
     tiles = device.to_device(query_tiles(spans))
     kernel(
         case.queries, case.projections, tiles, case.page_table, case.pool, LAYER, output
     )  # fmt: skip
-    return device.to_host(output)
+    return host_output(device, output, case, rows, chunk_values)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -238,14 +266,14 @@ def test_compiles_within_the_spill_budget(arch: str, formats: tuple[KvFormat, Kv
     shared = BYTES_OF_ARCH.get(arch, SMALL_SHARED)
     compiler = Compiler(arch, None)
     shape = attention_decode.choose_shape(layout, 6, 132, shared)
-    tiled = attention_prefill.variant(layout, 6, F32, BF16, shared)
+    tiled = attention_prefill.variant(layout, 6, F32, F16, shared)
     variants = [
         (kv_append.SOURCE, kv_append.defines(layout, F32), 48),
-        (attention_decode.SOURCE, attention_decode.defines(layout, 6, shape, F32, BF16), 0),
+        (attention_decode.SOURCE, attention_decode.defines(layout, 6, shape, F32, F16), 0),
         (tiled.source, tiled.defines, SPILL_BUDGET[tiled.heads]),
     ]
     if attention_prefill_wgmma.fits(arch, 6):
-        hopper = attention_prefill_wgmma.variant(layout, 6, F32, BF16)
+        hopper = attention_prefill_wgmma.variant(layout, 6, F32, F16)
         variants.append((hopper.source, hopper.defines, WGMMA_SPILL_BUDGET))
     for source, defines, budget in variants:
         report = compiler.report(source, defines)
@@ -339,3 +367,21 @@ def test_prefill(
     assert resumed[row + 192 : row + 321].tobytes() == out[row + 192 : row + 321].tobytes()
     short = prefill(device, compiler, case, [(row + 64, 64, 7, 2)], portable)
     assert short[row + 64 : row + 71].tobytes() == out[row + 64 : row + 71].tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("portable", [True, False], ids=["portable", "best"])
+def test_an_operand_holds_the_same_outputs(
+    device: Device, compiler: Compiler, portable: bool
+) -> None:
+    lengths = [70, 5, 130]
+    case = make_case(device, compiler, MIXED[1], lengths, (24, 4))
+    last = [int(n) - 1 for n in np.cumsum(lengths)]
+    lines = list(range(len(lengths)))
+    expected = decode(device, compiler, case, last, lines)
+    got = decode(device, compiler, case, last, lines, F16)
+    np.testing.assert_array_equal(got, (expected / 8).astype(np.float16).astype(np.float32) * 8)
+    spans = [(0, 0, 70, 0), (70, 0, 5, 1), (75, 0, 130, 2)]
+    expected = prefill(device, compiler, case, spans, portable)
+    got = prefill(device, compiler, case, spans, portable, F16)
+    np.testing.assert_array_equal(got, (expected / 8).astype(np.float16).astype(np.float32) * 8)

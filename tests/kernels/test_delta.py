@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from quant_reference import chunk_values, panel_values
 
 pytest.importorskip("cuda.core")
 
@@ -28,12 +30,20 @@ from daemon.kernels.delta_state import (
     DeltaTypes,
 )
 from daemon.kernels.delta_step import DeltaStep
+from daemon.kernels.quant_activations import padded_tokens
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 
 F32, BF16 = ElementType.F32, ElementType.BF16
-TYPES = {"f32": DeltaTypes(F32, F32, F32), "bf16": DeltaTypes(BF16, F32, BF16)}
+F16 = ElementType.F16
+TYPES = {
+    "f32": DeltaTypes(F32, F32, F32),
+    "bf16": DeltaTypes(BF16, F32, BF16),
+    "operand": DeltaTypes(F32, F32, F16),
+}
+TOLERANCES = {F32: 1e-5, BF16: 4e-3, F16: 5e-4}
+"""Of the norm of decoded outputs: one rounding to the output's type."""
 EPS = 1e-6
 SPILL_BUDGET = 64
 NUM_SLOTS, NUM_LAYERS, LAYER = 8, 2, 1
@@ -166,13 +176,13 @@ class Bench:
         tables = (slots, captures or [-1] * len(slots), positions)
         arrays = [self.device.to_device(np.array(x, np.int32)) for x in tables]
         self.step(self._inputs(rows), self.constants, self.states, LAYER, *arrays, out)
-        return self._host(out)
+        return self._host(out, len(slots), panel_values)
 
     def fill(self, rows: Rows, spans: list[PrefillSpan]) -> Floats:
         out = self._output(len(rows.qkv))
         tables = PrefillTables(*(self.device.to_device(x) for x in chunk_tables(spans)))
         self.prefill(self._inputs(rows), self.constants, self.states, LAYER, tables, out)
-        return self._host(out)
+        return self._host(out, len(rows.qkv), chunk_values)
 
     def rule(self, slot: int) -> Floats:
         values, stride = self.states.rules(LAYER)
@@ -202,12 +212,15 @@ class Bench:
         return self.device.to_device(x.astype(np.float32))
 
     def _output(self, num_rows: int) -> DeviceArray:
-        out = self.device.allocate((num_rows, self.sizes.value_size), self.types.outputs)
+        padded = padded_tokens(num_rows) if self.types.outputs is F16 else num_rows
+        out = self.device.allocate((padded, self.sizes.value_size), self.types.outputs)
         self.device.fill(out, 0xFF)
         return out
 
-    def _host(self, out: DeviceArray) -> Floats:
+    def _host(self, out: DeviceArray, num_rows: int, of_operand: Callable[..., Floats]) -> Floats:
         values = self.device.to_host(out)
+        if out.dtype is F16:
+            return of_operand(values.view(np.uint8), num_rows, self.sizes.value_size)
         return from_bf16(values) if out.dtype is BF16 else values
 
 
@@ -239,7 +252,7 @@ def test_decoding_follows_the_recurrence(
     zeros = np.zeros((3, sizes.conv_dim)), np.zeros((sizes.num_v_heads, 128, 128))
     for i, slot in enumerate(slots):
         out, rule = recurrence(sizes, layer, sequences[i], *zeros)
-        assert relative_error(got[i], out) < (4e-3 if types.outputs is BF16 else 1e-5)
+        assert relative_error(got[i], out) < TOLERANCES[types.outputs]
         assert relative_error(bench.rule(slot), rule) < 1e-5
     _, rule = recurrence(sizes, layer, sequences[1].part(0, 5), *zeros)
     assert relative_error(bench.rule(5), rule) < 1e-5

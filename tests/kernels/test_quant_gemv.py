@@ -101,8 +101,8 @@ def test_compiles_with_few_spills(arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_activations_compile(arch: str) -> None:
     for kind in quant_activations.KINDS:
-        for layout in (0, 1):
-            defines = {"KIND": kind, "LAYOUT": layout}
+        for layout, columns in ((0, 5120), (1, 5120), (1, 17408)):
+            defines = quant_activations.defines(kind, layout, columns)
             report = Compiler(arch, None).report(quant_activations.SOURCE, defines)
             assert report.kernels["quant_activations"].spill_bytes == 0
 

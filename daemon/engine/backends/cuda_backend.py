@@ -222,12 +222,8 @@ class CudaBackend:
         self._multiply(matrix, x, out, STORE)
         return out
 
-    def add_project(
-        self, matrix: CudaMatrix, x: Operand | DeviceArray, residual: DeviceArray
-    ) -> DeviceArray:
+    def add_project(self, matrix: CudaMatrix, x: Operand, residual: DeviceArray) -> DeviceArray:
         """In the residual's place."""
-        if not isinstance(x, Operand):
-            x = self._operand(x, self._space.wide, self._operand_layout)
         self._multiply(matrix, x, residual, ADD)
         return residual
 
@@ -240,24 +236,20 @@ class CudaBackend:
             self._convert.gate(self.project(matrix, x), out, x.layout)
         return Operand(out, x.num_rows, x.layout)
 
-    def delta_net(
-        self, run: Run, layer: int, weights: DeltaNetWeights, x: DeviceArray
-    ) -> DeviceArray:
+    def delta_net(self, run: Run, layer: int, weights: DeltaNetWeights, x: DeviceArray) -> Operand:
         """One fused kernel in decode; prepare, scan and gate in prefill."""
         slots = self._memory.slots
         inputs = DeltaInputs.of_rows(x, slots.sizes)
         constants = DeltaConstants(weights.conv, weights.decay, weights.dt_bias, weights.gated_norm)
-        out = self._space.mixed.view((run.num_rows, slots.sizes.value_size))
+        out = self._space.wide.view((padded_tokens(run.num_rows), slots.sizes.value_size))
         if isinstance(run, DecodeRun):
             places = (run.slots, run.captures, run.positions)
             self._delta_step(inputs, constants, slots, layer, *places, out, dependent=True)
         else:
             self._delta_prefill(inputs, constants, slots, layer, run.tables, out)
-        return out
+        return Operand(out, run.num_rows, self._operand_layout)
 
-    def attention(
-        self, run: Run, layer: int, weights: AttentionWeights, x: DeviceArray
-    ) -> DeviceArray:
+    def attention(self, run: Run, layer: int, weights: AttentionWeights, x: DeviceArray) -> Operand:
         """Append, then attend: split over keys in decode, over query tiles in prefill."""
         heads = (run.num_rows, self.shape.attention.num_heads, HEAD_DIM)
         queries = self._space.queries.view(heads)
@@ -266,13 +258,13 @@ class CudaBackend:
             (weights.q_norm, weights.k_norm), self._frequencies, self.shape.rope.magnitude,
             self._eps, dependent=isinstance(run, DecodeRun),
         )  # fmt: skip
-        out = self._space.mixed.view(heads)
+        out = self._space.wide.view((padded_tokens(run.num_rows), heads[1] * HEAD_DIM))
         place = (run.page_table, self._memory.pool, layer, out)
         if isinstance(run, DecodeRun):
             self._attention_decode(queries, x, run.positions, *place, dependent=True)
         else:
             self._attention_prefill(queries, x, run.tiles, *place)
-        return out.view((run.num_rows, heads[1] * HEAD_DIM))
+        return Operand(out, run.num_rows, self._operand_layout)
 
     def mix_experts(self, weights: ExpertWeights, x: Operand, residual: DeviceArray) -> DeviceArray:
         """Never reached: `experts` refuses the weights."""
@@ -353,12 +345,13 @@ class CudaBackend:
     def _make_kernels(self, shape: ModelShape) -> None:
         common, layout = (self._device, self._compiler), self._memory.layout
         sizes, heads = self._memory.slots.sizes, shape.attention.num_heads
-        types = DeltaTypes(F32, F32, F32)
+        operand = ElementType.F16
+        types = DeltaTypes(F32, F32, operand)
         self._delta_step = DeltaStep(*common, sizes, types, self._eps)
         self._delta_prefill = DeltaPrefill(*common, sizes, types, self._eps, self._space.chunks)
         self._kv_append = KvAppend(*common, layout, F32)
-        self._attention_decode = AttentionDecode(*common, layout, heads, MAX_TOKENS, F32, F32)
-        self._attention_prefill = AttentionPrefill(*common, layout, heads, F32, F32)
+        self._attention_decode = AttentionDecode(*common, layout, heads, MAX_TOKENS, F32, operand)
+        self._attention_prefill = AttentionPrefill(*common, layout, heads, F32, operand)
         self._sample = Sample(*common, shape.vocab_size, MAX_TOKENS)
 
 

@@ -96,8 +96,8 @@ class Workspace:
     """Arrays that every step overwrites; recorded graphs keep their addresses.
 
     `residual` float32 `[rows, hidden]`; `narrow` and `wide` fp16 operands of hidden size and of
-    any; `projected` and `mixed` float32, in and out of a mixer; `queries` 16 bits; `picked` the
-    rows whose logits are wanted; `chunks` the delta net's between its prefill kernels.
+    any; `projected` float32, into a mixer; `queries` 16 bits; `picked` the rows whose logits are
+    wanted; `chunks` the delta net's between its prefill kernels.
 
     Args:
         stacked_columns: see `WeightLoader`.
@@ -111,7 +111,6 @@ class Workspace:
         self.narrow = allocate((rows * shape.hidden,), ElementType.F16)
         self.wide = allocate((rows * widths.operand,), ElementType.F16)
         self.projected = allocate((rows * max(widths.projected, stacked_columns),), F32)
-        self.mixed = allocate((rows * widths.mixed,), F32)
         layout = kv_layout(shape, limits)
         queries = ElementType.BF16 if layout.queries_are_bf16 else ElementType.F16
         self.queries = allocate((rows * shape.attention.num_heads * HEAD_DIM,), queries)
@@ -122,10 +121,9 @@ class Workspace:
 
 
 class _Widths(NamedTuple):
-    """Columns of the widest projection, mixer output and fp16 operand of a model."""
+    """Columns of the widest projection and fp16 operand of a model."""
 
     projected: int
-    mixed: int
     operand: int
 
 
@@ -133,9 +131,9 @@ def _widths(shape: ModelShape) -> _Widths:
     attention, delta = shape.attention, shape.delta_net
     attended = attention.num_heads * attention.head_dim
     kv = attention.num_kv_heads * attention.head_dim
-    mixed = max(attended, delta.value_size)
     delta_row = delta.conv_dim + delta.value_size + 2 * delta.num_v_heads
-    return _Widths(max(2 * attended + 2 * kv, delta_row), mixed, max(mixed, shape.dense_dim))
+    operand = max(attended, delta.value_size, shape.dense_dim)
+    return _Widths(max(2 * attended + 2 * kv, delta_row), operand)
 
 
 def _max_chunks(rows: int) -> int:

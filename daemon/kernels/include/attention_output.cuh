@@ -1,8 +1,8 @@
 // What the attention kernels share besides the pages: the tiles of a prompt, and the gated output.
-// Needs PROJECTION_BF16 and OUTPUT_BF16 (0: f32, 1: bf16).
+// Needs PROJECTION_BF16 and OUTPUT (0: f32, 1: bf16, 2: an operand of quantized products).
 #pragma once
 #include "kv_format.cuh"
-
+#include "operand.cuh"
 
 // Consecutive tokens of one sequence within one page-sized tile of positions.
 struct QueryTile {
@@ -26,17 +26,20 @@ struct QueryTile {
 };
 
 // One head of one row: its gate in the projections, where a head is 256 queries and 256 gates, and
-// its place in the output.
+// its place in the output. Decode writes an operand's panels, prefill its chunks of `padded_rows`.
+template <bool is_decode>
 struct GatedRow {
     const void* projections;
     void* output;
-    size_t gate, target;
+    size_t gate, target;  // elements before the head's first
+    int row, first_column, columns, padded_rows;
 
     __device__ GatedRow(const void* projections, void* output, int row, int row_stride, int head,
-                        int q_heads)
+                        int q_heads, int padded_rows)
         : projections(projections), output(output),
           gate(size_t(row) * row_stride + size_t(head) * 2 * HEAD_DIM + HEAD_DIM),
-          target((size_t(row) * q_heads + head) * HEAD_DIM) {}
+          target((size_t(row) * q_heads + head) * HEAD_DIM), row(row),
+          first_column(head * HEAD_DIM), columns(q_heads * HEAD_DIM), padded_rows(padded_rows) {}
 
     // Two adjacent dims, of which `dim` is even.
     __device__ __forceinline__ void write(int dim, float low, float high) const {
@@ -51,7 +54,11 @@ struct GatedRow {
         low *= sigmoid(gates.x);
         high *= sigmoid(gates.y);
 #endif
-#if OUTPUT_BF16
+#if OUTPUT == 2
+        u8* place = is_decode ? panel_place(output, row, first_column + dim, columns)
+                              : chunk_place(output, row, first_column + dim, padded_rows);
+        *reinterpret_cast<u32*>(place) = operand_pair(low, high);
+#elif OUTPUT == 1
         *reinterpret_cast<u32*>(static_cast<u16*>(output) + target + dim) = pack_bf16(low, high);
 #else
         *reinterpret_cast<float2*>(static_cast<float*>(output) + target + dim) = {low, high};

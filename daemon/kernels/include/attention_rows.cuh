@@ -58,15 +58,16 @@ struct SoftRows {
 
     __device__ __forceinline__ void write(const void* projections, void* output,
                                           const QueryTile& tile, int row_stride, int head,
-                                          int q_heads, int first_row, int lane) {
+                                          int q_heads, int padded_rows, int first_row,
+                                          int lane) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
             sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
             const int row = first_row + (lane >> 2) + 8 * h;
             if (!tile.has(row)) continue;
-            const GatedRow target(projections, output, tile.source_row(row), row_stride, head,
-                                  q_heads);
+            const GatedRow<false> target(projections, output, tile.source_row(row), row_stride,
+                                         head, q_heads, padded_rows);
             const float inverse = 1.0f / sum[h];
 #pragma unroll
             for (int n = 0; n < 32; ++n) {

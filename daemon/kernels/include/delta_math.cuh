@@ -1,6 +1,7 @@
 // Elementwise arithmetic of the gated delta net, shared by its decode and prefill kernels.
 //
-// ACTIVATION_BF16, GATES_BF16 and OUTPUT_BF16 (0 or 1) say which arrays are bfloat16, not float32.
+// ACTIVATION_BF16 and GATES_BF16 (0 or 1) say which arrays are bfloat16, not float32; OUTPUT is 0
+// for float32, 1 for bfloat16, 2 for an operand of quantized products (operand.cuh).
 // Arithmetic and state are float32. Exponentials, reciprocals and roots are approximate (2 ulp),
 // which is far inside the rounding of activations.
 #pragma once
@@ -30,8 +31,7 @@ struct ElementOf<true> {
 typedef ElementOf<ACTIVATION_BF16>::One Activation;  // projected q, k, v, z and the kept rows
 typedef ElementOf<ACTIVATION_BF16>::Four Activation4;
 typedef ElementOf<GATES_BF16>::One Gate;  // projected beta and alpha
-typedef ElementOf<OUTPUT_BF16>::One Output;
-typedef ElementOf<OUTPUT_BF16>::Four Output4;
+typedef ElementOf<OUTPUT == 1>::One Output;
 
 __device__ __forceinline__ unsigned bf16_pair(float low, float high) {
     unsigned pair;
