@@ -16,6 +16,7 @@ from daemon.api.errors import http_error_response, qwend_error_response, unexpec
 from daemon.api.generation import Generations
 from daemon.api.models import Models
 from daemon.api.openai_chat import ChatCompletions
+from daemon.api.openai_responses import Responses
 from daemon.api.service import Service
 from daemon.api.session_routes import SessionRoutes
 from daemon.api.status import Status
@@ -33,10 +34,15 @@ def create_app(service: Service) -> Starlette:
     sessions = SessionRoutes(service, generations)
     chat = ChatCompletions(service, generations)
     messages = Messages(service, generations)
+    responses = Responses(service, generations)
     cache = CacheRoutes(
         service,
         generations,
-        {"chat": chat.conversation, "messages": messages.conversation},
+        {
+            "chat": chat.conversation,
+            "messages": messages.conversation,
+            "responses": responses.conversation,
+        },
     )
 
     @asynccontextmanager
@@ -62,6 +68,10 @@ def create_app(service: Service) -> Starlette:
             Route("/v1/cache/requests/{id}", cache.request),
             Route("/v1/cache/plan", cache.plan, methods=["POST"]),
             Route("/v1/chat/completions", chat.answer, methods=["POST"]),
+            Route("/v1/responses", responses.answer, methods=["POST"]),
+            Route("/v1/responses/input_tokens", responses.count_tokens, methods=["POST"]),
+            Route("/v1/responses/{id}", responses.fetch),
+            Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
             Route("/v1/messages", messages.answer, methods=["POST"]),
             Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
         ],

@@ -118,11 +118,11 @@ def _part(part: ContentPart, path: str) -> str:
 
 
 def _call(call: CallOfMessage) -> ToolCall:
-    return ToolCall(call.id, call.function.name, _arguments(call.function.arguments))
+    return ToolCall(call.id, call.function.name, arguments_of(call.function.arguments))
 
 
-def _arguments(given: str | dict[str, Any] | None) -> dict[str, Any]:
-    """The arguments as a mapping, which the template needs.
+def arguments_of(given: str | dict[str, Any] | None) -> dict[str, Any]:
+    """A call's arguments as a mapping, which the template needs.
 
     A string that is no JSON object is a call that a model once got wrong. To refuse it would end
     the session for good, so it is shown as it was, under a name of its own.

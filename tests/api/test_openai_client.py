@@ -151,3 +151,35 @@ def test_streams_do_not_wait_for_one_another(
         long.close()
         assert api.engine.wait_until_idle()
     assert api.engine.cancelled == [api.engine.requests[0].id]
+
+
+RESPONSES_TOOL: Any = {"type": "function", **TOOL["function"], "strict": False}
+
+
+def test_responses_tool_loop(make_api: MakeApi, serve: Serve, tokenizer: Tokenizer) -> None:
+    def script(request: GenerationRequest) -> str:
+        asked = "<tool_response>\n5" not in tokenizer.decode(request.tokens)
+        return CALL if asked else "Done.\n</think>\n\nIt is 5."
+
+    with client_of(serve(make_api(script))) as client:
+        create = client.responses.create
+        first = create(model="tiny-coder", input="What is 2 + 3?", tools=[RESPONSES_TOOL])
+        reasoning, call = first.output
+        assert (reasoning.type, call.type) == ("reasoning", "function_call")
+        result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "5"}
+        with client.responses.stream(
+            model="tiny-coder",
+            input=[result],
+            tools=[RESPONSES_TOOL],
+            previous_response_id=first.id,
+        ) as stream:
+            second = stream.get_final_response()
+        assert second.output_text == "It is 5."
+        assert second.usage is not None
+        assert second.usage.input_tokens_details.cached_tokens == 3
+        assert client.responses.retrieve(second.id).output_text == "It is 5."
+        counted = client.responses.input_tokens.count(model="tiny-coder", input="What is 2 + 3?")
+        assert counted.input_tokens > 0
+        client.responses.delete(second.id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(second.id)
