@@ -30,6 +30,8 @@ NVIDIA_DRIVER = Path("/dev/nvidiactl")
 CPU_PREFILL_TOKENS = 512
 GPU_PREFILL_TOKENS = 2048
 MAX_GPU_SEQUENCES = 16
+MAX_PINNED_BYTES = 4 * 2**30
+"""Of host memory, for snapshots on their way to and from the store; at most an eighth of it all."""
 
 
 def make_backend(
@@ -137,14 +139,19 @@ def _cuda_limits(config: EngineConfig, demand: MemoryDemand) -> "CudaLimits":
         context_length=demand.context_length,
         k_format=KvFormat[config.key_format.upper()],
         v_format=KvFormat[config.value_format.upper()],
+        pinned_bytes=min(MAX_PINNED_BYTES, _host_bytes("SC_PHYS_PAGES") // 8),
     )
 
 
 def _check_host_memory(file: GGUFFile) -> None:
     needed = 4 * sum(tensor.num_elements for tensor in file.tensors.values())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = _host_bytes("SC_AVPHYS_PAGES")
     if needed > free:
         raise OutOfDeviceMemory(
             f"{file.paths[0].name} takes {needed / 2**30:.1f} GiB as float32 on the CPU reference; "
             f"{free / 2**30:.1f} GiB are free"
         )
+
+
+def _host_bytes(pages: str) -> int:
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")

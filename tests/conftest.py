@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,11 +11,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def fake_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     """The runtime calls it instead of CUDA."""
     pytest.importorskip("cuda.core")
     from fake_driver import install_fake_driver
 
-    yield install_fake_driver(monkeypatch)
-    # What the fake gave out must go back to it, not to the real driver.
-    gc.collect()
+    return install_fake_driver(monkeypatch)

@@ -207,9 +207,8 @@ class StepEngine:
         return len(restored)
 
     def _restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
-        for page, content in snapshot.pages.items():
-            self.backend.write_page(sequence.pages[page], content)
-        self.backend.write_slot(sequence.slot, snapshot.state)
+        pages = {sequence.pages[index]: content for index, content in snapshot.pages.items()}
+        self.backend.write_snapshot(sequence.slot, snapshot.state, pages)
         sequence.born = snapshot.born
         sequence.num_grid_pages = snapshot.num_grid_pages
         self._start(sequence, snapshot.position)
@@ -261,8 +260,9 @@ class StepEngine:
     ) -> None:
         num_grid_pages = min(sequence.num_grid_pages, position // PAGE_TOKENS)
         missing = sequence.timeline.missing_pages(position, num_grid_pages)
-        pages = {index: self.backend.read_page(sequence.pages[index]) for index in missing}
-        state = self.backend.read_slot(slot)
+        places = [sequence.pages[index] for index in missing]
+        state, contents = self.backend.read_snapshot(slot, places)
+        pages = dict(zip(missing, contents, strict=True))
         snapshot = Snapshot(position, born, num_grid_pages, state, pages)
         sequence.timeline.save(snapshot, reason)
         sequence.num_kept = max(sequence.num_kept, position)

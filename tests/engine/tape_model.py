@@ -6,7 +6,7 @@ was evaluated once, in order, into the right slot and pages, whatever happened i
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -89,14 +89,11 @@ class TapeModel:
         assert tokens is not None
         self.slots[target] = list(tokens)
 
-    def read_slot(self, slot: int) -> bytes:
-        return np.asarray(self.slots[slot], np.int32).tobytes()
+    def read_snapshot(self, slot: int, pages: Sequence[int]) -> tuple[bytes, list[bytes]]:
+        state = np.asarray(self.slots[slot], np.int32).tobytes()
+        return state, [self.pages[page].tobytes() for page in pages]
 
-    def write_slot(self, slot: int, state: bytes) -> None:
+    def write_snapshot(self, slot: int, state: bytes, pages: Mapping[int, bytes]) -> None:
         self.slots[slot] = np.frombuffer(state, np.int32).tolist()
-
-    def read_page(self, page: int) -> bytes:
-        return self.pages[page].tobytes()
-
-    def write_page(self, page: int, content: bytes) -> None:
-        self.pages[page] = np.frombuffer(content, np.int32)
+        for page, content in pages.items():
+            self.pages[page] = np.frombuffer(content, np.int32)

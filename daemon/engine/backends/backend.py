@@ -9,7 +9,7 @@ rows, spans or sequences are in the batch, nor on where a prompt was split, as l
 start on the absolute grid of PAGE_TOKENS. Resumed equals cold and batched equals alone rest on it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -125,20 +125,15 @@ class Backend(Protocol):
         """Copy a recurrent state."""
         ...
 
-    def read_slot(self, slot: int) -> bytes:
-        """A recurrent state as bytes, all layers; waits for running work."""
+    def read_snapshot(self, slot: int, pages: Sequence[int]) -> tuple[HostBytes, list[HostBytes]]:
+        """A recurrent state, and keys and values of pages, all layers of each, as bytes.
+
+        Waits for running work. The buffers are the caller's until it drops them.
+        """
         ...
 
-    def write_slot(self, slot: int, state: HostBytes) -> None:
-        """The inverse of `read_slot`."""
-        ...
-
-    def read_page(self, page: int) -> bytes:
-        """Keys and values of a page as bytes, all layers; waits for running work."""
-        ...
-
-    def write_page(self, page: int, content: HostBytes) -> None:
-        """The inverse of `read_page`."""
+    def write_snapshot(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> None:
+        """The inverse of `read_snapshot`; `pages` by page. The buffers may go when it returns."""
         ...
 
     # ── one step ──────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,7 @@ a CUDA graph and replayed. Prefill always takes the kernels for many rows, howev
 so that a row's bits do not depend on the batch. Engine thread only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -47,6 +47,7 @@ from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.graph import Graph
+from daemon.kernels.runtime.pinned_pool import PinnedPool
 from daemon.kernels.sample import Choice, Sample
 
 F32 = ElementType.F32
@@ -87,6 +88,7 @@ class CudaBackend:
         self._gemv = GemvKernels(device, compiler)
         self._gemm = GemmKernels(device, compiler)
         self._loader = WeightLoader(device, compiler, self._gemv, self._gemm)
+        self._pool = PinnedPool(device, limits.pinned_bytes)
         self._graphs: dict[int, Graph] = {}
         self._warm: set[int] = set()
         self._order = ProductOrder()
@@ -150,7 +152,7 @@ class CudaBackend:
         device, limits = self._device, self._limits
         for region in (STATES, PAGES, WORKSPACE):
             device.clear(region)
-        self._memory = SequenceMemory(device, shape, limits, num_slots, num_pages)
+        self._memory = SequenceMemory(device, shape, limits, num_slots, num_pages, self._pool)
         with device.region(WORKSPACE):
             self._space = Workspace(device, shape, limits, self._loader.stacked_columns)
             self._decode_tables = DecodeTables(device, MAX_TOKENS, limits.max_pages)
@@ -168,21 +170,13 @@ class CudaBackend:
         """Within the device, in the stream's order."""
         self._memory.copy_slot(source, target)
 
-    def read_slot(self, slot: int) -> bytes:
-        """See `SequenceMemory.read_slot`."""
-        return self._memory.read_slot(slot)
+    def read_snapshot(self, slot: int, pages: Sequence[int]) -> tuple[HostBytes, list[HostBytes]]:
+        """See `SequenceMemory.read_snapshot`."""
+        return self._memory.read_snapshot(slot, pages)
 
-    def write_slot(self, slot: int, state: HostBytes) -> None:
-        """The inverse of `read_slot`."""
-        self._memory.write_slot(slot, state)
-
-    def read_page(self, page: int) -> bytes:
-        """See `SequenceMemory.read_page`."""
-        return self._memory.read_page(page)
-
-    def write_page(self, page: int, content: HostBytes) -> None:
-        """The inverse of `read_page`."""
-        self._memory.write_page(page, content)
+    def write_snapshot(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> None:
+        """See `SequenceMemory.write_snapshot`."""
+        self._memory.write_snapshot(slot, state, pages)
 
     # ── one step ──────────────────────────────────────────────────────────────────────────────
 

@@ -4,6 +4,7 @@ Owns their sizes and addresses, and moves states and pages between the device an
 no weights and launches no kernel. Engine thread only.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,19 +19,27 @@ from daemon.kernels.delta_state import DeltaSizes, DeltaSlots
 from daemon.kernels.kv_format import HEAD_DIM, KvFormat, KvLayout
 from daemon.kernels.quant_gemv import MAX_TOKENS
 from daemon.kernels.runtime.device import Device
-from daemon.kernels.runtime.device_array import ElementType
+from daemon.kernels.runtime.device_array import DeviceArray, ElementType
+from daemon.kernels.runtime.pinned_pool import PinnedPool
+from daemon.kernels.runtime.upload import Uploader
 
 F32 = ElementType.F32
 ROTATED_DIMS = 64
+READY_STATES, READY_PAGES = 4, 256
+"""Pinned host buffers at hand for snapshots: four states, and pages of 16,384 tokens."""
+
+RESTORE_PIECE_BYTES = 4 * 2**20
+"""Small, since these buffers stay pinned."""
 
 
 class CudaLimits(Struct, frozen=True, kw_only=True):
-    """`max_rows` of one prefill batch; formats of stored keys and values."""
+    """`max_rows` of one prefill batch; formats of stored keys and values; host memory to pin."""
 
     max_rows: int = 2048
     context_length: int
     k_format: KvFormat = KvFormat.BF16
     v_format: KvFormat = KvFormat.BF16
+    pinned_bytes: int = 2**31
 
     @property
     def max_pages(self) -> int:
@@ -47,7 +56,13 @@ class SequenceMemory:
     """
 
     def __init__(
-        self, device: Device, shape: ModelShape, limits: CudaLimits, num_slots: int, num_pages: int
+        self,
+        device: Device,
+        shape: ModelShape,
+        limits: CudaLimits,
+        num_slots: int,
+        num_pages: int,
+        buffers: PinnedPool,
     ) -> None:
         check_heads(shape)
         self._device = device
@@ -59,7 +74,10 @@ class SequenceMemory:
         with device.region(STATES):
             memory = device.allocate((num_slots, slot_bytes), ElementType.U8)
         self.slots = DeltaSlots(memory, sizes, layers, num_slots, F32)
-        self._staging = device.allocate_pinned(max(slot_bytes, self.layout.page_bytes))
+        self._buffers = buffers
+        self._buffers.prepare(slot_bytes, READY_STATES)
+        self._buffers.prepare(self.layout.page_bytes, READY_PAGES)
+        self._uploader = Uploader(device, buffer_bytes=RESTORE_PIECE_BYTES)
 
     def clear_slot(self, slot: int) -> None:
         """The state before the first token is zero."""
@@ -69,27 +87,30 @@ class SequenceMemory:
         """Within the device, in the stream's order."""
         self.slots.copy(self._device, source, target)
 
-    def read_slot(self, slot: int) -> bytes:
-        """One copy to pinned memory, one from there."""
-        staging = self._staging[: self.slots.memory.shape[1]]
-        self.slots.read(self._device, slot, staging)
+    def read_snapshot(self, slot: int, pages: Sequence[int]) -> tuple[HostBytes, list[HostBytes]]:
+        """Into buffers of the pinned pool, all copies on their way before the one wait."""
+        places = [self.slots.slot(slot), *(self.pool.rows(page, page + 1) for page in pages)]
+        buffers: list[HostBytes] = [self._buffers.take(place.num_bytes) for place in places]
+        for place, buffer in zip(places, buffers, strict=True):
+            self._device.read(place, np.frombuffer(buffer, np.uint8))
         self._device.synchronize()
-        return staging.tobytes()
+        state, *contents = buffers
+        return state, contents
 
-    def write_slot(self, slot: int, state: HostBytes) -> None:
-        """The inverse of `read_slot`."""
-        self.slots.write(self._device, slot, np.frombuffer(state, np.uint8))
+    def write_snapshot(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> None:
+        """Pinned buffers go as they are, other memory through the uploader's."""
+        self._uploader.follow()
+        self._write(self.slots.slot(slot), state)
+        for page, content in pages.items():
+            self._write(self.pool.rows(page, page + 1), content)
+        self._uploader.wait()
 
-    def read_page(self, page: int) -> bytes:
-        """One copy to pinned memory, one from there."""
-        staging = self._staging[: self.layout.page_bytes]
-        self._device.read(self.pool.rows(page, page + 1), staging)
-        self._device.synchronize()
-        return staging.tobytes()
-
-    def write_page(self, page: int, content: HostBytes) -> None:
-        """The inverse of `read_page`."""
-        self._device.write(self.pool.rows(page, page + 1), np.frombuffer(content, np.uint8))
+    def _write(self, place: DeviceArray, content: HostBytes) -> None:
+        values = np.frombuffer(content, np.uint8)
+        if self._buffers.owns(values):
+            self._device.write(place, values)
+        else:
+            self._uploader.copy(values, place)
 
 
 class Workspace:

@@ -9,7 +9,7 @@ its own ones wait in a spin, and a busy machine then makes them twenty times slo
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -133,26 +133,21 @@ class NumpyBackend:
         self.rules[target] = self.rules[source]
         self.convs[target] = self.convs[source]
 
-    def read_slot(self, slot: int) -> bytes:
-        """Rule states of all layers, then convolution rows of all layers."""
-        return self.rules[slot].tobytes() + self.convs[slot].tobytes()
+    def read_snapshot(self, slot: int, pages: Sequence[int]) -> tuple[HostBytes, list[HostBytes]]:
+        """Rule states of all layers, then convolution rows; pages as `KVPool` has them."""
+        state = self.rules[slot].tobytes() + self.convs[slot].tobytes()
+        return state, [self.pool.content[:, :, page].tobytes() for page in pages]
 
-    def write_slot(self, slot: int, state: HostBytes) -> None:
-        """The inverse of `read_slot`."""
+    def write_snapshot(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> None:
+        """The inverse of `read_snapshot`."""
         values = np.frombuffer(state, np.float32)
         assert values.size == self.rules[slot].size + self.convs[slot].size
         rules, convs = np.split(values, [self.rules[slot].size])
         self.rules[slot] = rules.reshape(self.rules[slot].shape)
         self.convs[slot] = convs.reshape(self.convs[slot].shape)
-
-    def read_page(self, page: int) -> bytes:
-        """`[layers, 2, PAGE_TOKENS, kv_heads, head_dim]`."""
-        return self.pool.content[:, :, page].tobytes()
-
-    def write_page(self, page: int, content: HostBytes) -> None:
-        """The inverse of `read_page`."""
-        target = self.pool.content[:, :, page]
-        target[:] = np.frombuffer(content, np.float32).reshape(target.shape)
+        for page, content in pages.items():
+            target = self.pool.content[:, :, page]
+            target[:] = np.frombuffer(content, np.float32).reshape(target.shape)
 
     def evaluate(self, batch: Batch, forward: Callable[[NumpyRun], Float32]) -> Float32:
         """Nothing is recorded: every batch calls the operations."""

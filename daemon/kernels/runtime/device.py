@@ -32,28 +32,31 @@ _ATTRIBUTE = driver.CUdevice_attribute
 class DeviceMemory:
     """An allocation; freed when the last array over it goes."""
 
-    __slots__ = ("num_bytes", "pointer")
+    __slots__ = ("_free", "num_bytes", "pointer")
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         allocated = driver.cuMemAlloc(max(num_bytes, 1))
         self.pointer = int(checked(allocated, f"allocate {num_bytes / 2**20:.0f} MiB on the GPU"))
+        # Kept, since at interpreter exit the module's names may be gone.
+        self._free = driver.cuMemFree
 
     def __del__(self) -> None:
-        # At interpreter exit, or after a failed allocation, there is nothing left to free.
-        if driver is not None and hasattr(self, "pointer"):
-            driver.cuMemFree(self.pointer)
+        # After a failed allocation there is nothing to free.
+        if hasattr(self, "_free"):
+            self._free(self.pointer)
 
 
 class PinnedMemory:
     """Page-locked host memory, which the copy engines reach at full speed."""
 
-    __slots__ = ("num_bytes", "pointer")
+    __slots__ = ("_free", "num_bytes", "pointer")
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         allocated = driver.cuMemHostAlloc(max(num_bytes, 1), 0)
         self.pointer = int(checked(allocated, f"pin {num_bytes / 2**20:.0f} MiB of host memory"))
+        self._free = driver.cuMemFreeHost
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -65,8 +68,8 @@ class PinnedMemory:
         }
 
     def __del__(self) -> None:
-        if driver is not None and hasattr(self, "pointer"):
-            driver.cuMemFreeHost(self.pointer)
+        if hasattr(self, "_free"):
+            self._free(self.pointer)
 
 
 class CopyStream:

@@ -40,7 +40,6 @@ class _Buffers(NamedTuple):
     """What exists only while something is on its way."""
 
     pinned: Bytes
-    landing: DeviceArray
     copies: CopyStream
     readers: ThreadPoolExecutor
 
@@ -60,6 +59,7 @@ class Uploader:
         self._pieces: deque[_Piece] = deque()
         self._next = 0
         self._open: _Buffers | None = None
+        self._landing: DeviceArray | None = None
 
     def send(self, num_bytes: int, fill: Fill, use: Use) -> None:
         """Have `fill` write a piece, then `use` launch what reads it on the device.
@@ -83,21 +83,33 @@ class Uploader:
             part = source[start : start + self.buffer_bytes]
             self.send_to(into.rows(start, start + part.nbytes), partial(_write, part))
 
-    def finish(self) -> None:
-        """Wait until all has arrived and been used; gives the buffers back."""
-        if self._open is None:
-            return
+    def follow(self) -> None:
+        """What is sent from now on arrives after what the device's stream has been given so far."""
+        self._open = self._open or self._buffers()
+        for number in range(NUM_BUFFERS):
+            self._open.copies.mark_used(number)
+
+    def wait(self) -> None:
+        """Wait until all has arrived and been used."""
         while self._pieces:
             self._start_copy(self._pieces.popleft())
         self._device.synchronize()
+
+    def finish(self) -> None:
+        """Wait, and give the buffers back."""
+        if self._open is None:
+            return
+        self.wait()
         self._open.readers.shutdown()
         self._open.copies.close()
-        self._open = None
+        self._open = self._landing = None
 
     def _send(
         self, num_bytes: int, fill: Fill, target: DeviceArray | None, use: Use | None
     ) -> None:
         assert num_bytes <= self.buffer_bytes
+        if target is None and self._landing is None:
+            self._landing = self._make_landing()
         buffers = self._open = self._open or self._buffers()
         if not self._device.computes:
             return
@@ -110,16 +122,17 @@ class Uploader:
         self._pieces.append(_Piece(number, num_bytes, target, use, read))
 
     def _buffers(self) -> _Buffers:
-        shape = (NUM_BUFFERS, self.buffer_bytes)
-        self._device.clear(self._region)
-        with self._device.region(self._region):
-            landing = self._device.allocate(shape, np.uint8)
+        pinned = self._device.allocate_pinned(NUM_BUFFERS * self.buffer_bytes)
         return _Buffers(
-            self._device.allocate_pinned(NUM_BUFFERS * self.buffer_bytes).reshape(shape),
-            landing,
+            pinned.reshape(NUM_BUFFERS, self.buffer_bytes),
             self._device.copy_stream(NUM_BUFFERS),
             ThreadPoolExecutor(NUM_READERS, "upload", self._device.use_here),
         )
+
+    def _make_landing(self) -> DeviceArray:
+        self._device.clear(self._region)
+        with self._device.region(self._region):
+            return self._device.allocate((NUM_BUFFERS, self.buffer_bytes), np.uint8)
 
     @staticmethod
     def _read(copies: CopyStream, number: int, pinned: Bytes, fill: Fill) -> None:
@@ -129,10 +142,12 @@ class Uploader:
     def _start_copy(self, piece: _Piece) -> None:
         assert self._open is not None
         piece.read.result()
-        pinned, landing, copies, _ = self._open
+        pinned, copies, _ = self._open
         on_device = piece.target
         if on_device is None:
-            on_device = landing.rows(piece.buffer, piece.buffer + 1).view((piece.num_bytes,))
+            assert self._landing is not None
+            place = self._landing.rows(piece.buffer, piece.buffer + 1)
+            on_device = place.view((piece.num_bytes,))
         copies.copy(piece.buffer, on_device, pinned[piece.buffer, : piece.num_bytes])
         if piece.use is not None:
             piece.use(on_device)
