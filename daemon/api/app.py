@@ -3,7 +3,7 @@
 Owns the wiring of HTTP; what a route does is in its own file. Event loop.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -29,21 +29,6 @@ def create_app(service: Service) -> Starlette:
     `app.state.generations.close()` ends all running replies, as a server does when it stops.
     """
     generations = Generations(service)
-    status = Status(service)
-    models = Models(service)
-    sessions = SessionRoutes(service, generations)
-    chat = ChatCompletions(service, generations)
-    messages = Messages(service, generations)
-    responses = Responses(service, generations)
-    cache = CacheRoutes(
-        service,
-        generations,
-        {
-            "chat": chat.conversation,
-            "messages": messages.conversation,
-            "responses": responses.conversation,
-        },
-    )
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -51,30 +36,7 @@ def create_app(service: Service) -> Starlette:
         generations.close()
 
     app = Starlette(
-        routes=[
-            Route("/", status.root),
-            Route("/health", status.health),
-            Route("/v1/models", models.models),
-            Route("/v1/models/{model:path}", models.model),
-            Route("/v1/cache/stats", status.cache_stats),
-            Route("/v1/cache/sessions", sessions.rows),
-            Route("/v1/cache/sessions/import", sessions.take_in, methods=["POST"]),
-            Route("/v1/cache/sessions/{name:path}/export", sessions.export),
-            Route("/v1/cache/sessions/{name:path}/fork", sessions.fork, methods=["POST"]),
-            Route("/v1/cache/sessions/{name:path}", sessions.row, methods=["GET"]),
-            Route("/v1/cache/sessions/{name:path}", sessions.change, methods=["PATCH"]),
-            Route("/v1/cache/sessions/{name:path}", sessions.wipe, methods=["DELETE"]),
-            Route("/v1/cache/requests", cache.requests),
-            Route("/v1/cache/requests/{id}", cache.request),
-            Route("/v1/cache/plan", cache.plan, methods=["POST"]),
-            Route("/v1/chat/completions", chat.answer, methods=["POST"]),
-            Route("/v1/responses", responses.answer, methods=["POST"]),
-            Route("/v1/responses/input_tokens", responses.count_tokens, methods=["POST"]),
-            Route("/v1/responses/{id}", responses.fetch),
-            Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
-            Route("/v1/messages", messages.answer, methods=["POST"]),
-            Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
-        ],
+        routes=[*_answers(service, generations), *_facts(service, generations)],
         exception_handlers={
             QwendError: qwend_error_response,
             HTTPException: http_error_response,
@@ -84,3 +46,48 @@ def create_app(service: Service) -> Starlette:
     )
     app.state.generations = generations
     return app
+
+
+def _answers(service: Service, generations: Generations) -> Iterator[Route]:
+    """The dialects, and what needs their reading of a body."""
+    chat = ChatCompletions(service, generations)
+    responses = Responses(service, generations)
+    messages = Messages(service, generations)
+    cache = CacheRoutes(
+        service,
+        generations,
+        {
+            "chat": chat.conversation,
+            "responses": responses.conversation,
+            "messages": messages.conversation,
+        },
+    )
+    yield Route("/v1/chat/completions", chat.answer, methods=["POST"])
+    yield Route("/v1/responses", responses.answer, methods=["POST"])
+    yield Route("/v1/responses/input_tokens", responses.count_tokens, methods=["POST"])
+    yield Route("/v1/responses/{id}", responses.fetch)
+    yield Route("/v1/responses/{id}", responses.delete, methods=["DELETE"])
+    yield Route("/v1/messages", messages.answer, methods=["POST"])
+    yield Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"])
+    yield Route("/v1/cache/requests", cache.requests)
+    yield Route("/v1/cache/requests/{id}", cache.request)
+    yield Route("/v1/cache/plan", cache.plan, methods=["POST"])
+
+
+def _facts(service: Service, generations: Generations) -> Iterator[Route]:
+    """What may be asked about the server, its model and its sessions."""
+    status = Status(service)
+    models = Models(service)
+    sessions = SessionRoutes(service, generations)
+    yield Route("/", status.root)
+    yield Route("/health", status.health)
+    yield Route("/v1/models", models.models)
+    yield Route("/v1/models/{model:path}", models.model)
+    yield Route("/v1/cache/stats", status.cache_stats)
+    yield Route("/v1/cache/sessions", sessions.rows)
+    yield Route("/v1/cache/sessions/import", sessions.take_in, methods=["POST"])
+    yield Route("/v1/cache/sessions/{name:path}/export", sessions.export)
+    yield Route("/v1/cache/sessions/{name:path}/fork", sessions.fork, methods=["POST"])
+    yield Route("/v1/cache/sessions/{name:path}", sessions.row, methods=["GET"])
+    yield Route("/v1/cache/sessions/{name:path}", sessions.change, methods=["PATCH"])
+    yield Route("/v1/cache/sessions/{name:path}", sessions.wipe, methods=["DELETE"])
