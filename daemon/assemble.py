@@ -35,6 +35,7 @@ from daemon.engine.weights.loader import load_model, model_shape
 from daemon.errors import ConfigError, ModelFileError
 from daemon.load_progress import LoadProgress
 from daemon.metrics import Metrics
+from daemon.text.constrainer import Constrainer
 from daemon.text.prompt import PromptBuilder
 from daemon.text.prompt_history import FrameShape, PastPrompt, PromptHistory
 from daemon.text.template import FRAME_END, FRAME_START, ChatTemplate
@@ -69,6 +70,7 @@ class Daemon:
     def __exit__(self, *_: object) -> None:
         """End running requests, keep their work, write what is queued."""
         self.engine.stop()
+        self.service.constrainer.close()
         if self.cache is not None:
             self.cache.close()
 
@@ -165,6 +167,7 @@ def assemble(config: Config) -> Daemon:
         engine_state=lambda: "ok" if engine.failure is None else "stopped",
         tokenizer=tokenizer,
         prompts=PromptBuilder(tokenizer, template, replies),
+        constrainer=Constrainer(tokenizer),
         remember=replies.remember,
         cache_stats=lambda: {} if cache is None else msgspec.to_builtins(cache.stats()),
         metrics=Metrics(),

@@ -156,6 +156,9 @@ class ScriptedEngine:
             self._end(sequence, self._finished(sequence, "length"))
         elif script.endless or len(sampled) < len(script.tokens):
             token = script.tokens[len(sampled) % len(script.tokens)]
+            if (refusal := _refusal(sequence.request, token)) is not None:
+                self._end(sequence, Failed(refusal))
+                return
             sampled.append(token)
             sequence.deliver(TokenSampled(token, _logprobs(sequence.request, token)))
         elif script.error is not None:
@@ -174,6 +177,17 @@ class ScriptedEngine:
             del self._running[sequence.request.id]
             self._changed.notify_all()
         sequence.deliver(event)
+
+
+def _refusal(request: GenerationRequest, token: int) -> QwendError | None:
+    """An error if the script breaks the constraint that the request came with."""
+    if request.constraint is None:
+        return None
+    mask = request.constraint.allowed()
+    if mask is not None and not mask[token // 32] >> token % 32 & 1:
+        return QwendError(f"the script's token {token} is not allowed here")
+    request.constraint.advance(token)
+    return None
 
 
 def _logprobs(request: GenerationRequest, token: int) -> TokenLogprobs | None:

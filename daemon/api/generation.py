@@ -34,6 +34,8 @@ from daemon.engine.requests import (
 from daemon.errors import EngineStopped, Overloaded, PromptTooLong
 from daemon.logs import log_request
 from daemon.metrics import RequestRecord
+from daemon.text.constrainer import Thinking
+from daemon.text.constraint import ReplyConstraint
 from daemon.text.messages import Message, ToolSpec
 from daemon.text.prompt import Prompt
 from daemon.text.reply_parser import Delta
@@ -130,16 +132,16 @@ class Generations:
         """Build the prompt, plan it and queue it. The caller must `close` what it gets.
 
         Raises:
-            InvalidRequest: the template refuses the messages.
+            InvalidRequest: the template refuses the messages, or no text has the form asked for.
             PromptTooLong: the context leaves no room for one token.
             Overloaded: too many requests wait.
             EngineStopped: no request is taken any more.
         """
-        prompt, draft = await self.on_prompt_thread(self._prepare, conversation)
+        prompt, draft, constraint = await self.on_prompt_thread(self._begin, conversation, rules)
         if self._closed:
             raise EngineStopped("The server is shutting down.")
         generation = Generation(self._service, prompt, draft, conversation, rules, self)
-        generation.submit()
+        generation.submit(constraint)
         self._live.add(generation)
         self._service.suggest_title(conversation.session, title_of(conversation.messages))
         self.soon_on_prompt_thread(self._planner.remember, draft, prompt)
@@ -173,6 +175,13 @@ class Generations:
         """Run something there some time, unless the server shuts down."""
         if not self._closed:
             self._prompt_thread.submit(function, *args)
+
+    def _begin(
+        self, conversation: Conversation, rules: ReplyRules
+    ) -> tuple[Prompt, Draft, ReplyConstraint | None]:
+        prompt, draft = self._prepare(conversation)
+        thinking = Thinking(prompt.thinking_open, rules.thinking_budget)
+        return prompt, draft, self._service.constrainer.constrain(rules.guide, thinking)
 
     def _prepare(self, conversation: Conversation) -> tuple[Prompt, Draft]:
         prompt = self._build(conversation)
@@ -240,8 +249,8 @@ class Generation:
         """The prompt's length."""
         return len(self._prompt.tokens)
 
-    def submit(self) -> None:
-        """Hand the prompt to the engine."""
+    def submit(self, constraint: ReplyConstraint | None) -> None:
+        """Hand the prompt to the engine, and what may follow it."""
         context_length = self._service.engine.info.context_length
         num_prompt = len(self._prompt.tokens)
         room = context_length - num_prompt
@@ -256,6 +265,7 @@ class Generation:
             max_tokens=room if wanted is None else min(wanted, room),
             stop_tokens=self._service.tokenizer.stop_tokens,
             session=self._session,
+            constraint=constraint,
         )
         self._service.engine.submit(request, self._mailbox.put)
         self._service.metrics.request_started()

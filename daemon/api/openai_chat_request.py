@@ -12,10 +12,17 @@ from msgspec import Meta, Struct
 from daemon.api.generation import Conversation
 from daemon.api.openai_chat_messages import ChatMessage, to_messages
 from daemon.api.parameters import Parameters, doc
+from daemon.api.reasoning_fields import ReasoningFields, thinking_of
 from daemon.api.reply import ReplyRules
 from daemon.api.request_body import decode_body
-from daemon.api.sampling_fields import SamplingFields, sampling_of
+from daemon.api.sampling_fields import sampling_of
 from daemon.api.session_hint import session_of
+from daemon.api.structured_output import (
+    ResponseFormat,
+    content_form,
+    guide_of,
+    read_tool_choice,
+)
 from daemon.api.tool_definitions import tool_specs
 from daemon.engine.requests import EngineInfo, SamplingParams
 from daemon.errors import InvalidRequest
@@ -32,14 +39,19 @@ MESSAGES = doc(
     "(others are refused); reasoning as `reasoning_content` or `reasoning`; call arguments that "
     "are no JSON object are shown to the model as they are, as one argument named `arguments`"
 )
-TOOLS = doc("functions, whose `parameters` are a JSON schema in form; other types are passed over")
+TOOLS = doc(
+    "functions, whose `parameters` are a JSON schema in form, and with `strict` are held to; other "
+    "types are passed over"
+)
 TOOL_CHOICE = doc(
     "`auto`; `none` keeps the tools in the prompt, whose prefix stays the same, and bans the token "
-    "that opens a call; forcing a call is refused"
+    "that opens a call; `required`, a named function and `allowed_tools` are held to"
 )
 MAX_TOKENS = doc("capped to what the context leaves; -1 is no limit")
 STOP = doc("up to 16 strings, looked for in the content, not in reasoning or calls")
-EFFORT = doc("`none` and `minimal` switch thinking off; others go to the template")
+FORMAT = doc(
+    "`json_schema` and `json_object`: the content has that form; with tools on offer, calls instead"
+)
 EXPLAIN = doc('`{"explain": true}`: the answer carries its cache plan, a stream at its end')
 SESSION = doc(
     "names the session; else `x-session-id`, `x-session-affinity`, `x-affinity`, `thread-id` or "
@@ -67,18 +79,10 @@ REFUSED: dict[str, str] = {
     "echo": "the prompt is not sent back",
     "function_call": "it is deprecated; use tool_choice",
     "functions": "it is deprecated; use tools",
-    "grammar": "constrained decoding is not supported",
-    "guided_choice": "constrained decoding is not supported",
-    "guided_grammar": "constrained decoding is not supported",
-    "guided_json": "constrained decoding is not supported",
-    "guided_regex": "constrained decoding is not supported",
     "ignore_eos": "it is not supported",
-    "json_schema": "constrained decoding is not supported",
     "min_tokens": "it is not supported",
     "prompt_logprobs": "log-probabilities of the prompt are not supported",
     "stop_token_ids": "it is not supported; use stop",
-    "structured_outputs": "constrained decoding is not supported",
-    "thinking_budget": "it is not supported; use enable_thinking",
     "web_search_options": "this server searches nothing",
 }
 """They would change the answer and cannot be honoured: refused unless null, false, 0 or empty."""
@@ -91,19 +95,13 @@ class StreamOptions(Struct):
     include_obfuscation: bool = False
 
 
-class ResponseFormat(Struct):
-    """Which form the answer must have."""
-
-    type: str
-
-
 class CacheOptions(Struct):
     """With `explain`, the answer says what it reused and why not more."""
 
     explain: bool = False
 
 
-class ChatRequest(SamplingFields, kw_only=True):
+class ChatRequest(ReasoningFields, kw_only=True):
     """The body."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1), MESSAGES]
@@ -119,11 +117,8 @@ class ChatRequest(SamplingFields, kw_only=True):
     logprobs: Annotated[bool | None, doc("of every sampled token, reasoning and calls too")] = None
     top_logprobs: Annotated[TopLogprobs | None, doc("alternatives, up to 20")] = None
     n: Annotated[int | None, doc("1; other values are refused")] = None
-    response_format: Annotated[ResponseFormat | None, doc("text; others are refused")] = None
+    response_format: Annotated[ResponseFormat | None, FORMAT] = None
     modalities: Annotated[list[str] | None, doc('["text"]; others are refused')] = None
-    reasoning_effort: Annotated[str | None, EFFORT] = None
-    enable_thinking: Annotated[bool | None, doc("overrides the effort")] = None
-    chat_template_kwargs: Annotated[dict[str, Any] | None, doc("for the template; wins")] = None
     prompt_cache_key: Annotated[str | None, SESSION] = None
     cache: Annotated[CacheOptions | None, EXPLAIN] = None
     return_progress: Annotated[bool | None, doc("streams how far the prompt is")] = None
@@ -160,20 +155,25 @@ def read_ask(
     _refuse_values(chat)
     messages = to_messages(chat.messages)
     tools, passed_over = tool_specs(chat.tools or [])
+    choice = read_tool_choice(chat.tool_choice, tools)
+    single_call = chat.parallel_tool_calls is False
+    thinking = thinking_of(chat)
     return Ask(
         model=chat.model,
         conversation=Conversation(
             messages=messages,
             tools=tools,
-            template_options=_template_options(chat),
+            template_options=thinking.template_options,
             session=session_of(headers, chat.prompt_cache_key, messages),
         ),
         rules=ReplyRules(
             sampling=sampling_of(chat, defaults, info.vocab_size, _logprobs(chat)),
             max_tokens=_max_tokens(chat),
             stop=_stops(chat.stop),
-            forbid_calls=chat.tool_choice == "none" and bool(tools),
-            single_call=chat.parallel_tool_calls is False,
+            forbid_calls=choice.mode == "none" and bool(tools),
+            single_call=single_call,
+            guide=guide_of(content_form(chat, chat.response_format), choice, tools, single_call),
+            thinking_budget=thinking.max_tokens,
             report_progress=bool(chat.return_progress),
         ),
         stream=bool(chat.stream),
@@ -186,18 +186,8 @@ def read_ask(
 def _refuse_values(chat: ChatRequest) -> None:
     if chat.n not in (None, 1):
         raise InvalidRequest("n: only one choice a request is supported; send 1.", "n")
-    if chat.response_format is not None and chat.response_format.type != "text":
-        raise InvalidRequest(
-            f"response_format: {chat.response_format.type!r} is not supported; only 'text' is.",
-            "response_format",
-        )
     if chat.modalities not in (None, ["text"]):
         raise InvalidRequest("modalities: this model writes text only.", "modalities")
-    if chat.tool_choice not in (None, "auto", "none"):
-        raise InvalidRequest(
-            "tool_choice: only 'auto' and 'none' are supported; a call cannot be forced.",
-            "tool_choice",
-        )
     if chat.top_logprobs is not None and not chat.logprobs:
         raise InvalidRequest("top_logprobs: needs logprobs to be true.", "top_logprobs")
 
@@ -218,22 +208,6 @@ def _max_tokens(chat: ChatRequest) -> int | None:
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
-
-
-def _template_options(chat: ChatRequest) -> dict[str, Any]:
-    """`reasoning_effort`, overridden by `enable_thinking`, overridden by `chat_template_kwargs`.
-
-    The efforts "none" and "minimal" switch thinking off. Others are handed to the template, which
-    may know them or not.
-    """
-    options: dict[str, Any] = {}
-    if chat.reasoning_effort in ("none", "minimal"):
-        options["enable_thinking"] = False
-    elif chat.reasoning_effort is not None:
-        options["reasoning_effort"] = chat.reasoning_effort
-    if chat.enable_thinking is not None:
-        options["enable_thinking"] = chat.enable_thinking
-    return options | (chat.chat_template_kwargs or {})
 
 
 def _logprobs(chat: ChatRequest) -> int | None:

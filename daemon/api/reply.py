@@ -13,6 +13,7 @@ from daemon.api.stop_strings import StopStrings
 from daemon.engine.requests import SamplingParams
 from daemon.text.messages import ToolSpec
 from daemon.text.prompt import Prompt
+from daemon.text.reply_grammar import Guide
 from daemon.text.reply_parser import (
     ContentDelta,
     Delta,
@@ -28,7 +29,9 @@ class ReplyRules(Struct, frozen=True, kw_only=True):
 
     `max_tokens` None is all that the context leaves. `forbid_calls` keeps the tools in the
     prompt, whose prefix stays the same, and bans the token that opens a call. `single_call` ends
-    the reply after its first tool call. `report_progress` makes pieces of the prompt's progress.
+    the reply after its first tool call. `guide` is the form that it must have, and
+    `thinking_budget` the tokens after which its thinking is ended. `report_progress` makes pieces
+    of the prompt's progress.
     """
 
     sampling: SamplingParams
@@ -36,6 +39,8 @@ class ReplyRules(Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     forbid_calls: bool = False
     single_call: bool = False
+    guide: Guide | None = None
+    thinking_budget: int | None = None
     report_progress: bool = False
 
 

@@ -14,6 +14,7 @@ from daemon.checkpoint import Reach
 from daemon.engine.requests import Engine, SamplingParams
 from daemon.errors import UnknownModel
 from daemon.metrics import Metrics
+from daemon.text.constrainer import Constrainer
 from daemon.text.prompt import PromptBuilder
 from daemon.text.prompt_history import PromptHistory
 from daemon.text.tokenizer import Tokenizer
@@ -88,6 +89,7 @@ class Service(Struct, frozen=True, kw_only=True):
     engine_state: Callable[[], EngineState]
     tokenizer: Tokenizer
     prompts: PromptBuilder
+    constrainer: Constrainer
     remember: Remember
     cache_stats: Callable[[], Mapping[str, Any]]
     metrics: Metrics

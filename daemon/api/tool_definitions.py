@@ -55,10 +55,12 @@ def tool_specs(
     return tuple(specs), tuple(passed_over)
 
 
-def function_tool(name: str, description: str | None, parameters: dict[str, Any]) -> ToolSpec:
+def function_tool(
+    name: str, description: str | None, parameters: dict[str, Any], strict: bool = False
+) -> ToolSpec:
     """A tool as the template is shown it, from a dialect that writes it otherwise."""
     function = {"name": name, "description": description or "", "parameters": parameters}
-    return ToolSpec(name, parameters, {"type": "function", "function": function})
+    return ToolSpec(name, parameters, {"type": "function", "function": function}, strict)
 
 
 def refuse_twice(specs: Sequence[ToolSpec], path: str) -> None:
@@ -73,12 +75,7 @@ def refuse_twice(specs: Sequence[ToolSpec], path: str) -> None:
 
 def _spec(definition: dict[str, Any], path: str) -> ToolSpec:
     function = read_function(definition.get("function"), f"{path}.function")
-    if function.strict:
-        raise InvalidRequest(
-            f"{path}.function.strict: strict tools are not supported; send false.",
-            f"{path}.function.strict",
-        )
-    return ToolSpec(function.name, function.parameters or {}, definition)
+    return ToolSpec(function.name, function.parameters or {}, definition, bool(function.strict))
 
 
 def read_function(given: object, path: str) -> Function:

@@ -139,6 +139,9 @@ class StepEngine:
         self._checkpoint(work)
         self._account(work, (time.perf_counter() - began) * 1e3)
         for sequence, choice in zip(sampling, sampled, strict=True):
+            if (failure := sequence.failure) is not None:
+                self.fail((sequence,), failure)
+                continue
             sequence.append(choice.token)
             sequence.phase = Phase.DECODE
             reason = sequence.finish_reason(self.context_length)

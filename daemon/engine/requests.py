@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from msgspec import Struct
 
 from daemon.checkpoint import Boundary, Found
+from daemon.engine.constraint import Constraint
 from daemon.errors import QwendError
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -43,7 +44,8 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
 
     With `max_tokens` 0 nothing is sampled: the prompt is evaluated up to the last of `boundaries`
     that has no checkpoint yet, and ends as "length". That, at priority "idle", is how work for
-    requests to come is done ahead.
+    requests to come is done ahead. `constraint` says what may follow, None: anything; the engine
+    takes it over.
     """
 
     id: str
@@ -54,6 +56,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     stop_tokens: frozenset[int] = frozenset()
     session: str = ""
     priority: Priority = "client"
+    constraint: Constraint | None = None
 
 
 class Started(Struct, frozen=True, tag=True):

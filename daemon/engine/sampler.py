@@ -1,7 +1,7 @@
 """How the next token is chosen: one function a stage, in one fixed order.
 
-penalties → logit_bias → temperature → top-k → top-p → min-p → draw. Host code over one row of
-logits; a device sampler does the same in the same order. Pure: the seed and the step fix the draw.
+penalties → logit_bias → mask → temperature → top-k → top-p → min-p → draw. Host code over one row
+of logits; a device sampler does the same in the same order. Pure: seed and step fix the draw.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from daemon.engine.backends.backend import Sampled, SamplingRow
+from daemon.engine.constraint import Mask
 from daemon.engine.requests import SamplingParams, TokenLogprobs
 from daemon.errors import DeviceError
 
@@ -28,7 +29,7 @@ def sample(logits: Logits, row: SamplingRow) -> Sampled:
     if not np.isfinite(logits.max()):
         raise DeviceError("the model's logits are not finite; the weights or the device are faulty")
     params = row.params
-    adjusted = bias(penalize(logits, row), params)
+    adjusted = masked(bias(penalize(logits, row), params), row.mask)
     if params.temperature == 0:
         token = int(adjusted.argmax())
     else:
@@ -69,13 +70,21 @@ def bias(logits: Logits, params: SamplingParams) -> Logits:
     return adjusted
 
 
+def masked(logits: Logits, mask: Mask | None) -> Logits:
+    """Minus infinity for every token that the mask does not allow."""
+    if mask is None:
+        return logits
+    allowed = np.unpackbits(mask.view(np.uint8), count=len(logits), bitorder="little")
+    return np.where(allowed, logits, np.float32(-np.inf))
+
+
 def candidates(logits: Logits, params: SamplingParams) -> tuple[Ids, np.ndarray[Any, Any]]:
     """Token ids that stay, best first (ties: lower id), and their shares, which sum to one."""
     ids = _best_first(logits, params.top_k)
     best = logits[ids].astype(np.float64)
     shares = np.exp((best - best[0]) / max(params.temperature, COLDEST))
     shares /= shares.sum()
-    keep = np.ones(len(ids), bool)
+    keep = best > -np.inf
     if params.top_p < 1:
         # A token stays while those before it have not reached top_p; the best always stays.
         keep &= np.cumsum(shares) - shares < max(params.top_p, np.finfo(np.float64).tiny)

@@ -15,6 +15,7 @@ from daemon.checkpoint import PAGE_TOKENS, Birth, Found, Reason, Snapshot
 from daemon.engine.backends.backend import SamplingRow
 from daemon.engine.checkpointing import Timeline
 from daemon.engine.requests import Deliver, FinishReason, GenerationRequest
+from daemon.errors import QwendError
 
 
 class Phase(enum.Enum):
@@ -38,6 +39,7 @@ class Sequence:
         self.request = request
         self.deliver = deliver
         self.timeline = timeline
+        self.constraint = request.constraint
         self.phase = Phase.WAITING
         self.tokens = list(request.tokens)
         self.num_evaluated = 0
@@ -101,6 +103,8 @@ class Sequence:
         """Add a sampled token."""
         self.tokens.append(token)
         self.timeline.extend([token])
+        if self.constraint is not None:
+            self.constraint.advance(token)
         if self._counts is not None:
             total, replied = self._counts.get(token, (0, 0))
             self._counts[token] = (total + 1, replied + 1)
@@ -114,9 +118,15 @@ class Sequence:
         return "length" if self.num_known >= context_length else None
 
     def sampling_row(self) -> SamplingRow:
-        """How to choose this sequence's next token."""
+        """How to choose this sequence's next token; waits for its constraint."""
         step = self.num_known - self.num_prompt
-        return SamplingRow(self.request.sampling, self.seed, step, self._counts or {})
+        mask = None if self.constraint is None else self.constraint.allowed()
+        return SamplingRow(self.request.sampling, self.seed, step, self._counts or {}, mask)
+
+    @property
+    def failure(self) -> QwendError | None:
+        """Why no token can follow, if so; known after `sampling_row`."""
+        return None if self.constraint is None else self.constraint.failure
 
 
 def _seed_of(request: GenerationRequest) -> int:

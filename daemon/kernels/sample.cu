@@ -1,5 +1,5 @@
 // The next token of each row of logits, by the stages of engine/sampler.py in their order:
-// penalties, logit_bias, temperature, top-k, top-p, min-p, draw; and log-probabilities on request.
+// penalties, logit_bias, mask, temperature, top-k, top-p, min-p, draw; and log-probabilities.
 //
 // BLOCKS blocks share a row, each with its slice of the vocabulary in shared memory; they meet at
 // barriers in global memory, so the launcher never starts more blocks than the card holds at once.
@@ -21,6 +21,7 @@ struct Row {
     int num_alternatives;  // negative: no log-probabilities
     u64 seed, step;
     int first_penalty, num_penalties, first_bias, num_biases;
+    int mask, unused;  // which one; negative: every token is allowed
 };
 
 struct Result {
@@ -56,9 +57,10 @@ __device__ float log_sum_exp(RowGroup& group, const Slice& slice) {
     return top + logf(total);
 }
 
-// Repetition over prompt and reply, presence and frequency over the reply alone; then biases.
+// Repetition over prompt and reply, presence and frequency over the reply alone; then biases, and
+// minus infinity for what the mask (a bit a token) leaves out: such a token has no mass.
 __device__ void adjust(const Slice& slice, const Row& row, const int2* penalties,
-                       const int2* biases) {
+                       const int2* biases, const u32* mask) {
     __syncthreads();
     for (int i = threadIdx.x; i < row.num_penalties; i += THREADS) {
         const int2 seen = penalties[row.first_penalty + i];
@@ -72,6 +74,12 @@ __device__ void adjust(const Slice& slice, const Row& row, const int2* penalties
     for (int i = threadIdx.x; i < row.num_biases; i += THREADS) {
         const int2 bias = biases[row.first_bias + i];
         if (float* value = slice.find(bias.x)) *value += __int_as_float(bias.y);
+    }
+    __syncthreads();
+    if (row.mask < 0) return;
+    for (int i = threadIdx.x; i < slice.count; i += THREADS) {
+        const u32 token = slice.first + i;
+        if (!(__ldg(&mask[token / 32]) >> token % 32 & 1)) slice.values[i] = NEGATIVE_INFINITY;
     }
     __syncthreads();
 }
@@ -134,9 +142,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     const Row* __restrict__ rows,    // [rows]
     const int2* __restrict__ penalties,  // (token, occurrences in the reply), of all rows
     const int2* __restrict__ biases,     // (token, bits of the f32 to add), of all rows
+    const u32* __restrict__ masks,       // [masks, mask_stride]
     Scratch* scratch,                // [rows], all zero
     Result* results,                 // [rows]
-    int first_row, int row_stride,
+    int first_row, int row_stride, int mask_stride,
     int num_tokens)                  // ids from here on are padding
 {
     extern __shared__ __align__(16) u8 shared[];  // LocalBins, f32 [SLICE]
@@ -162,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
             alternatives(search, group, slice, count, log_total, result);
         }
     }
-    adjust(slice, row, penalties, biases);
+    adjust(slice, row, penalties, biases, masks + size_t(max(row.mask, 0)) * mask_stride);
     const int best = search.start(row.temperature);
     int token = best;
     if (row.temperature > 0) {

@@ -17,7 +17,7 @@ from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.kernel import Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
-PARAMETERS = ("pointer",) * 6 + ("int32",) * 3
+PARAMETERS = ("pointer",) * 7 + ("int32",) * 4
 THREADS = 1024
 BINS = 1024
 LOCAL_BIN_BYTES = 12
@@ -31,6 +31,7 @@ ROW = np.dtype(
         ("seed", "u8"), ("step", "u8"),
         ("first_penalty", "i4"), ("num_penalties", "i4"),
         ("first_bias", "i4"), ("num_biases", "i4"),
+        ("mask", "i4"), ("unused", "i4"),
     ]
 )  # fmt: skip
 RESULT = np.dtype(
@@ -45,7 +46,7 @@ class Choice(NamedTuple):
     """How to choose one row's token; neutral values switch a stage off.
 
     `counts` maps tokens of prompt and reply to their occurrences in the reply. `num_alternatives`
-    None asks for no log-probabilities.
+    None asks for no log-probabilities. `mask` has a bit a token, None allows every one.
     """
 
     temperature: float
@@ -60,6 +61,7 @@ class Choice(NamedTuple):
     counts: dict[int, int]
     biases: dict[int, float]
     num_alternatives: int | None
+    mask: np.ndarray[Any, np.dtype[np.uint32]] | None = None
 
 
 class Chosen(NamedTuple):
@@ -95,6 +97,7 @@ def pack(choices: Sequence[Choice]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     rows = np.zeros(len(choices), ROW)
     first_penalties = list(accumulate((len(c.counts) for c in choices), initial=0))
     first_biases = list(accumulate((len(c.biases) for c in choices), initial=0))
+    num_masks = list(accumulate((c.mask is not None for c in choices), initial=0))
     for i, c in enumerate(choices):
         alternatives = -1 if c.num_alternatives is None else c.num_alternatives
         assert alternatives <= MAX_ALTERNATIVES
@@ -103,6 +106,7 @@ def pack(choices: Sequence[Choice]) -> np.ndarray[Any, np.dtype[np.uint8]]:
             c.repetition, c.presence, c.frequency, alternatives,
             c.seed % 2**64, c.step,
             first_penalties[i], len(c.counts), first_biases[i], len(c.biases),
+            -1 if c.mask is None else num_masks[i], 0,
         )  # fmt: skip
     penalties = np.array([pair for c in choices for pair in c.counts.items()], np.int32)
     tokens = np.array([token for c in choices for token in c.biases], np.int32)
@@ -124,6 +128,9 @@ class Sample:
         self._scratch = device.allocate((max_rows, scratch_bytes(self._blocks)), ElementType.U8)
         self._results = device.allocate((max_rows, RESULT.itemsize), ElementType.U8)
         self._parameters = device.allocate((max_rows * ROW.itemsize,), ElementType.U8)
+        self._mask_words = -(-vocab_size // 32)
+        self._masks = device.allocate((max_rows, self._mask_words), ElementType.U32)
+        self._host_masks = device.allocate_pinned(self._masks.num_bytes).view(np.uint32)
 
     def __call__(
         self, logits: DeviceArray, choices: Sequence[Choice], num_tokens: int
@@ -135,8 +142,9 @@ class Sample:
         return [_chosen(result, c) for result, c in zip(results, choices, strict=True)]
 
     def launch(self, logits: DeviceArray, choices: Sequence[Choice], num_tokens: int) -> None:
-        """Start choosing; results stay on the device."""
+        """Start choosing; results stay on the device. With masks, wait before the next launch."""
         count = len(choices)
+        self._upload([c.mask for c in choices if c.mask is not None])
         packed = pack(choices)
         if packed.nbytes > self._parameters.num_bytes:
             self._device.synchronize()
@@ -155,13 +163,23 @@ class Sample:
                 self._parameters,
                 penalties,
                 biases,
+                self._masks,
                 self._scratch,
                 self._results,
                 first,
                 logits.shape[1],
+                self._mask_words,
                 num_tokens,
                 shared_bytes=self._shared_bytes,
             )
+
+    def _upload(self, masks: Sequence[np.ndarray[Any, np.dtype[np.uint32]]]) -> None:
+        """Copy the masks of this launch through pinned memory, which the copy reads later."""
+        if not masks:
+            return
+        packed = self._host_masks[: len(masks) * self._mask_words]
+        np.concatenate(masks, out=packed)
+        self._device.write(self._masks.rows(0, len(masks)), packed)
 
 
 def _chosen(result: Any, choice: Choice) -> Chosen:

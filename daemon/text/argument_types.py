@@ -26,10 +26,10 @@ def typed_value(text: str, schema: object, root: Mapping[str, Any]) -> Any:
     Args:
         root: the tool's whole schema, for `$ref`.
     """
-    constraints = list(_constraints(schema, root))
-    if any(text == member for part in constraints for member in _members(part)):
+    constraints = list(constraints_of(schema, root))
+    if any(text == member for part in constraints for member in members_of(part)):
         return text
-    types = {name for part in constraints for name in _types(part)} or {"object", "array"}
+    types = {name for part in constraints for name in types_of(part)} or {"object", "array"}
     if any(part.get("nullable") is True for part in constraints):
         types.add("null")
     for name, read in READERS.items():
@@ -41,7 +41,7 @@ def typed_value(text: str, schema: object, root: Mapping[str, Any]) -> Any:
     return text
 
 
-def _constraints(
+def constraints_of(
     schema: object, root: Mapping[str, Any], depth: int = 0
 ) -> Iterator[Mapping[str, Any]]:
     """A schema and all that it is composed of."""
@@ -49,11 +49,11 @@ def _constraints(
         return
     yield schema
     if isinstance(schema.get("$ref"), str):
-        yield from _constraints(_resolve(schema["$ref"], root), root, depth + 1)
+        yield from constraints_of(_resolve(schema["$ref"], root), root, depth + 1)
     for key in ("anyOf", "oneOf", "allOf"):
         parts = schema.get(key)
         for part in parts if isinstance(parts, (list, tuple)) else ():
-            yield from _constraints(part, root, depth + 1)
+            yield from constraints_of(part, root, depth + 1)
 
 
 def _resolve(reference: str, root: Mapping[str, Any]) -> object:
@@ -67,19 +67,19 @@ def _resolve(reference: str, root: Mapping[str, Any]) -> object:
     return place
 
 
-def _members(schema: Mapping[str, Any]) -> list[Any]:
+def members_of(schema: Mapping[str, Any]) -> list[Any]:
     enum = schema.get("enum")
     members = list(enum) if isinstance(enum, (list, tuple)) else []
     return [*members, schema["const"]] if "const" in schema else members
 
 
-def _types(schema: Mapping[str, Any]) -> list[str]:
+def types_of(schema: Mapping[str, Any]) -> list[str]:
     declared = schema.get("type")
     if isinstance(declared, str):
         return [declared]
     if isinstance(declared, (list, tuple)):
         return [name for name in declared if isinstance(name, str)]
-    if members := _members(schema):
+    if members := members_of(schema):
         return [_type_of(member) for member in members]
     implied = {"properties": "object", "items": "array"}
     return [name for key, name in implied.items() if key in schema]

@@ -36,8 +36,10 @@ class Message(Struct, frozen=True, kw_only=True):
 
 class ToolSpec(Struct, frozen=True):
     """A tool on offer. `definition` is the whole object as the client sent it, for the template;
-    `parameters` its JSON schema (empty: no parameters declared)."""
+    `parameters` its JSON schema (empty: no parameters declared). `strict`: a call's arguments must
+    fulfil it."""
 
     name: str
     parameters: Mapping[str, Any]
     definition: Mapping[str, Any]
+    strict: bool = False

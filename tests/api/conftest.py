@@ -12,6 +12,7 @@ from daemon.api.service import Limits, Service
 from daemon.engine.requests import SamplingParams
 from daemon.engine.weights.gguf import open_gguf
 from daemon.metrics import Metrics
+from daemon.text.constrainer import Constrainer
 from daemon.text.prompt import PromptBuilder
 from daemon.text.prompt_history import FrameShape, PromptHistory
 from daemon.text.template import FRAME_END, FRAME_START, ChatTemplate
@@ -37,8 +38,17 @@ def template(metadata: dict[str, object], tokenizer: Tokenizer) -> ChatTemplate:
     return ChatTemplate(str(metadata["tokenizer.chat_template"]), tokenizer.control_tokens)
 
 
+@pytest.fixture(scope="session")
+def constrainer(tokenizer: Tokenizer) -> Iterator[Constrainer]:
+    made = Constrainer(tokenizer)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def make_api(tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[MakeApi]:
+def make_api(
+    tokenizer: Tokenizer, template: ChatTemplate, constrainer: Constrainer
+) -> Iterator[MakeApi]:
     """Makes an app whose model answers with `reply` (text, a Script, or a function to one)."""
     engines = []
 
@@ -66,6 +76,7 @@ def make_api(tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[MakeApi]:
             engine_state=lambda: "ok",
             tokenizer=tokenizer,
             prompts=PromptBuilder(tokenizer, template, replies),
+            constrainer=constrainer,
             remember=replies.remember,
             cache_stats=lambda: {"checkpoints": 0},
             metrics=Metrics(),

@@ -25,6 +25,10 @@ def message(**fields: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": "hello", **fields}]
 
 
+def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
@@ -65,19 +69,48 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"1": 101}}, "logit_bias[...]"),
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (
+        {"response_format": schema_format({"type": "integer", "minimum": 5, "maximum": 3})},
+        "response_format.json_schema.schema",
+    ),
+    ({"response_format": schema_format({"not": {}})}, "response_format.json_schema.schema"),
+    (
+        {"response_format": schema_format({"type": "strin"})},
+        "response_format.json_schema.schema.type",
+    ),
+    ({"response_format": {"type": "json_object"}, "grammar": 'root ::= "a"'}, "grammar"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "sometimes"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"functions": [{"name": "f"}]}, "functions"),
-    ({"guided_json": {"type": "object"}}, "guided_json"),
+    ({"guided_json": "{"}, "guided_json"),
+    ({"guided_regex": "("}, "guided_regex"),
+    ({"guided_choice": "yes"}, "guided_choice"),
+    ({"grammar": "root ::= nowhere"}, "grammar"),
+    ({"grammar": "start: nowhere"}, "grammar"),
+    ({"structured_outputs": {"regex": "["}}, "structured_outputs.regex"),
+    ({"thinking_budget": -2}, "thinking_budget"),
     ({"chat_template_kwargs": {"messages": []}}, "messages"),
     ({"tools": "f"}, "tools"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tools": tool(name="a b")}, "tools[0].function.name"),
     ({"tools": tool() + tool()}, "tools[1]"),
-    ({"tools": tool(strict=True)}, "tools[0].function.strict"),
+    (
+        {"tools": tool(strict=True, parameters={"properties": {"a": {"type": "array", "not": 3}}})},
+        "tools[0].function.parameters.properties.a.not",
+    ),
+    (
+        {
+            "tools": tool(
+                strict=True,
+                parameters={"properties": {"a": {"uniqueItems": True, "type": "array"}}},
+            )
+        },
+        "tools[0].function.parameters",
+    ),
     ({"tools": tool(parameters=[])}, "tools[0].function.parameters"),
     ({"tools": tool(parameters={"type": "list"})}, "tools[0].function.parameters.type"),
     ({"tools": tool(parameters={"type": "string"})}, "tools[0].function.parameters.type"),

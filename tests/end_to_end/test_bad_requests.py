@@ -34,7 +34,7 @@ def tool(**function: Any) -> list[dict[str, Any]]:
         ({"tools": tool(name="")}, "tools"),
         ({"tools": tool(name="f", parameters={"type": "no such type"})}, "tools"),
         ({"tools": tool(name="f", parameters=[])}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
     ],
 )
 def test_a_bad_value_is_named(daemon: DaemonProcess, change: dict[str, Any], param: str) -> None:

@@ -7,6 +7,7 @@ from tape_model import TapeModel
 
 from daemon.checkpoint import Boundary
 from daemon.engine.checkpointing import CheckpointStore, NoCheckpoints
+from daemon.engine.constraint import Constraint
 from daemon.engine.engine import StepEngine
 from daemon.engine.requests import (
     Event,
@@ -34,6 +35,7 @@ def generation_request(
     max_tokens: int = 8,
     boundaries: Sequence[int] = (),
     stop_tokens: Sequence[int] = (),
+    constraint: Constraint | None = None,
 ) -> GenerationRequest:
     return GenerationRequest(
         id=f"r{number}",
@@ -41,6 +43,7 @@ def generation_request(
         boundaries=tuple(Boundary(position, "user") for position in boundaries),
         max_tokens=max_tokens,
         stop_tokens=frozenset(stop_tokens),
+        constraint=constraint,
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from daemon.checkpoint import PAGE_TOKENS
 from daemon.engine.backends.backend import Sampled, SamplingRow
 from daemon.engine.batch import Batch, Span
+from daemon.engine.constraint import Mask
 
 VOCAB = 50_000
 
@@ -78,8 +79,13 @@ class TapeModel:
     def sample(
         self, logits: list[int], rows: Sequence[SamplingRow], num_tokens: int
     ) -> list[Sampled]:
+        """What follows from the tape, or the first token that a mask allows."""
         assert len(logits) == len(rows)
-        return [Sampled(token, None) for token in logits]
+        masks = [row.mask for row in rows]
+        return [
+            Sampled(token if mask is None else _first_of(mask), None)
+            for token, mask in zip(logits, masks, strict=True)
+        ]
 
     def clear_slot(self, slot: int) -> None:
         self.slots[slot] = []
@@ -97,3 +103,7 @@ class TapeModel:
         self.slots[slot] = np.frombuffer(state, np.int32).tolist()
         for page, content in pages.items():
             self.pages[page] = np.frombuffer(content, np.int32)
+
+
+def _first_of(mask: Mask) -> int:
+    return int(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))[0])

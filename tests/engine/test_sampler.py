@@ -52,6 +52,35 @@ def test_the_coldest_draw_is_one_of_the_best(values: list[float], seed: int, ste
         assert rounded[chosen.token] == max(rounded)
 
 
+# ── masks ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(
+    values=logit_lists,
+    seed=st.integers(0, 2**64),
+    allowed=st.sets(st.integers(0, 39), min_size=1),
+    params=st.sampled_from(
+        [
+            SamplingParams(temperature=0.0),
+            NEUTRAL,
+            SamplingParams(top_k=3, top_p=0.5, min_p=0.1),
+            SamplingParams(top_k=30, logprobs=2),
+        ]
+    ),
+)
+def test_a_mask_leaves_the_others_as_they_are(
+    values: list[float], seed: int, allowed: set[int], params: SamplingParams
+) -> None:
+    """The same draw as from the allowed tokens alone; log-probabilities stay the model's own."""
+    ids = sorted(token for token in allowed if token < len(values)) or [0]
+    mask = np.packbits(np.isin(np.arange(64), ids), bitorder="little").view(np.uint32)
+    chosen = sampler.sample(floats(values), SamplingRow(params, seed, 0, {}, mask))
+    alone = sampler.sample(floats([values[token] for token in ids]), row(params, seed))
+    assert chosen.token == ids[alone.token]
+    if params.logprobs is not None:
+        assert chosen.logprobs == sampler.report(floats(values), chosen.token, params.logprobs)
+
+
 # ── what stays ────────────────────────────────────────────────────────────────────────────────
 
 

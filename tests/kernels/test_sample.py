@@ -47,6 +47,7 @@ def as_choice(row: SamplingRow) -> Choice:
         p.repetition_penalty, p.presence_penalty, p.frequency_penalty, row.seed, row.step,
         {token: reply for token, (_, reply) in row.counts.items()},
         {token: amount for token, amount in p.logit_bias if token < NUM_TOKENS}, p.logprobs,
+        row.mask,
     )  # fmt: skip
 
 
@@ -62,6 +63,7 @@ def random_logits(rows: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]
 def assert_drawn(logits: np.ndarray[Any, Any], row: SamplingRow, token: int) -> None:
     """The token whose interval of the running sum holds the random number, to 1e-5."""
     adjusted = sampler.bias(sampler.penalize(logits, row), row.params)
+    adjusted = sampler.masked(adjusted, row.mask)
     if row.params.temperature == 0:
         assert token == adjusted.argmax()
         return
@@ -123,3 +125,30 @@ def test_all_equal_logits(device: Device, compiler: Compiler, value: float) -> N
     greedy, drawn = choose(logits, [as_choice(row) for row in rows], NUM_TOKENS)
     assert greedy.token == 0
     assert abs(drawn.token - sampler.uniform(11, 3) * NUM_TOKENS) < 2
+
+
+def mask_of(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    bits = np.zeros(VOCAB, np.uint8)
+    bits[tokens] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_allowed", [1, 7, 5_000, NUM_TOKENS])
+def test_masked_rows_among_others(device: Device, compiler: Compiler, num_allowed: int) -> None:
+    choose = Sample(device, compiler, VOCAB, 16)
+    rng = np.random.default_rng(num_allowed)
+    logits = random_logits(len(CASES), num_allowed)
+    allowed = [rng.choice(NUM_TOKENS, num_allowed, replace=False) for _ in CASES]
+    rows = [
+        SamplingRow(params, int(rng.integers(2**63)), 5, {}, mask_of(tokens) if i % 3 else None)
+        for i, (params, tokens) in enumerate(zip(CASES.values(), allowed, strict=True))
+    ]
+    on_device = device.to_device(logits)
+    for _ in range(2):
+        chosen = choose(on_device, [as_choice(row) for row in rows], NUM_TOKENS)
+        for line, row, tokens, got in zip(logits, rows, allowed, chosen, strict=True):
+            assert_drawn(line[:NUM_TOKENS], row, got.token)
+            assert row.mask is None or got.token in tokens
+    alone = choose(on_device.rows(4, 5), [as_choice(rows[4])], NUM_TOKENS)
+    assert alone == [chosen[4]]

@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from daemon.checkpoint import HostBytes
 from daemon.engine.batch import Batch
+from daemon.engine.constraint import Mask
 from daemon.engine.model.shape import ModelShape
 from daemon.engine.model.weights import (
     AttentionWeights,
@@ -39,13 +40,14 @@ class SamplingRow(Struct, frozen=True):
 
     `step` counts the tokens sampled before; with the seed it fixes the random number. `counts`
     maps token ids to (occurrences in prompt and reply, occurrences in the reply alone), empty when
-    no penalty asks for it.
+    no penalty asks for it. `mask` are the tokens that may be chosen, None: all.
     """
 
     params: SamplingParams
     seed: int
     step: int
     counts: dict[int, tuple[int, int]]
+    mask: Mask | None = None
 
 
 class Sampled(Struct, frozen=True):

@@ -364,6 +364,7 @@ def _choice(row: SamplingRow) -> Choice:
         counts={token: replied for token, (_, replied) in row.counts.items()},
         biases=dict(params.logit_bias),
         num_alternatives=params.logprobs,
+        mask=row.mask,
     )
 
 
