@@ -16,12 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .client import Client, ClientError, Part, Usage
+from .client import DEFAULT_URL, Client, ClientError, Part, Usage
 
 with suppress(ImportError):  # absent on some systems; then lines cannot be edited
     import readline  # noqa: F401
 
-DEFAULT_URL = "http://127.0.0.1:8080"
 FENCE = '"""'
 PASTE_PAUSE_S = 0.03
 HELP = """\

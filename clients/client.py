@@ -6,13 +6,16 @@ the other side. Runs on the caller's thread.
 
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from msgspec import Struct
 
 CONNECT_TIMEOUT_S = 5.0
+DEFAULT_URL = "http://127.0.0.1:8080"
 SILENCE_TIMEOUT_S = 300.0
 
 
@@ -116,6 +119,42 @@ class Client:
         """How much of the prompts was reused, and what the store holds."""
         return self._get("/v1/cache/stats")
 
+    def plans(self) -> list[dict[str, Any]]:
+        """What the last requests reused and why not more, the newest first."""
+        plans: list[dict[str, Any]] = self._get("/v1/cache/requests")["data"]
+        return plans
+
+    def plan(self, request_id: str) -> dict[str, Any]:
+        """What one request reused and why not more."""
+        return self._get(f"/v1/cache/requests/{quote(request_id)}")
+
+    def dry_run(self, body: bytes, dialect: str | None = None) -> dict[str, Any]:
+        """What a request's body would reuse."""
+        query = {"dialect": dialect} if dialect else {}
+        return self._send("POST", "/v1/cache/plan", params=query, content=body)
+
+    def session(self, method: str, name: str, **content: Any) -> dict[str, Any]:
+        """Ask for something of a stored session, by its id or name."""
+        return self._send(method, f"/v1/cache/sessions/{quote(name)}", **content)
+
+    def import_session(self, path: Path, session: str | None = None) -> dict[str, Any]:
+        """Send an exported session; what it is there."""
+        query = {"session": session} if session else {}
+        with path.open("rb") as file:
+            return self._send("POST", "/v1/cache/sessions/import", params=query, content=file)
+
+    def export(self, name: str) -> Generator[bytes]:
+        """A session as a file, piece by piece."""
+        path = f"/v1/cache/sessions/{quote(name)}/export"
+        try:
+            with self._http.stream("GET", path) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise _refusal(response)
+                yield from response.iter_bytes()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._unreachable(error) from error
+
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generator[Part]:
         """Stream an answer. Closing the generator ends the server's work.
 
@@ -138,8 +177,13 @@ class Client:
             raise self._unreachable(error) from error
 
     def _get(self, path: str, accept: Sequence[int] = (200,)) -> dict[str, Any]:
+        return self._send("GET", path, accept)
+
+    def _send(
+        self, method: str, path: str, accept: Sequence[int] = (200, 201), **content: Any
+    ) -> dict[str, Any]:
         try:
-            response = self._http.get(path)
+            response = self._http.request(method, path, **content)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from error
         if response.status_code not in accept:

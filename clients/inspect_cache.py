@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -24,7 +25,6 @@ from daemon.cache.records import FORMAT_VERSION, DamagedRecord, StateHeader
 from daemon.cache.session_catalogue import read_records
 from daemon.cache.sessions import (
     Ancestors,
-    CheckpointRow,
     SessionRow,
     session_groups,
     session_row,
@@ -32,9 +32,11 @@ from daemon.cache.sessions import (
 )
 from daemon.cache.store import Store
 from daemon.config import default_cache_folder
-from daemon.errors import QwendError
+from daemon.errors import QwendError, UnknownSession
 
-_MIN_WIDTH = 100
+from . import request_commands, session_commands
+from .client import DEFAULT_URL, ClientError
+from .terminal import age, console, printable, size
 
 
 class ModelRow(Struct, frozen=True, kw_only=True):
@@ -73,22 +75,24 @@ class StoreView(Struct, frozen=True, kw_only=True):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Show a store; 0, or 1 when there is an error or damage."""
+    """Run one command, or show the store; 0, or 1 when there is an error or damage."""
     arguments = _parser().parse_args(argv)
     try:
-        view = read_store(arguments.cache_dir, verify=arguments.verify)
-    except QwendError as error:
+        status: int | None = arguments.run(arguments)
+    except (QwendError, ClientError) as error:
         print(f"qwend: {error}", file=sys.stderr)
         return 1
+    return status or 0
+
+
+def _show_store(arguments: argparse.Namespace) -> int:
+    view = read_store(arguments.cache_dir, verify=arguments.verify)
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(view)).decode())
     elif view is None:
         print(f"No checkpoints in {arguments.cache_dir}.")
     else:
-        console = Console()
-        if not console.is_terminal:
-            console.width = max(console.width, _MIN_WIDTH)
-        show(view, console, now_us=time.time_ns() // 1000)
+        show(view, console(), now_us=time.time_ns() // 1000)
     return 1 if view is not None and view.damaged else 0
 
 
@@ -111,30 +115,52 @@ def read_store(path: Path, *, verify: bool) -> StoreView | None:
         store.close()
 
 
-def show(view: StoreView, console: Console, *, now_us: int) -> None:
+def show(view: StoreView, output: Console, *, now_us: int) -> None:
     """Print tables: totals, sessions with their checkpoints, damage."""
-    console.print(_totals(view))
+    output.print(_totals(view))
     if view.sessions:
-        console.print(_session_table(view, now_us))
+        output.print(_session_table(view, now_us))
     if view.num_stale:
-        console.print(f"{view.num_stale} unreachable records go when the daemon starts next.")
+        output.print(f"{view.num_stale} unreachable records go when the daemon starts next.")
     if view.damaged is not None:
-        console.print(_damage_table(view.damaged) if view.damaged else "All records are sound.")
+        output.print(_damage_table(view.damaged) if view.damaged else "All records are sound.")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="qwend inspect", description="Show what the checkpoint store holds."
-    )
-    folder = default_cache_folder()
-    parser.add_argument(
-        "--cache-dir", type=Path, default=folder, help=f"the store's folder (default: {folder})"
+        prog="qwend inspect",
+        description="Show what the checkpoint store holds, and change its sessions.",
+        parents=[_shared(is_default=True)],
     )
     parser.add_argument(
         "--verify", action="store_true", help="read every record and compare its checksum"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(run=_show_store)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    shared = _shared(is_default=False)
+    text = "show one session with its checkpoints"
+    look = commands.add_parser("show", help=text, description=text, parents=[shared])
+    look.add_argument("session", help="its id or name")
+    look.set_defaults(run=_show_session)
+    session_commands.register(commands, shared)
+    request_commands.register(commands, shared)
     return parser
+
+
+def _shared(is_default: bool) -> argparse.ArgumentParser:
+    """Flags that stand before or after a command; only those before it have defaults."""
+    folder = default_cache_folder()
+    flags = argparse.ArgumentParser(add_help=False)
+
+    def add(name: str, default: object, text: str, **kind: Any) -> None:
+        given = default if is_default else argparse.SUPPRESS
+        flags.add_argument(name, default=given, help=text, **kind)
+
+    add("--cache-dir", folder, f"the store's folder (default: {folder})", type=Path)
+    add("--cache-size", "20G", "its budget, half of which may be pinned (default: 20G)")
+    add("--url", DEFAULT_URL, f"the daemon that has it open (default: {DEFAULT_URL})")
+    add("--json", False, "print JSON instead of tables", action="store_true")
+    return flags
 
 
 def _view(store: Store, damaged: tuple[DamagedRow, ...] | None) -> StoreView:
@@ -196,7 +222,7 @@ def _totals(view: StoreView) -> Text:
     lines = [
         f"{view.path} · format {view.format_version}",
         f"{view.num_checkpoints} checkpoints and {view.num_pages} KV pages,"
-        f" {_size(view.num_bytes)} in a file of {_size(view.file_bytes)}",
+        f" {size(view.num_bytes)} in a file of {size(view.file_bytes)}",
     ]
     return Text("\n".join(lines + ([models] if models else [])))
 
@@ -204,32 +230,68 @@ def _totals(view: StoreView) -> Text:
 def _session_table(view: StoreView, now_us: int) -> Table:
     names = {model.fingerprint: model.name or model.fingerprint[:12] for model in view.models}
     table = Table(title="Sessions, the last used first", title_justify="left")
-    for heading in ("session", "model", "checkpoint"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("tokens", "size", "used"):
+    table.add_column("id", no_wrap=True)
+    table.add_column("session", overflow="fold")
+    if len(names) > 1:
+        table.add_column("model", overflow="fold")
+    for heading in ("tokens", "checkpoints", "size", "used"):
         table.add_column(heading, justify="right", no_wrap=True)
     for session in view.sessions:
         table.add_row(
-            Text(_printable(session.session) or "-", style="bold"),
-            Text(_printable(names[session.model])),
-            f"{len(session.checkpoints)} in all",
+            session.id,
+            _naming(session),
+            *([Text(printable(names[session.model]))] if len(names) > 1 else []),
             f"{session.num_tokens:,}",
-            _size(session.num_bytes),
-            _age(session.used_us, now_us),
+            str(len(session.checkpoints)),
+            size(session.num_bytes),
+            age(session.used_us, now_us),
         )
-        for checkpoint in session.checkpoints:
-            table.add_row("", "", *_checkpoint_cells(checkpoint, now_us), style="dim")
     return table
 
 
-def _checkpoint_cells(checkpoint: CheckpointRow, now_us: int) -> tuple[str, ...]:
-    born = "on the grid" if checkpoint.born == "prompt" else "decoded"
-    return (
-        f"{checkpoint.reason}, {born}",
-        f"{checkpoint.position:,}",
-        _size(checkpoint.num_bytes),
-        _age(checkpoint.used_us, now_us),
+def _naming(session: SessionRow) -> Text:
+    """Title or name, and beneath it what is special about it."""
+    text = Text(printable(session.title or session.session) or "-", style="bold")
+    notes = [printable(session.session)] if session.title and session.session else []
+    notes += ["pinned"] if session.is_pinned else []
+    notes += [f"from {session.parents[0]}"] if session.parents else []
+    return text.append("\n" + " · ".join(notes), style="not bold dim") if notes else text
+
+
+def _show_session(arguments: argparse.Namespace) -> int:
+    view = read_store(arguments.cache_dir, verify=False)
+    wanted = arguments.session
+    rows = [row for row in (view.sessions if view else ()) if wanted in (row.id, row.session)]
+    if not rows:
+        raise UnknownSession(f"There is no session {wanted!r} in {arguments.cache_dir}.")
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(rows)).decode())
+        return 0
+    output = console()
+    for row in rows:
+        output.print(_naming(row))
+        output.print(_checkpoint_table(row, time.time_ns() // 1000))
+    return 0
+
+
+def _checkpoint_table(session: SessionRow, now_us: int) -> Table:
+    origin = f", goes on from {', '.join(session.parents)}" if session.parents else ""
+    table = Table(
+        title=f"{session.id}: {session.num_tokens:,} tokens, {size(session.num_bytes)}{origin}",
+        title_justify="left",
     )
+    for heading in ("position", "reason", "born", "state", "taken", "used"):
+        table.add_column(heading, justify="left" if heading in ("reason", "born") else "right")
+    for checkpoint in session.checkpoints:
+        table.add_row(
+            f"{checkpoint.position:,}",
+            checkpoint.reason,
+            "on the grid" if checkpoint.born == "prompt" else "decoded",
+            size(checkpoint.num_bytes),
+            age(checkpoint.created_us, now_us),
+            age(checkpoint.used_us, now_us),
+        )
+    return table
 
 
 def _damage_table(rows: Sequence[DamagedRow]) -> Table:
@@ -237,25 +299,3 @@ def _damage_table(rows: Sequence[DamagedRow]) -> Table:
     for row in rows:
         table.add_row(row.kind, row.key, row.problem)
     return table
-
-
-def _printable(text: str) -> str:
-    """A client chose it: no control characters to the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
-
-
-def _age(then_us: int, now_us: int) -> str:
-    seconds = max(now_us - then_us, 0) // 1_000_000
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds // length} {unit} ago"
-    return f"{seconds} s ago"

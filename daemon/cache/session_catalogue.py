@@ -165,8 +165,8 @@ class SessionCatalogue:
     # ── wiping ────────────────────────────────────────────────────────────────────────────────
 
     def wipe(self, name: str, timelines: Sequence[bytes] = ()) -> SessionRow:
-        """Delete a session's checkpoints but those that a fork of it goes on from, and the replies
-        that were sampled in it; what it was.
+        """Delete a session's checkpoints but those that another one has too, as a fork does, and
+        the replies that were sampled in it; what it was.
 
         Args:
             timelines: token ids of the session (little-endian u32) that may not be stored yet.
@@ -179,11 +179,11 @@ class SessionCatalogue:
         row = session_row(group, self._ancestors)
         with self._transfer.reading() as reader:
             stored = [_tokens(reader, branch) for branch in self._branches(group)]
-        forked = self._keys_of_forks(group.record)
+        kept = self._shared_keys(group)
         keys = [state.header.key for state in group.states]
-        self._transfer.wipe(key for key in keys if key not in forked)
+        self._transfer.wipe(key for key in keys if key not in kept)
         self._sampled.forget_within([*stored, *timelines])
-        self._bury(group.record, is_hidden=not forked.isdisjoint(keys))
+        self._bury(group.record, is_hidden=bool(kept))
         self._transfer.flush()
         return row
 
@@ -196,11 +196,14 @@ class SessionCatalogue:
         else:
             self._put(record, delete=True)
 
-    def _keys_of_forks(self, record: SessionRecord) -> set[bytes]:
-        """Keys of the states that other sessions go on from by name."""
-        with self._lock:
-            others = self._records.values()
-            return {other.state_key for other in others if other.key != record.key} - {b""}
+    def _shared_keys(self, group: SessionGroup) -> set[bytes]:
+        """Keys of a session's states that belong to another session too."""
+        return {state.header.key for state in group.states} & {
+            state.header.key
+            for other in self._groups()
+            if other.record.key != group.record.key
+            for state in other.states
+        }
 
     # ── export and import ─────────────────────────────────────────────────────────────────────
 

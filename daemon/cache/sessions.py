@@ -111,7 +111,7 @@ def session_row(group: SessionGroup, ancestors: Ancestors) -> SessionRow:
         created_us=min(state.header.created_us for state in group.states),
         used_us=max(state.used_us for state in group.states),
         is_pinned=record.is_pinned,
-        parents=_parents(record, ancestors(longest.header.key)),
+        parents=_parents(record, [longest.header, *ancestors(longest.header.key)]),
         checkpoints=tuple(map(_checkpoint_row, group.states)),
     )
 
@@ -127,9 +127,9 @@ def _stored_state(index: PrefixIndex, state: StateHeader, is_queued: bool) -> St
     return StoredState(state, index.used_us(state.key), num_bytes, tip.num_chain_bytes, is_queued)
 
 
-def _parents(record: SessionRecord, ancestors: Iterable[StateHeader]) -> tuple[str, ...]:
+def _parents(record: SessionRecord, states: Iterable[StateHeader]) -> tuple[str, ...]:
     names = [record.parent] if record.parent else []
-    names += [state.session for state in ancestors]
+    names += [state.session for state in states]
     others = dict.fromkeys(name for name in names if name != record.session)
     return tuple(session_id(record.fingerprint, name) for name in others)
 

@@ -27,7 +27,7 @@ With LMDB's own 16 bytes a chunk fills 64 pages of 4 KiB exactly.
 
 MIN_MAP_BYTES = 4 << 20
 DATA_FILE = "data.mdb"
-_LOCK_FILE = "writer.lock"
+LOCK_FILE = "writer.lock"
 _OS_PAGE_BYTES = 4096
 _RECORD_BYTES = 512  # header, keys and their share of the B-tree
 _PAYLOADS = {"pages": "page_payloads", "states": "state_payloads"}
@@ -126,7 +126,7 @@ class Store:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"Cannot make the folder {path}: {error.strerror}.") from error
-        lock = WriterLock(path / _LOCK_FILE)
+        lock = WriterLock(path / LOCK_FILE)
         map_bytes = max(max_bytes, MIN_MAP_BYTES) // _OS_PAGE_BYTES * _OS_PAGE_BYTES
         try:
             # Without metasync a power failure may cost the last checkpoint, never an earlier one.

@@ -39,10 +39,22 @@ def test_tables(cache: CheckpointCache, tmp_path: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "2 checkpoints and 3 KV pages" in shown
     assert "tiny (61206d6f6465): 2" in shown
-    for piece in ("work ?[31m", "system, on the grid", "reply, decoded", "192", "s ago"):
+    for piece in ("work ?[31m", "192", "s ago"):
         assert piece in shown
     assert "\x1b" not in shown
     assert "sound" not in shown
+
+
+def test_one_session(
+    cache: CheckpointCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.close()
+    assert run(tmp_path, "show", "work \x1b[31m") == 0
+    shown = capsys.readouterr().out
+    for piece in ("system", "on the grid", "reply", "decoded", "192 tokens"):
+        assert piece in shown
+    assert run(tmp_path, "show", "none") == 1
+    assert "There is no session 'none'" in capsys.readouterr().err
 
 
 def test_json(cache: CheckpointCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
