@@ -26,6 +26,7 @@ def cache(tmp_path: Path) -> Iterator[CheckpointCache]:
         timeline = cache.timeline(prompt(2, number), session)
         timeline.save(Snapshot(64, "prompt", 1, b"state", {0: b"page"}), "system")
         timeline.save(Snapshot(128, "prompt", 2, b"state", {1: b"page"}), "prompt")
+    cache.flush()
     yield cache
     cache.close()
 
