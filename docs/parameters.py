@@ -5,12 +5,13 @@ from pathlib import Path
 
 from daemon.api.anthropic_messages_request import PARAMETERS as MESSAGES
 from daemon.api.openai_chat_request import PARAMETERS as CHAT
+from daemon.api.openai_completions_request import PARAMETERS as COMPLETIONS
 from daemon.api.openai_responses_request import PARAMETERS as RESPONSES
 from daemon.api.parameters import Parameters
 
 TABLE = Path(__file__).with_suffix(".md")
 
-DIALECTS = (CHAT, RESPONSES, MESSAGES)
+DIALECTS = (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
 
 HEAD = """\
 # Parameters

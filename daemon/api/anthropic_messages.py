@@ -13,7 +13,7 @@ from starlette.responses import Response
 from daemon.api.answer import WholeAnswer, answer
 from daemon.api.anthropic_messages_request import MessagesAsk, read_ask
 from daemon.api.anthropic_messages_response import MessageWriter
-from daemon.api.generation import Conversation, Generations
+from daemon.api.generation import Conversation, Generations, Outcome, Piece
 from daemon.api.parameters import ignored_header
 from daemon.api.request_body import read_body
 from daemon.api.service import Service
@@ -27,7 +27,7 @@ class Messages:
         self._service = service
         self._generations = generations
 
-    async def answer(self, request: Request) -> EventStream | WholeAnswer:
+    async def answer(self, request: Request) -> EventStream | WholeAnswer[Piece, Outcome]:
         """Answer one request.
 
         Raises:

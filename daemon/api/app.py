@@ -16,7 +16,9 @@ from daemon.api.errors import http_error_response, qwend_error_response, unexpec
 from daemon.api.generation import Generations
 from daemon.api.models import Models
 from daemon.api.openai_chat import ChatCompletions
+from daemon.api.openai_completions import Completions
 from daemon.api.openai_responses import Responses
+from daemon.api.refused_routes import refused_routes
 from daemon.api.service import Service
 from daemon.api.session_routes import SessionRoutes
 from daemon.api.status import Status
@@ -36,7 +38,11 @@ def create_app(service: Service) -> Starlette:
         generations.close()
 
     app = Starlette(
-        routes=[*_answers(service, generations), *_facts(service, generations)],
+        routes=[
+            *_answers(service, generations),
+            *_facts(service, generations),
+            *refused_routes(),
+        ],
         exception_handlers={
             QwendError: qwend_error_response,
             HTTPException: http_error_response,
@@ -51,6 +57,7 @@ def create_app(service: Service) -> Starlette:
 def _answers(service: Service, generations: Generations) -> Iterator[Route]:
     """The dialects, and what needs their reading of a body."""
     chat = ChatCompletions(service, generations)
+    completions = Completions(service, generations)
     responses = Responses(service, generations)
     messages = Messages(service, generations)
     cache = CacheRoutes(
@@ -58,11 +65,13 @@ def _answers(service: Service, generations: Generations) -> Iterator[Route]:
         generations,
         {
             "chat": chat.conversation,
+            "completions": completions.conversation,
             "responses": responses.conversation,
             "messages": messages.conversation,
         },
     )
     yield Route("/v1/chat/completions", chat.answer, methods=["POST"])
+    yield Route("/v1/completions", completions.answer, methods=["POST"])
     yield Route("/v1/responses", responses.answer, methods=["POST"])
     yield Route("/v1/responses/input_tokens", responses.count_tokens, methods=["POST"])
     yield Route("/v1/responses/{id}", responses.fetch)
@@ -80,6 +89,7 @@ def _facts(service: Service, generations: Generations) -> Iterator[Route]:
     models = Models(service)
     sessions = SessionRoutes(service, generations)
     yield Route("/", status.root)
+    yield Route("/api/hello", status.root)
     yield Route("/health", status.health)
     yield Route("/v1/models", models.models)
     yield Route("/v1/models/{model:path}", models.model)

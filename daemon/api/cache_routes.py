@@ -11,12 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from daemon.api.cache_plan import CachePlan
-from daemon.api.generation import Conversation, Generations
+from daemon.api.generation import Conversation, Generations, RawPrompt
 from daemon.api.request_body import keys_of, read_body
 from daemon.api.service import Service
 from daemon.errors import InvalidRequest, UnknownRequest
 
-ReadConversation = Callable[[bytes, Mapping[str, str]], Conversation]
+ReadConversation = Callable[[bytes, Mapping[str, str]], Conversation | RawPrompt]
 """A dialect's reading of a body and its headers: the conversation that it would answer."""
 
 NUM_LATEST = 50
@@ -78,7 +78,9 @@ class CacheRoutes:
         plan = await generations.plan(conversation)
         return _json(plan)
 
-    def _read(self, body: bytes, headers: Mapping[str, str], dialect: str | None) -> Conversation:
+    def _read(
+        self, body: bytes, headers: Mapping[str, str], dialect: str | None
+    ) -> Conversation | RawPrompt:
         name = dialect or dialect_of(body, headers)
         if name not in self._dialects:
             known = ", ".join(self._dialects)

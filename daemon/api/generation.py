@@ -62,6 +62,13 @@ class Conversation(Struct, frozen=True, kw_only=True):
     session: str = ""
 
 
+class RawPrompt(Struct, frozen=True):
+    """A prompt without messages, built by its dialect."""
+
+    prompt: Prompt
+    session: str = ""
+
+
 class PromptProgress(Struct, frozen=True, kw_only=True):
     """How far the prompt's evaluation is: tokens done, the cached ones included."""
 
@@ -128,7 +135,7 @@ class Generations:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._prompt_thread, function, *args)
 
-    async def start(self, conversation: Conversation, rules: ReplyRules) -> "Generation":
+    async def start(self, asked: Conversation | RawPrompt, rules: ReplyRules) -> "Generation":
         """Build the prompt, plan it and queue it. The caller must `close` what it gets.
 
         Raises:
@@ -137,13 +144,14 @@ class Generations:
             Overloaded: too many requests wait.
             EngineStopped: no request is taken any more.
         """
-        prompt, draft, constraint = await self.on_prompt_thread(self._begin, conversation, rules)
+        prompt, draft, constraint = await self.on_prompt_thread(self._begin, asked, rules)
         if self._closed:
             raise EngineStopped("The server is shutting down.")
-        generation = Generation(self._service, prompt, draft, conversation, rules, self)
+        generation = Generation(self._service, prompt, draft, asked, rules, self)
         generation.submit(constraint)
         self._live.add(generation)
-        self._service.suggest_title(conversation.session, title_of(conversation.messages))
+        if isinstance(asked, Conversation):
+            self._service.suggest_title(asked.session, title_of(asked.messages))
         self.soon_on_prompt_thread(self._planner.remember, draft, prompt)
         return generation
 
@@ -157,14 +165,14 @@ class Generations:
         prompt = await self.on_prompt_thread(self._build, conversation)
         return len(prompt.tokens)
 
-    async def plan(self, conversation: Conversation) -> CachePlan:
+    async def plan(self, asked: Conversation | RawPrompt) -> CachePlan:
         """What an answer would reuse; nothing is evaluated, and nothing remembered.
 
         Raises:
             InvalidRequest: the template refuses the messages.
             EngineStopped: the server is shutting down.
         """
-        _, draft = await self.on_prompt_thread(self._prepare, conversation)
+        _, draft = await self.on_prompt_thread(self._prepare, asked)
         return plan_of(draft, draft.reach.found, "dry_run", self.plans.token_s)
 
     def ended(self, draft: Draft, reply: Sequence[int], num_evaluated: int, whole: bool) -> None:
@@ -177,15 +185,15 @@ class Generations:
             self._prompt_thread.submit(function, *args)
 
     def _begin(
-        self, conversation: Conversation, rules: ReplyRules
+        self, asked: Conversation | RawPrompt, rules: ReplyRules
     ) -> tuple[Prompt, Draft, ReplyConstraint | None]:
-        prompt, draft = self._prepare(conversation)
+        prompt, draft = self._prepare(asked)
         thinking = Thinking(prompt.thinking_open, rules.thinking_budget)
         return prompt, draft, self._service.constrainer.constrain(rules.guide, thinking)
 
-    def _prepare(self, conversation: Conversation) -> tuple[Prompt, Draft]:
-        prompt = self._build(conversation)
-        return prompt, self._planner.draft(uuid.uuid4().hex, prompt, conversation.session)
+    def _prepare(self, asked: Conversation | RawPrompt) -> tuple[Prompt, Draft]:
+        prompt = asked.prompt if isinstance(asked, RawPrompt) else self._build(asked)
+        return prompt, self._planner.draft(uuid.uuid4().hex, prompt, asked.session)
 
     def _build(self, conversation: Conversation) -> Prompt:
         return self._service.prompts.build(
@@ -218,7 +226,7 @@ class Generation:
         service: Service,
         prompt: Prompt,
         draft: Draft,
-        conversation: Conversation,
+        asked: Conversation | RawPrompt,
         rules: ReplyRules,
         owner: Generations,
     ) -> None:
@@ -228,11 +236,13 @@ class Generation:
         self._service = service
         self._prompt = prompt
         self._draft = draft
-        self._session = conversation.session
+        self._session = asked.session
         self._rules = rules
         self._owner = owner
         self._loop = asyncio.get_running_loop()
-        tools = (*conversation.tools, *conversation.deferred_tools)
+        tools: tuple[ToolSpec, ...] = ()
+        if isinstance(asked, Conversation):
+            tools = (*asked.tools, *asked.deferred_tools)
         self._reply = Reply(service.tokenizer, prompt, tools, rules)
         self._mailbox = Mailbox(self._loop, service.limits.max_pending_events, self.cancel)
         self._num_cached = 0
@@ -263,7 +273,7 @@ class Generation:
             boundaries=tuple(Boundary(*boundary) for boundary in self._prompt.boundaries),
             sampling=self._sampling(),
             max_tokens=room if wanted is None else min(wanted, room),
-            stop_tokens=self._service.tokenizer.stop_tokens,
+            stop_tokens=self._service.tokenizer.stop_tokens | self._rules.stop_tokens,
             session=self._session,
             constraint=constraint,
         )
@@ -401,7 +411,8 @@ class Generation:
         """Put into the plan what the request really took."""
         plans, seconds = self._owner.plans, record.prompt_ms / 1e3
         plans.measured(record.num_evaluated_tokens, seconds)
-        token_s = seconds / record.num_evaluated_tokens if seconds else plans.token_s
+        num_evaluated = record.num_evaluated_tokens
+        token_s = seconds / num_evaluated if seconds and num_evaluated else plans.token_s
         self._plan_again(self._restored, status, token_s)
 
     def _record(self) -> RequestRecord:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from starlette.requests import Request
 
 from daemon.api.answer import WholeAnswer, answer
-from daemon.api.generation import Conversation, Generation, Generations
+from daemon.api.generation import Conversation, Generation, Generations, Outcome, Piece
 from daemon.api.openai_chat_request import read_ask
 from daemon.api.openai_chat_response import ChatWriter, Head
 from daemon.api.parameters import ignored_header
@@ -26,7 +26,7 @@ class ChatCompletions:
         self._service = service
         self._generations = generations
 
-    async def answer(self, request: Request) -> EventStream | WholeAnswer:
+    async def answer(self, request: Request) -> EventStream | WholeAnswer[Piece, Outcome]:
         """Answer one request.
 
         Raises:

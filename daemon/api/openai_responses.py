@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from daemon.api.answer import WholeAnswer, answer
-from daemon.api.generation import Conversation, Generations
+from daemon.api.generation import Conversation, Generations, Outcome, Piece
 from daemon.api.openai_chat_messages import arguments_of
 from daemon.api.openai_responses_items import CUSTOM_INPUT
 from daemon.api.openai_responses_request import ResponsesAsk, read_ask
@@ -40,7 +40,7 @@ class Responses:
         self._generations = generations
         self._store = ResponseStore()
 
-    async def answer(self, request: Request) -> EventStream | WholeAnswer:
+    async def answer(self, request: Request) -> EventStream | WholeAnswer[Piece, Outcome]:
         """Answer one request.
 
         Raises:

@@ -3,6 +3,8 @@
 Owns the Structs of `usage`, `timings` and `prompt_progress`. Pure; event loop.
 """
 
+from collections.abc import Sequence
+
 from msgspec import Struct
 
 from daemon.api.generation import Outcome, PromptProgress
@@ -66,7 +68,7 @@ def usage_of(outcome: Outcome) -> Usage:
     )
 
 
-def usage_sum(outcomes: list[Outcome]) -> Usage:
+def usage_sum(outcomes: Sequence[Outcome]) -> Usage:
     """The token counts of several replies together."""
     parts = [usage_of(outcome) for outcome in outcomes]
     return Usage(

@@ -6,6 +6,7 @@ Owns decoding, parsing and stop strings of one reply. Knows no engine and no dia
 import uuid
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Protocol
 
 from msgspec import Struct
 
@@ -30,8 +31,9 @@ class ReplyRules(Struct, frozen=True, kw_only=True):
     `max_tokens` None is all that the context leaves. `forbid_calls` keeps the tools in the
     prompt, whose prefix stays the same, and bans the token that opens a call. `single_call` ends
     the reply after its first tool call. `guide` is the form that it must have, and
-    `thinking_budget` the tokens after which its thinking is ended. `report_progress` makes pieces
-    of the prompt's progress.
+    `thinking_budget` the tokens after which its thinking is ended. `stop_tokens` end it beside the
+    model's own. With `plain` it is text: neither reasoning nor calls are looked for.
+    `report_progress` makes pieces of the prompt's progress.
     """
 
     sampling: SamplingParams
@@ -41,7 +43,33 @@ class ReplyRules(Struct, frozen=True, kw_only=True):
     single_call: bool = False
     guide: Guide | None = None
     thinking_budget: int | None = None
+    stop_tokens: frozenset[int] = frozenset()
+    plain: bool = False
     report_progress: bool = False
+
+
+class Parser(Protocol):
+    """Text in pieces → deltas."""
+
+    def feed(self, text: str) -> list[Delta]:
+        """What became certain with this piece."""
+        ...
+
+    def finish(self) -> list[Delta]:
+        """What was held back."""
+        ...
+
+
+class PlainText:
+    """A parser that looks for nothing."""
+
+    def feed(self, text: str) -> list[Delta]:
+        """The text itself."""
+        return [ContentDelta(text)] if text else []
+
+    def finish(self) -> list[Delta]:
+        """Nothing was held back."""
+        return []
 
 
 class Reply:
@@ -63,8 +91,10 @@ class Reply:
         self.num_reasoning_tokens = 0
         self.num_calls = 0
         self._decoder = tokenizer.decoder()
-        self._parser = ReplyParser(
-            tools, thinking_open=prompt.thinking_open, new_call_id=_new_call_id
+        self._parser: Parser = (
+            PlainText()
+            if rules.plain
+            else ReplyParser(tools, thinking_open=prompt.thinking_open, new_call_id=_new_call_id)
         )
         self._thinking = prompt.thinking_open
         self._think_tags = (tokenizer.encode("<think>"), tokenizer.encode("</think>"))

@@ -183,3 +183,12 @@ def test_responses_tool_loop(make_api: MakeApi, serve: Serve, tokenizer: Tokeniz
         client.responses.delete(second.id)
         with pytest.raises(openai.NotFoundError):
             client.responses.retrieve(second.id)
+
+
+def test_completions(make_api: MakeApi, serve: Serve) -> None:
+    with client_of(serve(make_api("x): return x"))) as client:
+        create = client.completions.create
+        whole = create(model="tiny-coder", prompt="def f(", suffix="\n", max_tokens=50)
+        assert whole.choices[0].text == "x): return x"
+        chunks = create(model="tiny-coder", prompt="def f(", max_tokens=50, stream=True)
+        assert "".join(c.text for chunk in chunks for c in chunk.choices) == "x): return x"

@@ -70,3 +70,23 @@ def test_cache_stats_add_up(make_api: MakeApi) -> None:
     assert [(row["session"], row["requests"]) for row in stats["sessions"]] == [("b", 1), ("a", 2)]
     assert stats["store"] == {"checkpoints": 0}
     assert stats["running"] == 0
+
+
+def test_probes_are_answered(make_api: MakeApi) -> None:
+    async def probe() -> list[int]:
+        async with make_api().client() as client:
+            paths = ("/", "/api/hello", "/v1/models", "/v1/models/tiny-coder", "/health")
+            return [(await client.head(path)).status_code for path in paths]
+
+    assert asyncio.run(probe()) == [200] * 5
+
+
+def test_what_a_text_model_cannot_do_is_refused(make_api: MakeApi) -> None:
+    async def ask(path: str) -> Any:
+        async with make_api().client() as client:
+            return await client.post(path, json={"input": "x"})
+
+    for path in ("/v1/embeddings", "/v1/images/generations", "/v1/audio/speech"):
+        response = asyncio.run(ask(path))
+        assert response.status_code == 400
+        assert response.json()["error"]["message"].startswith(f"{path} is not supported")
