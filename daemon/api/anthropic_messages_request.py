@@ -18,14 +18,17 @@ from daemon.api.anthropic_messages_content import (
 )
 from daemon.api.generation import Conversation
 from daemon.api.parameters import Parameters, doc
+from daemon.api.reasoning_fields import wish_of
 from daemon.api.reply import ReplyRules
 from daemon.api.request_body import decode_body
 from daemon.api.sampling_fields import Share, Temperature, TopK
 from daemon.api.session_hint import session_of
+from daemon.api.structured_output import guide_of, json_schema_form, read_tool_choice
 from daemon.api.tool_definitions import check_parameters, function_tool, refuse_twice
 from daemon.engine.requests import SamplingParams
 from daemon.errors import InvalidRequest
 from daemon.text.messages import Message, ToolSpec
+from daemon.text.reply_grammar import ContentForm, Guide
 
 MAX_STOPS = 16
 
@@ -45,7 +48,6 @@ NO_OPS = {
 REFUSED = {
     "mcp_servers": "this server calls no other",
     "prefill": "a reply always begins a new message",
-    "output_format": "constrained decoding is not supported",
     "thread": "threads are not kept; send the messages",
 }
 
@@ -60,12 +62,11 @@ TOOLS = doc(
     "tool_reference shows it; tools that the provider would run are passed over"
 )
 TOOL_CHOICE = doc(
-    "`auto` and `none`; `disable_parallel_tool_use` ends the reply after a call; a call cannot be "
-    "forced"
+    "`auto`, `none`, `any` and `tool`; `disable_parallel_tool_use` ends the reply after a call"
 )
 THINKING = doc(
     "`enabled` and `adaptive` switch it on, `disabled` or none off; `display` omitted leaves the "
-    "text to the signature; `budget_tokens` is a hint"
+    "text to the signature; after `budget_tokens` it is led to its end"
 )
 
 
@@ -84,7 +85,7 @@ class AnthropicTool(Struct):
     allowed_callers: list[str] | None = None
 
 
-class ToolChoice(Struct):
+class AnthropicChoice(Struct):
     """Whether tools may be called."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -103,7 +104,7 @@ class Thinking(Struct):
 class OutputFormat(Struct):
     """The form that the answer must have."""
 
-    type: str
+    type: Literal["json_schema"]
     schema: dict[str, Any] | None = None
 
 
@@ -133,9 +134,10 @@ class MessagesRequest(Struct, kw_only=True):
     top_k: Annotated[TopK | None, doc("0 and -1 switch it off")] = None
     stop_sequences: Annotated[Stops | None, doc("up to 16, looked for in the text")] = None
     tools: Annotated[list[AnthropicTool] | None, TOOLS] = None
-    tool_choice: Annotated[ToolChoice | None, TOOL_CHOICE] = None
+    tool_choice: Annotated[AnthropicChoice | None, TOOL_CHOICE] = None
     thinking: Annotated[Thinking | None, THINKING] = None
-    output_config: Annotated[OutputConfig | None, doc("`effort` goes to the template")] = None
+    output_config: Annotated[OutputConfig | None, doc("`effort` as in chat; `format`")] = None
+    output_format: Annotated[OutputFormat | None, doc("json_schema")] = None
     cache_control: Annotated[CacheControl | None, doc("marks the end of the last message")] = None
     diagnostics: Annotated[Diagnostics | None, doc("the answer says why it missed")] = None
 
@@ -177,15 +179,17 @@ def read_ask(
     _refuse_values(asked, counting)
     tools, deferred, passed_over = _tools(asked.tools or [])
     messages = _messages(asked, deferred)
-    choice = asked.tool_choice or ToolChoice("auto")
+    choice = asked.tool_choice or AnthropicChoice("auto")
     thinking = asked.thinking or Thinking("disabled")
+    effort = asked.output_config.effort if asked.output_config is not None else None
+    wish = wish_of(effort, thinking.budget_tokens, thinking.type != "disabled")
     return MessagesAsk(
         model=asked.model,
         conversation=Conversation(
             messages=messages,
             tools=tools,
             deferred_tools=deferred,
-            template_options=_template_options(asked, thinking),
+            template_options=wish.template_options,
             session=session_of(headers, None, messages),
         ),
         rules=ReplyRules(
@@ -194,6 +198,8 @@ def read_ask(
             stop=tuple(asked.stop_sequences or ()),
             forbid_calls=choice.type == "none" and bool(tools),
             single_call=choice.disable_parallel_tool_use,
+            guide=_guide(asked, choice, (*tools, *deferred)),
+            thinking_budget=wish.max_tokens,
         ),
         stream=bool(asked.stream),
         shows_thinking=thinking.display != "omitted",
@@ -209,12 +215,6 @@ def _refuse_values(asked: MessagesRequest, counting: bool) -> None:
         raise InvalidRequest(
             "messages: the last one is the assistant's; a reply always begins a new message.",
             "messages",
-        )
-    if asked.tool_choice is not None and asked.tool_choice.type in ("any", "tool"):
-        raise InvalidRequest("tool_choice: a call cannot be forced.", "tool_choice")
-    if asked.output_config is not None and asked.output_config.format is not None:
-        raise InvalidRequest(
-            "output_config.format: constrained decoding is not supported.", "output_config.format"
         )
 
 
@@ -244,21 +244,33 @@ def _tools(
         if tool.type not in (None, "custom"):
             passed_over.append(f"{path} ({tool.type})")
             continue
-        if tool.strict:
-            raise InvalidRequest(f"{path}.strict: it is not supported.", f"{path}.strict")
         parameters = tool.input_schema or {}
         check_parameters(parameters, f"{path}.input_schema")
         specs = deferred if tool.defer_loading else listed
-        specs.append(function_tool(tool.name, tool.description, parameters))
+        strict = bool(tool.strict)
+        specs.append(function_tool(tool.name, tool.description, parameters, strict))
         refuse_twice([*listed, *deferred] if specs is deferred else [*deferred, *listed], path)
     return tuple(listed), tuple(deferred), tuple(passed_over)
 
 
-def _template_options(asked: MessagesRequest, thinking: Thinking) -> dict[str, Any]:
-    options: dict[str, Any] = {"enable_thinking": thinking.type != "disabled"}
-    if asked.output_config is not None and asked.output_config.effort is not None:
-        options["reasoning_effort"] = asked.output_config.effort
-    return options
+def _guide(
+    asked: MessagesRequest, choice: AnthropicChoice, tools: tuple[ToolSpec, ...]
+) -> Guide | None:
+    given = {"any": "any", "none": "none", "auto": "auto"}.get(choice.type)
+    named = {"type": "function", "name": choice.name}
+    read = read_tool_choice(given if given is not None else named, tools)
+    return guide_of(_content_form(asked), read, tools, choice.disable_parallel_tool_use)
+
+
+def _content_form(asked: MessagesRequest) -> ContentForm | None:
+    config = asked.output_config or OutputConfig()
+    given = {"output_config.format": config.format, "output_format": asked.output_format}
+    for param, form in given.items():
+        if form is not None and form.schema is None:
+            raise InvalidRequest(f"{param}.schema: is missing.", f"{param}.schema")
+        if form is not None:
+            return json_schema_form(form.schema, f"{param}.schema")
+    return None
 
 
 def _sampling(asked: MessagesRequest, defaults: SamplingParams) -> SamplingParams:

@@ -14,7 +14,14 @@ from starlette.responses import Response
 from daemon.api.errors import speaks_anthropic
 from daemon.api.service import Service
 
-CAPABILITIES = ("completion", "chat", "tools", "reasoning", "fill-in-the-middle")
+CAPABILITIES = (
+    "completion",
+    "chat",
+    "tools",
+    "reasoning",
+    "structured-output",
+    "fill-in-the-middle",
+)
 
 
 class ModelMeta(Struct):
@@ -129,14 +136,14 @@ class Models:
 
 def _anthropic_capabilities() -> dict[str, Any]:
     yes, no = {"supported": True}, {"supported": False}
-    efforts = dict.fromkeys(("low", "medium", "high", "xhigh", "max"), no)
+    efforts = dict.fromkeys(("low", "medium", "high", "xhigh", "max"), yes)
     edits = ("clear_thinking_20251015", "clear_tool_uses_20250919", "compact_20260112")
     return {
         **dict.fromkeys(("batch", "citations", "code_execution", "image_input", "pdf_input"), no),
         "context_management": {**no, **dict.fromkeys(edits, no)},
-        "effort": {**no, **efforts},
+        "effort": {**yes, **efforts},
         "server_tools": {**no, "code_execution": no, "web_search": no},
-        "structured_outputs": no,
+        "structured_outputs": yes,
         "thinking": {**yes, "types": {"adaptive": yes, "enabled": yes}},
     }
 

@@ -15,8 +15,15 @@ from daemon.api.openai_chat_request import MAX_TOP_LOGPROBS, NO_OPS, STOP, Stops
 from daemon.api.parameters import Parameters, doc
 from daemon.api.reply import ReplyRules
 from daemon.api.request_body import decode_body
-from daemon.api.sampling_fields import SamplingFields, sampling_of
+from daemon.api.sampling_fields import sampling_of
 from daemon.api.session_hint import session_of
+from daemon.api.structured_output import (
+    GuidedFields,
+    ResponseFormat,
+    ToolChoice,
+    content_form,
+    guide_of,
+)
 from daemon.engine.requests import SamplingParams
 from daemon.errors import InvalidRequest
 from daemon.text.messages import Message
@@ -32,7 +39,6 @@ SESSION_CHARACTERS = 256
 REFUSED = {
     "min_tokens": "it is not supported",
     "prompt_logprobs": "log-probabilities of the prompt are not supported",
-    "response_format": "constrained decoding is not supported here; use chat",
     "stop_token_ids": "it is not supported; use stop",
     "use_beam_search": "replies are sampled",
 }
@@ -47,7 +53,7 @@ Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 
 
-class CompletionRequest(SamplingFields, kw_only=True):
+class CompletionRequest(GuidedFields, kw_only=True):
     """The body."""
 
     prompt: Annotated[GivenPrompt, PROMPT]
@@ -63,6 +69,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
     stop: Annotated[Stops, STOP] = None
     echo: Annotated[bool | None, doc("the prompt's text comes first")] = None
     logprobs: Annotated[Logprobs | None, LOGPROBS] = None
+    response_format: Annotated[ResponseFormat | None, doc("as in chat")] = None
     prompt_cache_key: Annotated[str | None, doc("names the session, as in chat")] = None
 
 
@@ -136,6 +143,7 @@ def _choices(
         max_tokens=None if max_tokens == -1 else max_tokens,
         stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
         stop_tokens=gap_ends(tokenizer) if asked.suffix else frozenset(),
+        guide=guide_of(content_form(asked, asked.response_format), ToolChoice(), (), False),
         plain=True,
     )
     for given in _prompts(asked.prompt):

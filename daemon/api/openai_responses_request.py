@@ -5,7 +5,7 @@ Pure; runs on the prompt thread.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Struct
 
@@ -13,13 +13,21 @@ from daemon.api.generation import Conversation
 from daemon.api.openai_responses_items import read_items, to_messages
 from daemon.api.openai_responses_tools import OfferedTools, read_tools
 from daemon.api.parameters import Parameters, doc
+from daemon.api.reasoning_fields import wish_of
 from daemon.api.reply import ReplyRules
 from daemon.api.request_body import decode_body
 from daemon.api.sampling_fields import SamplingFields, sampling_of
 from daemon.api.session_hint import session_of
+from daemon.api.structured_output import (
+    guide_of,
+    json_object,
+    json_schema_form,
+    read_tool_choice,
+)
 from daemon.engine.requests import EngineInfo, SamplingParams
 from daemon.errors import InvalidRequest
 from daemon.text.messages import Message
+from daemon.text.reply_grammar import ContentForm
 
 NO_OPS = {
     "access_programs": "concerns the provider's account",
@@ -73,9 +81,13 @@ class Reasoning(Struct):
 
 
 class TextFormat(Struct):
-    """The form that the answer must have."""
+    """The form that the answer must have; `schema` belongs to json_schema."""
 
-    type: str
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    schema: dict[str, Any] | None = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
 
 
 class TextOptions(Struct):
@@ -95,13 +107,11 @@ class ResponsesRequest(SamplingFields, kw_only=True):
     store: Annotated[bool | None, STORE] = None
     stream: Annotated[bool | None, doc("events as the reply comes")] = None
     tools: Annotated[list[dict[str, Any]] | None, TOOLS] = None
-    tool_choice: Annotated[
-        str | dict[str, Any] | None, doc("`auto` and `none`; a call cannot be forced")
-    ] = None
+    tool_choice: Annotated[str | dict[str, Any] | None, doc("as in chat")] = None
     parallel_tool_calls: Annotated[bool | None, doc("false ends the reply after a call")] = None
     max_output_tokens: Annotated[int | None, doc("capped to what the context leaves")] = None
     reasoning: Annotated[Reasoning | None, SUMMARY] = None
-    text: Annotated[TextOptions | None, doc("`format` text; others are refused")] = None
+    text: Annotated[TextOptions | None, doc("`format` text, json_object, json_schema")] = None
     truncation: Annotated[str | None, doc("`disabled`; `auto` is refused")] = None
     include: Annotated[list[str] | None, INCLUDE] = None
     metadata: Annotated[dict[str, str] | None, doc("comes back in the response")] = None
@@ -124,6 +134,7 @@ class ResponsesAsk(Struct, frozen=True, kw_only=True):
     messages: tuple[Message, ...]
     tools: OfferedTools
     session: str
+    template_options: dict[str, Any]
     rules: ReplyRules
     summarises: bool
     seals: bool
@@ -137,7 +148,7 @@ class ResponsesAsk(Struct, frozen=True, kw_only=True):
         return Conversation(
             messages=messages,
             tools=self.tools.specs,
-            template_options=_template_options(self.asked.reasoning),
+            template_options=self.template_options,
             session=self.session,
         )
 
@@ -156,16 +167,22 @@ def read_ask(
     tools = read_tools(asked.tools or [])
     translation = to_messages(read_items(asked.input), tools.names)
     reasoning = asked.reasoning or Reasoning()
+    thinking = wish_of(reasoning.effort, None, None)
+    choice = read_tool_choice(_named_as_shown(asked.tool_choice, tools), tools.specs)
+    single_call = asked.parallel_tool_calls is False
     return ResponsesAsk(
         asked=asked,
         messages=translation.messages,
         tools=tools,
         session=session_of(headers, asked.prompt_cache_key, translation.messages),
+        template_options=thinking.template_options,
         rules=ReplyRules(
             sampling=sampling_of(asked, defaults, info.vocab_size),
             max_tokens=asked.max_output_tokens,
-            forbid_calls=asked.tool_choice == "none" and bool(tools.specs),
-            single_call=asked.parallel_tool_calls is False,
+            forbid_calls=choice.mode == "none" and bool(tools.specs),
+            single_call=single_call,
+            guide=guide_of(_content_form(asked.text), choice, tools.specs, single_call),
+            thinking_budget=thinking.max_tokens,
         ),
         summarises=(reasoning.summary or reasoning.generate_summary) is not None,
         seals=ENCRYPTED in (asked.include or ()),
@@ -176,21 +193,27 @@ def read_ask(
 def _refuse_values(asked: ResponsesRequest) -> None:
     if asked.max_output_tokens is not None and asked.max_output_tokens < 1:
         raise InvalidRequest("max_output_tokens: must be at least 1.", "max_output_tokens")
-    if asked.tool_choice not in (None, "auto", "none"):
-        raise InvalidRequest("tool_choice: a call cannot be forced.", "tool_choice")
     if asked.truncation not in (None, "disabled"):
         raise InvalidRequest("truncation: nothing is left out; send 'disabled'.", "truncation")
     if LOGPROBS in (asked.include or ()):
         raise InvalidRequest(f"include: {LOGPROBS!r} is not supported.", "include")
-    form = asked.text.format if asked.text is not None else None
-    if form is not None and form.type != "text":
-        raise InvalidRequest(f"text.format: {form.type!r} is not supported.", "text.format")
 
 
-def _template_options(reasoning: Reasoning | None) -> dict[str, Any]:
-    """As in chat: the efforts "none" and "minimal" switch thinking off."""
-    if reasoning is None or reasoning.effort is None:
-        return {}
-    if reasoning.effort in ("none", "minimal"):
-        return {"enable_thinking": False}
-    return {"reasoning_effort": reasoning.effort}
+def _named_as_shown(choice: str | dict[str, Any] | None, tools: OfferedTools) -> object:
+    """A choice of a custom tool, or of one in a namespace, by the name that the model sees."""
+    if not isinstance(choice, dict) or choice.get("type") not in ("function", "custom"):
+        return choice
+    name = tools.names.shown(str(choice.get("name", "")), choice.get("namespace"))
+    return {"type": "function", "name": name}
+
+
+def _content_form(text: TextOptions | None) -> ContentForm | None:
+    form = text.format if text is not None else None
+    match form:
+        case TextFormat(type="json_object"):
+            return json_object("text.format")
+        case TextFormat(type="json_schema", schema=None):
+            raise InvalidRequest("text.format.schema: is missing.", "text.format.schema")
+        case TextFormat(type="json_schema", schema=schema):
+            return json_schema_form(schema, "text.format.schema")
+    return None

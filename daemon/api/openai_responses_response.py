@@ -5,6 +5,7 @@ Owns their Structs. Pure; event loop.
 
 from typing import Any, Literal
 
+import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from daemon.api.errors import error_body
@@ -171,12 +172,18 @@ def response_object(
         },
         store=asked.store is not False,
         temperature=temperature,
-        text={"format": {"type": "text"}},
+        text={"format": _text_format(asked)},
         tool_choice=asked.tool_choice or "auto",
         tools=asked.tools or [],
         top_p=top_p,
         metadata=asked.metadata or {},
     )
+
+
+def _text_format(asked: ResponsesRequest) -> dict[str, Any]:
+    form = asked.text.format if asked.text is not None else None
+    given = msgspec.structs.asdict(form) if form is not None else {"type": "text"}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def usage_of(outcome: Outcome) -> ResponseUsage:

@@ -69,8 +69,6 @@ class _Offer:
             self.passed_over.append(f"{path} ({kind})")
             return
         function = read_function(tool, path)
-        if function.strict:
-            raise InvalidRequest(f"{path}.strict: it is not supported.", f"{path}.strict")
         name = function.name
         if name in self.routes:
             if namespace is None:
@@ -79,7 +77,9 @@ class _Offer:
         is_custom = kind == "custom"
         parameters = CUSTOM_PARAMETERS if is_custom else function.parameters or {}
         self.routes[name] = ToolRoute(kind, function.name, namespace)
-        self.specs.append(function_tool(name, _description(tool, function.description), parameters))
+        description = _description(tool, function.description)
+        strict = bool(function.strict)
+        self.specs.append(function_tool(name, description, parameters, strict))
 
 
 def read_tools(offered: Sequence[dict[str, Any]]) -> OfferedTools:

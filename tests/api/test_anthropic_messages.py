@@ -301,6 +301,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "thinking"}]}]}, "content[0].type"),
     ({"system": [IMAGE]}, "system[0].type"),
     ({"tool_choice": {"type": "any"}}, "tool_choice"),
+    ({"tool_choice": {"type": "tool", "name": "f"}, "tools": [TOOL]}, "tool_choice"),
+    ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
     ({"tools": [TOOL, TOOL]}, "tools[1]"),
     ({"tools": [{"name": "f", "input_schema": {"type": "list"}}]}, "tools[0].input_schema.type"),
     ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
@@ -350,3 +352,26 @@ def test_diagnostics_say_why_it_missed(make_api: MakeApi) -> None:
     closing = streamed(make_api("Hi"), diagnostics={})[-2]
     assert "cache_miss_reason" in closing["diagnostics"]
     assert "diagnostics" not in whole(make_api("Hi"))
+
+
+SCHEMA = {"type": "object", "properties": {"title": {"type": "string"}}, "required": ["title"]}
+FORM = {"type": "json_schema", "schema": SCHEMA}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"output_config": {"format": FORM}},
+        {"output_format": FORM},
+        {"tool_choice": {"type": "any"}, "tools": [TOOL]},
+        {"tool_choice": {"type": "tool", "name": "read_file"}, "tools": [TOOL]},
+        {"tools": [{**TOOL, "strict": True}]},
+        {"thinking": THINKING},
+    ],
+)
+def test_forms_and_budgets_reach_the_engine(make_api: MakeApi, asked: dict[str, Any]) -> None:
+    forced = "tool_choice" in asked
+    api = make_api(CALL.format("a.py") if forced else '{"title": "x"}')
+    answer = whole(api, **asked)
+    assert answer["content"][-1]["type"] == ("tool_use" if forced else "text")
+    assert api.engine.requests[0].constraint is not None

@@ -158,7 +158,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"n": 65}, "n"),
     ({"echo": True, "logprobs": 1}, "logprobs"),
     ({"logprobs": 21}, "logprobs"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs"),
 ]
 
 

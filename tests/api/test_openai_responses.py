@@ -305,10 +305,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"role": "user", "content": [{"type": "text"}]}]}, "input[0].content[0].text"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
     ({"truncation": "auto"}, "truncation"),
     ({"background": True}, "background"),
     ({"conversation": "c"}, "conversation"),
-    ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
+    ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+    ({"text": {"format": {"type": "wizard"}}}, "text.format.type"),
     ({"include": ["message.output_text.logprobs"]}, "include"),
     ({"tools": [READ_FILE, READ_FILE]}, "tools[1]"),
     ({"tools": [{"type": "namespace", "name": "n"}]}, "tools[0].tools"),
@@ -332,3 +334,27 @@ def test_sealed_reasoning_comes_back(text: str) -> None:
 @pytest.mark.parametrize("sealed", [None, "", "ENCabc", "qwend1.", "qwend1.!!!!", "qwend1.AAAA"])
 def test_foreign_seals_are_no_text(sealed: str | None) -> None:
     assert unseal(sealed) is None
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}},
+        {"text": {"format": {"type": "json_object"}}},
+        {"tool_choice": "required", "tools": [READ_FILE]},
+        {"tool_choice": {"type": "function", "name": "read_file"}, "tools": [READ_FILE]},
+        {"tool_choice": {"type": "custom", "name": "patch"}, "tools": [PATCH]},
+        {"tools": [{**READ_FILE, "strict": True}]},
+    ],
+)
+def test_forms_reach_the_engine(make_api: MakeApi, asked: dict[str, Any]) -> None:
+    call = CALL.format("patch", "input", "x") if PATCH in asked.get("tools", []) else READ
+    reply = call if "tool_choice" in asked else '{"a": 1}'
+    api = make_api("</think>\n\n" + reply)
+    answer = whole(api, **asked)
+    assert api.engine.requests[0].constraint is not None
+    if "text" in asked:
+        assert answer["text"] == asked["text"]
