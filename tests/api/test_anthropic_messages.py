@@ -373,5 +373,5 @@ def test_forms_and_budgets_reach_the_engine(make_api: MakeApi, asked: dict[str, 
     forced = "tool_choice" in asked
     api = make_api(CALL.format("a.py") if forced else '{"title": "x"}')
     answer = whole(api, **asked)
-    assert answer["content"][-1]["type"] == ("tool_use" if forced else "text")
+    assert (answer["content"][-1]["type"] == "tool_use") == forced
     assert api.engine.requests[0].constraint is not None
