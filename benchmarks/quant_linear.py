@@ -16,7 +16,17 @@ import numpy as np
 
 from daemon.kernels.quant_activations import CHUNKS, PANELS, ActivationKernels
 from daemon.kernels.quant_gemm import GemmKernels
-from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU, GemvKernels, GemvShape, Plan
+from daemon.kernels.quant_gemv import (
+    ADD,
+    STORE,
+    SWIGLU,
+    GemvKernels,
+    GemvShape,
+    Link,
+    Norm,
+    Plan,
+    Product,
+)
 from daemon.kernels.quant_pack import FORMATS, PackedMatrix, Packer, RawMatrix
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
@@ -172,9 +182,8 @@ def decode(products: Products) -> list[dict[str, object]]:
     device.fill(out, 0)
     middle = products.activations.operand(16, FFN)
 
-    def run(plan: Plan, epilogue: int, tokens: int, upcoming: Plan | None = None) -> None:
-        target = middle if epilogue == SWIGLU else out
-        gemv.multiply(plan, panels, tokens, target, epilogue, upcoming)
+    def run(plan: Plan, epilogue: int, tokens: int) -> None:
+        gemv.multiply(plan, panels, tokens, middle if epilogue == SWIGLU else out, epilogue)
 
     results: list[dict[str, object]] = []
     for name, (matrix, epilogue) in shapes.items():
@@ -222,14 +231,19 @@ def whole_token(products: Products, gemv: GemvKernels, layers: Layers) -> list[d
     results: list[dict[str, object]] = []
     for tokens in (1, 8, 16):
         hidden = x.view((tokens, HIDDEN))
-        jobs: list[Callable[[], None]] = []
+        links: list[Link] = []
         for number, (plan, epilogue) in enumerate(plans):
             if number % 2 == 0:
-                convert = products.activations.convert
-                jobs.append(partial(convert, hidden, panels, PANELS, norm))
+                links.append(Norm(hidden, norm, panels))
             target = middle if epilogue == SWIGLU else out
-            upcoming = plans[(number + 1) % len(plans)][0]
-            jobs.append(partial(gemv.multiply, plan, panels, tokens, target, epilogue, upcoming))
+            links.append(Product(plan, panels, target, epilogue))
+        # A mixer ends a chain: it stands between its projections and the output projection.
+        chains = [links[:2], *(links[at : at + 6] for at in range(2, len(links), 6))]
+        firsts = [plan for plan, _ in (plans[0], *plans[1::4])]
+        jobs = [
+            partial(gemv.run, chain, tokens, firsts[(number + 1) % len(chains)])
+            for number, chain in enumerate(chains)
+        ]
         ms = products.median_ms(partial(run_all, jobs))
         rate = num_bytes / ms / 1e6
         print(f"all linear m={tokens:2} {num_bytes / 1e9:.2f} GB {ms:.3f} ms {rate:.0f} GB/s")

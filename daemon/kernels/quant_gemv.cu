@@ -1,20 +1,20 @@
-// A few rows times quantized matrices: y[token, row] = sum over k of W[row, k] x[token, k].
+// A chain of products of a few rows with quantized matrices, y[token, row] = sum over k of
+// W[row, k] x[token, k], and of the norms between them, in one launch.
 //
-// One launch takes a group of matrices that share their input. The host deals the stripes' units
-// (64 rows x 256 columns) in order, in equal bytes, to the blocks and within them to teams of four
-// warps, so a stripe may be cut. A warp takes one of a unit's four tiles, streams its tiles through
-// a ring of its own in shared memory, adds 16 steps of m16n8k16 a tile, and waits for no other warp
-// before the end. Then cut stripes are joined: within a block through shared memory, between blocks
-// by the last of them, which awaits the others' sums. The order of all sums depends on the matrices
-// and the card alone: a token's bits are the same whatever the other tokens are.
-// A warp that has used its last tile brings the beginning of the next launch's weights into the L2
-// cache: memory goes on working while this launch ends and the small ones between run.
+// The host deals the stripes' units (64 rows x 256 columns) of each product in order, in equal
+// bytes, to the blocks and within them to teams of four warps, so a stripe may be cut. A warp takes
+// one of a unit's four tiles, streams its tiles through a ring of its own in shared memory, adds 16
+// steps of m16n8k16 a tile, and waits for no other warp before the product's end. Then cut stripes
+// are joined: within a block through shared memory, between blocks by the last of them, which
+// awaits the others' sums. The order of all sums depends on the matrices and the card alone: a
+// token's bits are the same whatever the other tokens are.
+// Between steps all blocks meet; the rings fill with the next product's tiles meanwhile. At the end
+// a warp brings the beginning of the next chain's weights into the L2 cache.
 // Bound: bytes of the weights, each read once.
 //
-// Macros: TYPES (bit mask of QuantTypes), NUM_PANELS (1: up to 8 tokens, 2: up to 16), SLOTS and
-// SLOT_BYTES (a warp's ring), WARPS (a multiple of 4), BLOCKS_PER_SM, EPILOGUE (0 store, 1 add to a
-// residual, 2 SwiGLU of paired rows), BULK_COPIES (1: the copy engine fills the rings, sm_90 on;
-// 0: cp.async)
+// Macros: TYPES (bit mask of QuantTypes), NUM_PANELS (1: up to 8 tokens, 2: up to 16), RING_BYTES
+// (of a warp), WARPS (a multiple of 4), BLOCKS_PER_SM, BULK_COPIES (1: the copy engine fills the
+// rings, sm_90 on; 0: cp.async)
 #include "operand.cuh"
 #include "quant_blocks.cuh"
 #include "warp.cuh"
@@ -25,6 +25,24 @@
 constexpr int TEAM_WARPS = 4;
 constexpr int TEAMS = WARPS / TEAM_WARPS;
 constexpr int THREADS = 32 * WARPS;
+constexpr int MAX_TILES = 8;  // of a warp, on their way or in its ring
+
+enum Epilogue { STORE = 0, ADD = 1, SWIGLU = 2, NORM = 3 };
+
+// A product, or with NORM the RMS norm of rows.
+struct Step {
+    const u8* deals;      // u8 [blocks, deal_bytes(max_pieces)]
+    const u8* panels;     // x of a product: fp16 [NUM_PANELS, num_blocks * 8, 32 lanes, 8]
+    float* rows;          // float32 [tokens, stride]: result of STORE and ADD, input of NORM
+    u8* out_panels;       // result of SWIGLU (of paired rows) and NORM: panels, `stride` columns
+    const float* weight;  // float32 [stride], of NORM
+    int epilogue, max_pieces, num_blocks, stride;
+};
+
+constexpr int MAX_STEPS = 8;
+struct Chain {
+    Step steps[MAX_STEPS];
+};
 
 // A run of units of one stripe, for one team.
 struct Piece {
@@ -42,55 +60,97 @@ struct Seam {
     int own_slot, unused;        // where this block's goes; -1 for the last block, which finishes
 };
 
-struct Ring {
-    u8* slots;  // of this warp
-    u64* full;  // one barrier a slot, sm_90 on
-    int slot, phase;
-};
-
-#if BULK_COPIES
-__device__ __forceinline__ void issue_copy(
-    Ring& ring, int slot, const u8* from, int bytes, int lane) {
-    if (lane != 0) return;
-    barrier_expect(ring.full + slot, bytes);
-    copy_bulk(ring.slots + slot * SLOT_BYTES, from, bytes, ring.full + slot);
-}
-
-__device__ __forceinline__ void issue_nothing() {}
-
-__device__ __forceinline__ void prefetch(const u8* from, int bytes) { prefetch_bulk(from, bytes); }
-
-__device__ __forceinline__ void wait_for_slot(Ring& ring) {
-    barrier_wait(ring.full + ring.slot, ring.phase);
-}
-#else
-__device__ __forceinline__ void issue_copy(
-    Ring& ring, int slot, const u8* from, int bytes, int lane) {
-    const u32 to = shared_address(ring.slots + slot * SLOT_BYTES);
-    for (int at = lane * 16; at < bytes; at += 512) copy_async_16(to + at, from + at);
-    copy_async_commit();
-}
-
-__device__ __forceinline__ void issue_nothing() { copy_async_commit(); }
-
-__device__ __forceinline__ void prefetch(const u8*, int) {}
-
-__device__ __forceinline__ void wait_for_slot(Ring&) {
-    copy_async_wait<SLOTS - 1>();
-    __syncwarp();
-}
-#endif
-
-// What a block is dealt: Piece [TEAMS, max_pieces], then Seam [MAX_SEAMS].
+// What a block is dealt of a product: Piece [TEAMS, max_pieces], then Seam [MAX_SEAMS].
 constexpr int MAX_SEAMS = TEAMS + 2;
 
 __device__ __forceinline__ int deal_bytes(int max_pieces) {
     return TEAMS * max_pieces * int(sizeof(Piece)) + MAX_SEAMS * int(sizeof(Seam));
 }
 
-// The beginning of the next launch's weights: `bytes` of each team's, from what it is dealt.
+// A block's deals of all products in shared memory, one after the other.
+struct Deals {
+    const u8* bytes;
+    const Chain& chain;
+    int num_steps;
+
+    __device__ __forceinline__ const u8* of(int step) const {
+        const u8* at = bytes;
+        for (int s = 0; s < step; s++)
+            if (chain.steps[s].epilogue != NORM) at += deal_bytes(chain.steps[s].max_pieces);
+        return at;
+    }
+
+    __device__ __forceinline__ const Piece* pieces(int step, int team) const {
+        return (const Piece*)of(step) + team * chain.steps[step].max_pieces;
+    }
+
+    __device__ __forceinline__ const Seam* seams(int step) const {
+        return (const Seam*)((const Piece*)of(step) + TEAMS * chain.steps[step].max_pieces);
+    }
+};
+
+// Tiles of one warp, in order, in a ring of bytes; one that would cross the end begins at 0.
+struct Ring {
+    u8* bytes;
+    u64* full;         // one barrier a tile, sm_90 on
+    int put, take;     // where the next tile goes, and comes from
+    int room;          // bytes
+    u32 issued, used;  // tiles
+
+    __device__ __forceinline__ bool has_room(int size) {
+        if (issued == used) put = take = 0, room = RING_BYTES;
+        const int skipped = put + size > RING_BYTES ? RING_BYTES - put : 0;
+        if (room < skipped + size || issued - used == MAX_TILES) return false;
+        if (skipped) put = 0;
+        room -= skipped + size;
+        return true;
+    }
+
+    __device__ __forceinline__ u8* front(int size) {
+        if (take + size > RING_BYTES) room += RING_BYTES - take, take = 0;
+        return bytes + take;
+    }
+};
+
+#if BULK_COPIES
+__device__ __forceinline__ void issue_copy(Ring& ring, const u8* from, int bytes, int lane) {
+    if (lane != 0) return;
+    u64* full = ring.full + ring.issued % MAX_TILES;
+    barrier_expect(full, bytes);
+    copy_bulk(ring.bytes + ring.put, from, bytes, full);
+}
+
+__device__ __forceinline__ void prefetch(const u8* from, int bytes) { prefetch_bulk(from, bytes); }
+
+__device__ __forceinline__ void wait_for_tile(const Ring& ring) {
+    barrier_wait(ring.full + ring.used % MAX_TILES, ring.used / MAX_TILES & 1);
+}
+#else
+__device__ __forceinline__ void issue_copy(Ring& ring, const u8* from, int bytes, int lane) {
+    const u32 to = shared_address(ring.bytes + ring.put);
+    for (int at = lane * 16; at < bytes; at += 512) copy_async_16(to + at, from + at);
+    copy_async_commit();
+}
+
+__device__ __forceinline__ void prefetch(const u8*, int) {}
+
+template <int pending>
+__device__ __forceinline__ void wait_for_all_but(int wanted) {
+    if constexpr (pending < MAX_TILES) {
+        if (wanted == pending) return copy_async_wait<pending>();
+        wait_for_all_but<pending + 1>(wanted);
+    }
+}
+
+__device__ __forceinline__ void wait_for_tile(const Ring& ring) {
+    wait_for_all_but<0>(ring.issued - ring.used - 1);
+    __syncwarp();
+}
+#endif
+
+// The beginning of the next chain's weights: `bytes` of each team's, from what it is dealt.
 struct Upcoming {
-    const u8* deals;  // of all blocks; null: nothing is known of the next launch
+    const u8* deals;  // of all blocks; null: nothing is known of the next chain
     int max_pieces, bytes;
 };
 
@@ -109,32 +169,55 @@ __device__ void prefetch_upcoming(const Upcoming& u, int team, int part, int lan
     }
 }
 
-// The tiles that a warp has yet to ask for.
-struct Ahead {
+// A warp: which tiles it multiplies, and which it has yet to ask for.
+struct Worker {
+    Ring ring;
+    int step;  // of the next tile to ask for
     const Piece* piece;
     const u8* tile;
     int units_left;  // of the piece
+    int team, part, lane;
 
-    __device__ __forceinline__ void enter(int part) {
-        units_left = piece->num_units;
-        tile = piece->units + part * piece->tile_bytes;
+    // The next tile to ask for, over the ends of pieces and products; false if there is none.
+    __device__ __forceinline__ bool find_next(const Deals& deals) {
+        while (units_left == 0) {
+            if (piece != nullptr && piece->num_units != 0) piece++;
+            else {
+                do step++;
+                while (step < deals.num_steps && deals.chain.steps[step].epilogue == NORM);
+                if (step >= deals.num_steps) return false;
+                piece = deals.pieces(step, team);
+            }
+            units_left = piece->num_units;
+            tile = piece->units + part * piece->tile_bytes;
+        }
+        return true;
+    }
+
+    // Asks for tiles while there is room.
+    __device__ __forceinline__ void fill(const Deals& deals) {
+        while (find_next(deals)) {
+            const int bytes = piece->tile_bytes;
+            if (!ring.has_room(bytes)) return;
+            issue_copy(ring, tile, bytes, lane);
+            ring.put += bytes;
+            ring.issued++;
+            tile += TEAM_WARPS * bytes;
+            units_left--;
+        }
+    }
+
+    // A tile of `bytes` has been read from the ring's front.
+    __device__ __forceinline__ void release(int bytes, const Deals& deals) {
+        __syncwarp();
+        ring.take += bytes;
+        ring.room += bytes;
+        ring.used++;
+        fill(deals);
     }
 };
 
-// Asks for the next tile, if there is one.
-__device__ __forceinline__ void issue_next(Ring& ring, int slot, Ahead& a, int part, int lane) {
-    if (a.units_left == 0) {
-        if (a.piece->num_units != 0) a.piece++;
-        if (a.piece->num_units == 0) return issue_nothing();
-        a.enter(part);
-    }
-    const int bytes = a.piece->tile_bytes;
-    issue_copy(ring, slot, a.tile, bytes, lane);
-    a.tile += TEAM_WARPS * bytes;
-    a.units_left--;
-}
-
-// x of a product: fp16 panels [NUM_PANELS, num_chunks, 32 lanes, 8], eight chunks a unit.
+// x of a product.
 struct Input {
     const u8* panels;
     int num_chunks, num_tokens;
@@ -159,10 +242,11 @@ __device__ __forceinline__ void load_part(Part& x, const Input& in, int chunk, i
 
 typedef float Sums[NUM_PANELS][2][4];  // even and odd steps apart, to shorten the chain of products
 
+// Where the result of a product goes.
 struct Output {
-    float* rows;  // EPILOGUE 0, 1: float32 [tokens, stride]
-    u8* panels;   // EPILOGUE 2: fp16 panels of the product, stride / 256 blocks
-    int stride, num_tokens;
+    float* rows;
+    u8* panels;
+    int epilogue, stride, num_tokens;
 };
 
 // Of a panel: rows g, g, g + 8, g + 8 of the warp's tile, tokens 2t, 2t + 1, 2t, 2t + 1.
@@ -172,7 +256,7 @@ __device__ __forceinline__ void write_row(
     const Output& out, int row, int token, float first, float second) {
     float* at = out.rows + (long long)token * out.stride + row;
     const bool has_first = token < out.num_tokens, has_second = token + 1 < out.num_tokens;
-    if (EPILOGUE == 1) {
+    if (out.epilogue == ADD) {
         const float a = has_first ? at[0] : 0.0f, b = has_second ? at[out.stride] : 0.0f;
         first = a + first / ACTIVATION_SCALE, second = b + second / ACTIVATION_SCALE;
     } else {
@@ -197,7 +281,7 @@ __device__ __forceinline__ void finish(
 #pragma unroll
     for (int n = 0; n < NUM_PANELS; n++) {
         const int token = 8 * n + (lane & 3) * 2;
-        if (EPILOGUE == 2) {
+        if (out.epilogue == SWIGLU) {
             const int k = row / 2 + 8 * part + (lane >> 2);
             write_product(out, k, token, total[n].x, total[n].z);
             write_product(out, k, token + 1, total[n].y, total[n].w);
@@ -259,20 +343,6 @@ __device__ __forceinline__ void close_seam(
     if (s.own_slot < 0) finish(out, s.row, s.num_rows, total, part, lane);
 }
 
-// Where a warp is in its work.
-struct Worker {
-    Ring ring;
-    Ahead ahead;
-    int part, lane;
-};
-
-// A tile has been read from its slot.
-__device__ __forceinline__ void release_slot(Worker& w) {
-    __syncwarp();
-    issue_next(w.ring, w.ring.slot, w.ahead, w.part, w.lane);
-    if (++w.ring.slot == SLOTS) w.ring.slot = 0, w.ring.phase ^= 1;
-}
-
 template <int type>
 __device__ __forceinline__ void multiply_part(
     Sums& sum, const Part& x, const HalfTile& h, const u8* tile, int part, int lane) {
@@ -294,102 +364,170 @@ __device__ __forceinline__ void multiply_part(
 // Begins with the tile's first part of x in x[0], ends with that of the tile at `next_chunk`.
 template <int type>
 __device__ __forceinline__ void multiply_tile(
-    Sums& sum, Part (&x)[2], const Input& in, int chunk, int next_chunk, Worker& w) {
-    wait_for_slot(w.ring);
-    const u8* tile = w.ring.slots + w.ring.slot * SLOT_BYTES;
-    HalfTile h[2];
+    Sums& sum, Part (&x)[2], const Input& in, int chunk, int next_chunk, Worker& w,
+    const Deals& deals) {
+    wait_for_tile(w.ring);
+    const u8* tile = w.ring.front(TILE_BYTES[type]);
+    // Both halves at once, where registers reach: the sooner the next tile can come.
+    constexpr int HALVES = NUM_PANELS == 1 ? 2 : 1;
+    HalfTile h[HALVES];
     load_half<type>(h[0], tile, w.lane, 0);
-    load_half<type>(h[1], tile, w.lane, 1);
-    if (type != F16) release_slot(w);
+    if (HALVES == 2) load_half<type>(h[HALVES - 1], tile, w.lane, 1);
+    if (HALVES == 2 && type != F16) w.release(TILE_BYTES[type], deals);
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
+        if (HALVES == 1 && part == PARTS / 2) {
+            load_half<type>(h[0], tile, w.lane, 1);
+            if (type != F16) w.release(TILE_BYTES[type], deals);
+        }
         const int later = part + 1 < PARTS ? chunk + (part + 1) * PART_CHUNKS : next_chunk;
         load_part(x[(part + 1) % 2], in, later, w.lane);
-        multiply_part<type>(sum, x[part % 2], h[part * 2 / PARTS], tile, part, w.lane);
+        multiply_part<type>(sum, x[part % 2], h[part * HALVES / PARTS], tile, part, w.lane);
     }
-    if (type == F16) release_slot(w);
+    if (type == F16) w.release(TILE_BYTES[type], deals);
 }
 
 // A team's later pieces begin with a stripe, at chunk 0.
 template <int type>
 __device__ __forceinline__ void multiply_piece(
-    Sums& sum, Part (&x)[2], const Piece& p, const Input& in, Worker& w) {
+    Sums& sum, Part (&x)[2], const Piece& p, const Input& in, Worker& w, const Deals& deals) {
     const int end = (p.first_block + p.num_units) * 8;
     for (int chunk = p.first_block * 8; chunk < end; chunk += 8)
-        multiply_tile<type>(sum, x, in, chunk, chunk + 8 < end ? chunk + 8 : 0, w);
+        multiply_tile<type>(sum, x, in, chunk, chunk + 8 < end ? chunk + 8 : 0, w, deals);
 }
 
 template <int type>
 __device__ __forceinline__ void dispatch(
-    Sums& sum, Part (&x)[2], const Piece& p, const Input& in, Worker& w) {
+    Sums& sum, Part (&x)[2], const Piece& p, const Input& in, Worker& w, const Deals& deals) {
     if constexpr (type < 7) {
         if constexpr ((TYPES >> type) & 1) {
-            if (p.type == type) return multiply_piece<type>(sum, x, p, in, w);
+            if (p.type == type) return multiply_piece<type>(sum, x, p, in, w, deals);
         }
-        dispatch<type + 1>(sum, x, p, in, w);
+        dispatch<type + 1>(sum, x, p, in, w, deals);
     }
 }
 
-__device__ __forceinline__ void start_ring(Worker& w) {
-#if BULK_COPIES
-    if (w.lane == 0) {
-        for (int s = 0; s < SLOTS; s++) barrier_init(w.ring.full + s, 1);
-        barrier_init_done();
-    }
-    __syncwarp();
-#endif
-    for (int s = 0; s < SLOTS; s++) issue_next(w.ring, s, w.ahead, w.part, w.lane);
-}
-
-// deals: u8 [blocks, deal_bytes(max_pieces)]; upcoming: the next launch's or null; panels: fp16
-// panels of x, [NUM_PANELS, num_blocks * 8, 32 lanes, 8]; rows: float32 [num_tokens, stride] or
-// null; out_panels: fp16 panels or null; partial: float4 [slots, SUMS], all words AWAITED.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) quant_gemv(
-    const u8* deals, const u8* upcoming, const u8* panels, float* rows, u8* out_panels,
-    float4* partial, int max_pieces, int upcoming_max_pieces, int upcoming_bytes, int num_blocks,
-    int num_tokens, int stride) {
-    extern __shared__ __align__(128) u8 memory[];
-    __shared__ u64 full[WARPS * SLOTS];
-    allow_next_kernel();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float4* sums = (float4*)(memory + WARPS * SLOTS * SLOT_BYTES);
-    u8* dealt = (u8*)(sums + 2 * TEAMS * SUMS);
-    const int bytes = deal_bytes(max_pieces);
-    for (int i = threadIdx.x * 8; i < bytes; i += THREADS * 8)
-        *(uint2*)(dealt + i) = *(const uint2*)(deals + (long long)blockIdx.x * bytes + i);
-    __syncthreads();
-
-    const Piece* pieces = (const Piece*)dealt + warp / TEAM_WARPS * max_pieces;
-    const Seam* seams = (const Seam*)((const Piece*)dealt + TEAMS * max_pieces);
-    Worker w = {{memory + warp * SLOTS * SLOT_BYTES, full + warp * SLOTS, 0, 0},
-                {pieces, nullptr, 0},
-                warp % TEAM_WARPS,
-                lane};
-    w.ahead.enter(w.part);
-    start_ring(w);
-    wait_for_previous_kernel();
-    const Output out = {rows, out_panels, stride, num_tokens};
-    const Input in = {panels, num_blocks * 8, num_tokens};
+__device__ __forceinline__ void run_product(
+    const Step& step, const Piece* pieces, const Seam* seams, float4* sums, float4* partial,
+    int num_tokens, Worker& w, const Deals& deals) {
+    const Output out = {step.rows, step.out_panels, step.epilogue, step.stride, num_tokens};
+    const Input in = {step.panels, step.num_blocks * 8, num_tokens};
     Part x[2];
-    load_part(x[0], in, pieces->first_block * 8, lane);
+    load_part(x[0], in, pieces->first_block * 8, w.lane);
     for (const Piece* p = pieces; p->num_units > 0; p++) {
         Sums sum = {};
-        dispatch<0>(sum, x, *p, in, w);
+        dispatch<0>(sum, x, *p, in, w, deals);
         Totals total;
 #pragma unroll
         for (int n = 0; n < NUM_PANELS; n++) {
             total[n] = make_float4(
                 sum[n][0][0] + sum[n][1][0], sum[n][0][1] + sum[n][1][1],
                 sum[n][0][2] + sum[n][1][2], sum[n][0][3] + sum[n][1][3]);
-            if (p->sums >= 0)
-                sums[p->sums * SUMS + (w.part * NUM_PANELS + n) * 32 + lane] = total[n];
+            const int at = (w.part * NUM_PANELS + n) * 32 + w.lane;
+            if (p->sums >= 0) sums[p->sums * SUMS + at] = total[n];
         }
-        if (p->sums < 0) finish(out, p->row, p->num_rows, total, w.part, lane);
+        if (p->sums < 0) finish(out, p->row, p->num_rows, total, w.part, w.lane);
     }
-    const int team = blockIdx.x * TEAMS + warp / TEAM_WARPS;
-    prefetch_upcoming({upcoming, upcoming_max_pieces, upcoming_bytes}, team, w.part, lane);
     __syncthreads();
     // The last first: what goes to another block must not wait for what comes from one.
-    for (int s = MAX_SEAMS - 1 - warp / TEAM_WARPS; s >= 0; s -= TEAMS)
-        if (seams[s].num_sums > 0) close_seam(seams[s], sums, partial, out, w.part, lane);
+    for (int s = MAX_SEAMS - 1 - w.team; s >= 0; s -= TEAMS)
+        if (seams[s].num_sums > 0) close_seam(seams[s], sums, partial, out, w.part, w.lane);
+}
+
+__device__ __forceinline__ float square(float4 v) {
+    return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+}
+
+// One block's token to panels: x / sqrt(mean(x^2) + eps) times the weight.
+__device__ void run_norm(const Step& step, int token, float eps, float* of_warp) {
+    const float* row = step.rows + (long long)token * step.stride;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int c = threadIdx.x * 4; c < step.stride; c += THREADS * 4)
+        sum += square(*(const float4*)(row + c));
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
+    __syncthreads();
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) total += of_warp[w];
+    const float scale = rsqrtf(total / step.stride + eps);
+#pragma unroll 4
+    for (int c = threadIdx.x * 4; c < step.stride; c += THREADS * 4) {
+        const float4 v = *(const float4*)(row + c), w = *(const float4*)(step.weight + c);
+        *(uint2*)panel_place(step.out_panels, token, c, step.stride) =
+            make_uint2(operand_pair(v.x * w.x * scale, v.y * w.y * scale),
+                       operand_pair(v.z * w.z * scale, v.w * w.w * scale));
+    }
+}
+
+// Waits until all blocks have come here, and sees what they wrote. `arrivals` only grows.
+__device__ __forceinline__ void meet(u64* arrivals) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        u64 mine, seen;
+        asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], 1;"
+                     : "=l"(mine) : "l"(arrivals) : "memory");
+        const u64 wanted = (mine / gridDim.x + 1) * gridDim.x;
+        do {
+            asm volatile("ld.acquire.gpu.global.u64 %0, [%1];"
+                         : "=l"(seen) : "l"(arrivals) : "memory");
+        } while (seen < wanted);
+    }
+    __syncthreads();
+}
+
+// Copies a block's deals to shared memory; weights of norms come nearer for those who will norm.
+__device__ __forceinline__ void load_deals(u8* to, const Chain& chain, int num_steps, int tokens) {
+    for (int s = 0; s < num_steps; s++) {
+        const Step& step = chain.steps[s];
+        if (step.epilogue == NORM) {
+            const int end = blockIdx.x < tokens ? step.stride : 0;
+            for (int c = threadIdx.x * 32; c < end; c += THREADS * 32)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(step.weight + c));
+            continue;
+        }
+        const int bytes = deal_bytes(step.max_pieces);
+        for (int i = threadIdx.x * 8; i < bytes; i += THREADS * 8)
+            *(uint2*)(to + i) = *(const uint2*)(step.deals + (long long)blockIdx.x * bytes + i);
+        to += bytes;
+    }
+}
+
+// partial: float4 [blocks, SUMS], sums on their way between blocks, all words AWAITED; arrivals:
+// u64, 0 at first. All chains share both.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) quant_gemv(
+    const __grid_constant__ Chain chain, float4* partial, u64* arrivals, const u8* upcoming,
+    int upcoming_max_pieces, int upcoming_bytes, int num_steps, int num_tokens, float eps) {
+    extern __shared__ __align__(128) u8 memory[];
+    __shared__ u64 full[WARPS * MAX_TILES];
+    __shared__ float of_warp[WARPS];
+    allow_next_kernel();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float4* sums = (float4*)(memory + WARPS * RING_BYTES);
+    u8* dealt = (u8*)(sums + 2 * TEAMS * SUMS);
+    load_deals(dealt, chain, num_steps, num_tokens);
+#if BULK_COPIES
+    if (lane < MAX_TILES) barrier_init(full + warp * MAX_TILES + lane, 1);
+    barrier_init_done();
+#endif
+    __syncthreads();
+
+    const Deals deals = {dealt, chain, num_steps};
+    Worker w = {{memory + warp * RING_BYTES, full + warp * MAX_TILES, 0, 0, RING_BYTES, 0, 0},
+                -1, nullptr, nullptr, 0, warp / TEAM_WARPS, warp % TEAM_WARPS, lane};
+    w.fill(deals);
+    wait_for_previous_kernel();
+    for (int s = 0; s < num_steps; s++) {
+        const Step& step = chain.steps[s];
+        if (s > 0) meet(arrivals);
+        if (step.epilogue == NORM) {
+            if (blockIdx.x < num_tokens) run_norm(step, blockIdx.x, eps, of_warp);
+        } else {
+            run_product(step, deals.pieces(s, w.team), deals.seams(s), sums, partial, num_tokens,
+                        w, deals);
+        }
+    }
+    const int team = blockIdx.x * TEAMS + w.team;
+    prefetch_upcoming({upcoming, upcoming_max_pieces, upcoming_bytes}, team, w.part, lane);
 }

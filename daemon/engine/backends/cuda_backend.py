@@ -13,6 +13,7 @@ import numpy as np
 
 from daemon.checkpoint import HostBytes
 from daemon.engine.backends.backend import Sampled, SamplingRow
+from daemon.engine.backends.cuda_chain import DecodeChain
 from daemon.engine.backends.cuda_memory import (
     CudaLimits,
     SequenceMemory,
@@ -22,7 +23,6 @@ from daemon.engine.backends.cuda_run import (
     DecodeRun,
     DecodeTables,
     PrefillRun,
-    ProductOrder,
     prefill_run,
 )
 from daemon.engine.backends.cuda_weights import CudaMatrix, CudaTable, WeightLoader
@@ -42,7 +42,15 @@ from daemon.kernels.kv_append import KvAppend
 from daemon.kernels.kv_format import HEAD_DIM
 from daemon.kernels.quant_activations import CHUNKS, PANELS, ActivationKernels, padded_tokens
 from daemon.kernels.quant_gemm import GemmKernels
-from daemon.kernels.quant_gemv import ADD, MAX_TOKENS, STORE, SWIGLU, GemvKernels
+from daemon.kernels.quant_gemv import (
+    ADD,
+    MAX_TOKENS,
+    STORE,
+    SWIGLU,
+    GemvKernels,
+    Norm,
+    Product,
+)
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
@@ -91,8 +99,7 @@ class CudaBackend:
         self._pool = PinnedPool(device, limits.pinned_bytes)
         self._graphs: dict[int, Graph] = {}
         self._warm: set[int] = set()
-        self._order = ProductOrder()
-        self._is_decoding = False
+        self._chain = DecodeChain(self._gemv, rms_eps)
         self._operand_layout = PANELS
 
     @property
@@ -104,7 +111,7 @@ class CudaBackend:
     def numerics(self) -> str:
         """The card's architecture, how work is dealt to it, and the formats of keys and values."""
         formats = f"{self._limits.k_format.name}/{self._limits.v_format.name}"
-        return f"cuda {self._device.arch}; {self._device.num_sms} SMs; KV {formats}; kernels 2"
+        return f"cuda {self._device.arch}; {self._device.num_sms} SMs; KV {formats}; kernels 3"
 
     def attach(self) -> None:
         """Make the GPU current in the engine's thread."""
@@ -182,11 +189,10 @@ class CudaBackend:
 
     def evaluate(self, batch: Batch, forward: Callable[[Run], Logits]) -> Logits:
         """Prefill calls the operations; decode records them per bucket and replays."""
-        self._is_decoding = batch.kind == "decode"
-        self._operand_layout = PANELS if self._is_decoding else CHUNKS
+        self._operand_layout = PANELS if batch.kind == "decode" else CHUNKS
+        self._chain.begin_step(batch.kind == "decode")
         if batch.kind == "prefill":
             return forward(prefill_run(self._device, batch, self._limits.max_pages))
-        self._order.begin()
         bucket = next(size for size in BUCKETS if size >= len(batch.spans))
         self._decode_tables.fill(batch.spans)
         run = self._decode_tables.run(bucket)
@@ -208,7 +214,11 @@ class CudaBackend:
 
     def rms_norm(self, x: DeviceArray, weight: DeviceArray) -> Operand:
         """The norm, rounded to fp16 for the product that follows."""
-        return self._operand(x, self._space.narrow, self._operand_layout, weight)
+        if self._operand_layout == PANELS:
+            return self._chained_norm(x, weight)
+        array = self._space.narrow.view((padded_tokens(x.shape[0]), x.shape[1]))
+        self._convert.convert(x, array, CHUNKS, weight, self._eps)
+        return Operand(array, x.shape[0], CHUNKS)
 
     def project(self, matrix: CudaMatrix, x: Operand) -> DeviceArray:
         """Float32 `[rows, matrix rows]`."""
@@ -227,11 +237,14 @@ class CudaBackend:
         if matrix.is_paired:
             self._multiply(matrix, x, out, SWIGLU)
         else:
-            self._convert.gate(self.project(matrix, x), out, x.layout)
+            both = self.project(matrix, x)
+            self._chain.launch()
+            self._convert.gate(both, out, x.layout)
         return Operand(out, x.num_rows, x.layout)
 
     def delta_net(self, run: Run, layer: int, weights: DeltaNetWeights, x: DeviceArray) -> Operand:
         """One fused kernel in decode; prepare, scan and gate in prefill."""
+        self._chain.launch()
         slots = self._memory.slots
         inputs = DeltaInputs.of_rows(x, slots.sizes)
         constants = DeltaConstants(weights.conv, weights.decay, weights.dt_bias, weights.gated_norm)
@@ -245,6 +258,7 @@ class CudaBackend:
 
     def attention(self, run: Run, layer: int, weights: AttentionWeights, x: DeviceArray) -> Operand:
         """Append, then attend: split over keys in decode, over query tiles in prefill."""
+        self._chain.launch()
         heads = (run.num_rows, self.shape.attention.num_heads, HEAD_DIM)
         queries = self._space.queries.view(heads)
         self._kv_append(
@@ -318,21 +332,17 @@ class CudaBackend:
     # ── the parts of it ───────────────────────────────────────────────────────────────────────
 
     def _head(self, norm: DeviceArray, head: CudaMatrix, x: DeviceArray, out: DeviceArray) -> None:
-        operand = self._operand(x, self._space.narrow, PANELS, norm)
-        self._multiply(head, operand, out, STORE)
+        self._multiply(head, self._chained_norm(x, norm), out, STORE)
+        self._chain.launch()
 
-    def _operand(
-        self, x: DeviceArray, memory: DeviceArray, layout: int, norm: DeviceArray | None = None
-    ) -> Operand:
-        array = memory.view((padded_tokens(x.shape[0]), x.shape[1]))
-        self._convert.convert(x, array, layout, norm, self._eps)
-        return Operand(array, x.shape[0], layout)
+    def _chained_norm(self, x: DeviceArray, weight: DeviceArray) -> Operand:
+        array = self._space.narrow.view((padded_tokens(x.shape[0]), x.shape[1]))
+        self._chain.add(Norm(x, weight, array), x.shape[0])
+        return Operand(array, x.shape[0], PANELS)
 
     def _multiply(self, matrix: CudaMatrix, x: Operand, out: DeviceArray, epilogue: int) -> None:
         if x.layout == PANELS:
-            # A prompt's head is the only product of few rows outside a decode step.
-            upcoming = self._order.successor(matrix.gemv) if self._is_decoding else None
-            self._gemv.multiply(matrix.gemv, x.array, x.num_rows, out, epilogue, upcoming)
+            self._chain.add(Product(matrix.gemv, x.array, out, epilogue), x.num_rows)
         else:
             self._gemm.multiply(matrix.gemm, x.array, x.num_rows, out, epilogue)
 
