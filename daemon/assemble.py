@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,6 +16,7 @@ from starlette.applications import Starlette
 from daemon import __version__
 from daemon.api.app import create_app
 from daemon.api.service import Service
+from daemon.audit import AuditedEngine
 from daemon.cache.checkpoint_cache import CheckpointCache
 from daemon.cache.prefix_hash import fingerprint
 from daemon.checkpoint import Reach
@@ -162,14 +164,15 @@ def assemble(config: Config) -> Daemon:
             cache.close()
         raise
     history = _prompt_history(tokenizer, cache, identity)
+    audit = _audit(engine, cache, config.cache)
     service = Service(
-        engine=engine,
+        engine=audit or engine,
         engine_state=lambda: "ok" if engine.failure is None else "stopped",
         tokenizer=tokenizer,
         prompts=PromptBuilder(tokenizer, template, replies),
         constrainer=Constrainer(tokenizer),
         remember=replies.remember,
-        cache_stats=lambda: {} if cache is None else msgspec.to_builtins(cache.stats()),
+        cache_stats=lambda: _cache_stats(cache, audit),
         metrics=Metrics(),
         history=history,
         sessions=None if cache is None else cache.catalogue,
@@ -181,6 +184,24 @@ def assemble(config: Config) -> Daemon:
         created=int(time.time()),
     )
     return Daemon(service, engine, cache)
+
+
+def _audit(
+    engine: EngineThread, cache: CheckpointCache | None, config: CacheConfig
+) -> AuditedEngine | None:
+    """Checks some of the engine's answers, if that is asked for."""
+    if not config.audit_share:
+        return None
+    if cache is None:
+        raise ConfigError("--audit-share checks checkpoints: leave out --no-cache.")
+    return AuditedEngine(engine, config.audit_share, cache.discard)
+
+
+def _cache_stats(cache: CheckpointCache | None, audit: AuditedEngine | None) -> dict[str, Any]:
+    if cache is None:
+        return {}
+    audited = {} if audit is None else {"audit": msgspec.to_builtins(audit.counts())}
+    return {**msgspec.to_builtins(cache.stats()), **audited}
 
 
 def _engine_builder(

@@ -24,9 +24,11 @@ ALLOWED = {
     "daemon.kernels": {"daemon.kernels"},
     "daemon.api": {"daemon.api", "daemon.text", "daemon.engine.requests"},
     "daemon.generate": {"daemon.api", "daemon.text", "daemon.engine.requests"},
+    "daemon.audit": {"daemon.engine.requests"},
     "daemon.devices": {"daemon.engine", "daemon.kernels"},
     "daemon.assemble": {
-        "daemon.api", "daemon.text", "daemon.engine", "daemon.cache", "daemon.devices",
+        "daemon.api", "daemon.audit", "daemon.text", "daemon.engine", "daemon.cache",
+        "daemon.devices",
         "daemon.load_progress",
     },
     "daemon.load_progress": set(),

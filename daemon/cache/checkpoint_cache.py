@@ -174,6 +174,14 @@ class CheckpointCache:
         with self._transfer.looking() as shelf:
             return shelf.reach(hashes, limit, strict)
 
+    def discard(self, tokens: Sequence[int]) -> None:
+        """Drop a prompt's checkpoints, since an audit found one wrong, and all that shares a page
+        with them: any of these may be what was wrong."""
+        first = PrefixChain(self._fingerprint, tokens[:PAGE_TOKENS]).hashes[0]
+        with self._transfer.looking() as shelf:
+            doomed = shelf.beginning_with(first)
+        self._transfer.wipe(doomed, "damaged")
+
     def stats(self) -> CacheStats:
         """Numbers of this moment, over all models of the store."""
         states = self._transfer.states()

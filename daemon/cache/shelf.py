@@ -67,6 +67,14 @@ class Shelf(Struct, frozen=True):
         state = self.index.state(key)
         return [] if state is None else list(self.index.ancestors(state))
 
+    def beginning_with(self, hash: bytes) -> list[bytes]:
+        """Keys of the states whose first page has this hash. Visits every page: for damage only."""
+        return [
+            state.key
+            for state in self.index.states
+            if self.index.chain(state.tip)[0].startswith(hash)
+        ]
+
     def branches(self, max_tokens: int) -> list[Branch]:
         """The ends of the tree, the last used first, as many as `max_tokens` allow."""
         inner = self.index.inner_pages()

@@ -183,11 +183,11 @@ class Transfer:
             self._pending.sessions.update(records)
             self._lock.notify_all()
 
-    def wipe(self, keys: Iterable[bytes]) -> None:
+    def wipe(self, keys: Iterable[bytes], cause: Departure = "wiped") -> None:
         """Delete states, and the pages that nothing needs then; `flush` waits until it is done."""
         with self._lock:
             for key in keys:
-                self._forget(self._index.remove_state(key), "wiped")
+                self._forget(self._index.remove_state(key), cause)
             self._lock.notify_all()
 
     @property

@@ -99,6 +99,11 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-interval", type=positive, default=1024, metavar="TOKENS",
         help="spacing of checkpoints inside a long prompt (%(default)s)",
     )  # fmt: skip
+    group.add_argument(
+        "--audit-share", type=share, default=0.0, metavar="SHARE",
+        help="share of resumed requests, such as 0.01, to evaluate again cold when idle and compare"
+        " (%(default)s)",
+    )  # fmt: skip
     group.add_argument("--no-cache", action="store_true", help="find and keep no checkpoints")
 
 
@@ -130,6 +135,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
             folder=arguments.cache_dir or default_cache_folder(),
             budget_bytes=parse_bytes(arguments.cache_size),
             interval_tokens=arguments.checkpoint_interval,
+            audit_share=arguments.audit_share,
         ),
         server=ServerConfig(host=arguments.host, port=arguments.port)
         if is_server
@@ -151,6 +157,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    value = non_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than 1")
+    return value
 
 
 def non_negative(text: str) -> float:

@@ -73,8 +73,7 @@ class StepEngine:
         assert request.id not in self.sequences, "request ids are unique"
         timeline = self.store.timeline(request.tokens, request.session)
         sequence = Sequence(request, deliver, timeline)
-        if sequence.is_idle_work:
-            assert not request.max_tokens, "idle work samples nothing"
+        if sequence.is_idle_work and not request.max_tokens:
             self._end_contained_idle_work(request)
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
@@ -180,7 +179,10 @@ class StepEngine:
     def _restore_or_start(self, sequence: Sequence) -> None:
         """Begin to read the best checkpoint, or begin at token 0 when there is none."""
         strict = self.strict or sequence.is_idle_work
-        found = sequence.timeline.find(sequence.num_known - 1, strict)
+        limit = sequence.num_known - 1
+        if sequence.request.max_cached is not None:
+            limit = min(limit, sequence.request.max_cached)
+        found = sequence.timeline.find(limit, strict)
         sequence.found = found
         boundaries = sequence.request.boundaries
         if not sequence.request.max_tokens and not sequence.timeline.positions(boundaries, 0):
@@ -224,7 +226,8 @@ class StepEngine:
     def _start(self, sequence: Sequence, position: int) -> None:
         sequence.num_evaluated = position
         sequence.phase = Phase.PREFILL
-        sequence.positions = sequence.timeline.positions(sequence.request.boundaries, position)
+        if sequence.is_kept:
+            sequence.positions = sequence.timeline.positions(sequence.request.boundaries, position)
         if not sequence.was_started:
             sequence.was_started = True
             sequence.num_cached = position
@@ -253,6 +256,8 @@ class StepEngine:
     def _keep_interrupted(self, sequence: Sequence) -> None:
         """A retry sends the same prompt: let it go on from here."""
         done = sequence.num_evaluated
+        if not sequence.is_kept:
+            return
         if sequence.phase is Phase.PREFILL and done % PAGE_TOKENS == 0 and done > 0:
             self._save(sequence, done, sequence.slot, sequence.born, "interrupted")
         elif sequence.phase is Phase.DECODE:
@@ -292,7 +297,7 @@ class StepEngine:
         """A newer piece of idle work passes through all that an older one would have done."""
         for other in [s for s in self.sequences.values() if s.is_idle_work]:
             tokens = other.request.tokens
-            if request.tokens[: len(tokens)] == tokens:
+            if not other.request.max_tokens and request.tokens[: len(tokens)] == tokens:
                 self.cancel(other.request.id)
 
     # ── the end of a sequence ─────────────────────────────────────────────────────────────────

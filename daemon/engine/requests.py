@@ -44,8 +44,9 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
 
     With `max_tokens` 0 nothing is sampled: the prompt is evaluated up to the last of `boundaries`
     that has no checkpoint yet, and ends as "length". That, at priority "idle", is how work for
-    requests to come is done ahead. `constraint` says what may follow, None: anything; the engine
-    takes it over.
+    requests to come is done ahead. With `max_cached`, no later checkpoint is restored (0: none)
+    and nothing of the evaluation is kept: so is a checkpoint audited. `constraint` says what may
+    follow, None: anything; the engine takes it over.
     """
 
     id: str
@@ -56,6 +57,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     stop_tokens: frozenset[int] = frozenset()
     session: str = ""
     priority: Priority = "client"
+    max_cached: int | None = None
     constraint: Constraint | None = None
 
 

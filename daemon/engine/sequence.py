@@ -83,6 +83,11 @@ class Sequence:
         return self.request.priority == "idle"
 
     @property
+    def is_kept(self) -> bool:
+        """Whether its evaluation leaves checkpoints."""
+        return self.request.max_cached is None
+
+    @property
     def goal(self) -> int:
         """Where evaluation of known tokens ends: at the last, or at the last checkpoint wanted."""
         if self.request.max_tokens:

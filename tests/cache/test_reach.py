@@ -4,7 +4,7 @@ and the prompts of an earlier run."""
 from array import array
 from pathlib import Path
 
-from cache_harness import MODEL, open_cache, prompt, saved_prompt
+from cache_harness import MODEL, Simulated, open_cache, prompt, saved_prompt
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,3 +73,19 @@ def test_departures_are_bounded() -> None:
     assert departures.deepest(hashes[:1], 0, 64) is None
     departures.discard(hashes[2])
     assert departures.deepest(hashes, 0, 192) == Departed(128, "dropped")
+
+
+def test_what_an_audit_found_wrong_goes_with_all_that_shares_its_pages(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    wrong = saved_prompt(cache, 4)
+    branch = Simulated(cache, [*wrong.tokens[:128], *range(128)])
+    branch.resume()
+    branch.prefill()
+    branch.save(256, "prompt")
+    other = saved_prompt(cache, 4, first=9)
+    cache.discard(wrong.tokens)
+    assert cache.reach([*branch.tokens, 1], 256, False).found is None
+    reach = cache.reach([*wrong.tokens, 1], 256, False)
+    assert (reach.found, reach.departed) == (None, Departed(256, "damaged"))
+    assert cache.reach([*other.tokens, 1], 256, False).found is not None
+    cache.close()
