@@ -1,0 +1,216 @@
+"""Replays recorded requests of real agents against the application, with a scripted engine.
+
+    PYTHONPATH=tests python -m benchmarks.replay_requests FOLDER
+
+FOLDER holds one `.jsonl` file a session, one request a line: `method`, `path`, `query`, `headers`,
+`body`, and `response` with the `reasoning`, `text` and `calls` that the model is to answer. Every
+request must be accepted, and its answer must give back exactly these, as the types that its
+dialect has for them. It prints, a session, how much of each prompt an earlier one of the session
+begins with: what a store can save at most.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fakes import RememberedReplies
+from msgspec import Struct
+from rich.console import Console
+from rich.table import Table
+from scripted_app import scripted_engine, scripted_service, spell_reply, text_side
+
+from daemon.api.app import create_app
+from daemon.engine.requests import GenerationRequest
+from daemon.text.messages import ToolCall
+
+CONTEXT = 1 << 20
+
+
+class Answered(Struct, frozen=True):
+    """What an answer says, whatever its dialect; calls as (name, arguments)."""
+
+    reasoning: str
+    text: str
+    calls: list[tuple[str, Any]]
+
+
+class Outcome(Struct, frozen=True):
+    """What became of one request: what is wrong with it, and its prompt."""
+
+    fault: str
+    tokens: Sequence[int]
+
+
+class Session(Struct, frozen=True):
+    """A file, replayed."""
+
+    name: str
+    outcomes: list[Outcome]
+
+    def faults(self) -> list[str]:
+        """What went wrong."""
+        return [f"{self.name}: {outcome.fault}" for outcome in self.outcomes if outcome.fault]
+
+    def shared(self) -> tuple[int, int]:
+        """Tokens of all prompts, and those of them that an earlier prompt begins with."""
+        prompts = [outcome.tokens for outcome in self.outcomes if outcome.tokens]
+        shared = sum(
+            max((_num_common(prompt, earlier) for earlier in prompts[:i]), default=0)
+            for i, prompt in enumerate(prompts)
+        )
+        return sum(map(len, prompts)), shared
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Replay every session of a folder; 1 when anything is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args(arguments)
+    sessions = asyncio.run(_replay_all(sorted(options.folder.glob("*.jsonl"))))
+    table = Table("session", "requests", "accepted and right", "prompt tokens", "begun before")
+    for session in sessions:
+        total, shared = session.shared()
+        num, num_wrong = len(session.outcomes), len(session.faults())
+        share = f"{shared / total:.1%}" if total else "-"
+        table.add_row(session.name, str(num), str(num - num_wrong), f"{total:,}", share)
+    console = Console()
+    console.print(table)
+    faults = [fault for session in sessions for fault in session.faults()]
+    for fault in faults:
+        console.print(fault, markup=False)
+    return 1 if faults or not sessions else 0
+
+
+async def _replay_all(files: Sequence[Path]) -> list[Session]:
+    text = text_side()
+    wanted: dict[str, Any] = {}
+
+    def reply(request: GenerationRequest) -> str:
+        prompt = text.tokenizer.decode(request.tokens[-16:])
+        calls = [
+            ToolCall("", call["name"], json.loads(call["arguments"]))
+            for call in wanted.get("calls") or ()
+        ]
+        thinking_open = prompt.rfind("<think>") > prompt.rfind("</think>")
+        return spell_reply(
+            wanted.get("text") or "",
+            calls,
+            reasoning=wanted.get("reasoning"),
+            thinking_open=thinking_open,
+        )
+
+    engine = scripted_engine(text, reply, context_length=CONTEXT)
+    sessions = []
+    try:
+        for file in files:
+            app = create_app(scripted_service(text, engine, RememberedReplies(), None))
+            transport = httpx.ASGITransport(app)
+            outcomes = []
+            async with httpx.AsyncClient(transport=transport, base_url="http://qwend") as client:
+                for line in file.read_text().splitlines():
+                    record = json.loads(line)
+                    wanted.clear()
+                    wanted.update(record.get("response") or {})
+                    engine.requests.clear()
+                    fault = await _replay(client, record)
+                    tokens = engine.requests[-1].tokens if engine.requests else ()
+                    outcomes.append(Outcome(fault, tokens))
+            sessions.append(Session(file.stem, outcomes))
+    finally:
+        engine.stop()
+        text.constrainer.close()
+    return sessions
+
+
+async def _replay(client: httpx.AsyncClient, record: dict[str, Any]) -> str:
+    """What is wrong with the answer; "" when nothing is."""
+    path = record["path"] + (f"?{record['query']}" if record.get("query") else "")
+    skipped = ("content-length", "host", "transfer-encoding", "accept-encoding")
+    headers = {k: v for k, v in record["headers"].items() if k.lower() not in skipped}
+    content = json.dumps(record["body"]) if record["body"] is not None else None
+    response = await client.request(record["method"], path, headers=headers, content=content)
+    where = f"request {record['seq']} {record['method']} {path}"
+    if response.status_code != 200:
+        return f"{where}: {response.status_code} {response.text[:300]}"
+    if record["method"] != "POST":
+        return ""
+    found = READERS[record["path"]](response)
+    expected = record["response"] or {}
+    calls = [(c["name"], json.loads(c["arguments"])) for c in expected.get("calls") or ()]
+    wrong = [] if found.calls == calls else [f"calls {found.calls} for {calls}"]
+    for part in ("text", "reasoning"):
+        given, wanted = getattr(found, part), expected.get(part) or ""
+        if given != wanted and not (part == "reasoning" and not given):
+            wrong.append(f"{part} {given[:80]!r} for {wanted[:80]!r}")
+    return f"{where}: {'; '.join(wrong)}" if wrong else ""
+
+
+def _events(response: httpx.Response) -> list[dict[str, Any]]:
+    data = [line[6:] for line in response.text.split("\n") if line.startswith("data: ")]
+    return [json.loads(item) for item in data if item != "[DONE]"]
+
+
+def _chat(response: httpx.Response) -> Answered:
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        deltas = [response.json()["choices"][0]["message"]]
+    else:
+        choices = [choice for event in _events(response) for choice in event["choices"]]
+        deltas = [choice["delta"] for choice in choices]
+    calls = [call["function"] for delta in deltas for call in delta.get("tool_calls") or ()]
+    return Answered(
+        "".join(delta.get("reasoning_content") or "" for delta in deltas),
+        "".join(delta.get("content") or "" for delta in deltas),
+        [(call["name"], json.loads(call["arguments"])) for call in calls],
+    )
+
+
+def _messages(response: httpx.Response) -> Answered:
+    reasoning, text = "", ""
+    calls: list[tuple[str, Any]] = []
+    arguments: list[str] = []
+    for event in _events(response):
+        delta = event.get("delta", {})
+        reasoning += delta.get("thinking", "")
+        text += delta.get("text", "")
+        block = event.get("content_block", {})
+        if block.get("type") == "tool_use":
+            calls.append((block["name"], None))
+            arguments.append("")
+        if "partial_json" in delta:
+            arguments[-1] += delta["partial_json"]
+    named = zip(calls, arguments, strict=True)
+    return Answered(reasoning, text, [(name, json.loads(given)) for (name, _), given in named])
+
+
+def _responses(response: httpx.Response) -> Answered:
+    output = _events(response)[-1]["response"]["output"]
+    parts: dict[str, list[str]] = {"reasoning": [], "message": []}
+    calls = []
+    for item in output:
+        if item["type"] == "function_call":
+            calls.append((item["name"], json.loads(item["arguments"])))
+        else:
+            shown = item.get("content") or item.get("summary") or ()
+            parts[item["type"]] += [part["text"] for part in shown]
+    return Answered("".join(parts["reasoning"]), "".join(parts["message"]), calls)
+
+
+READERS = {
+    "/v1/chat/completions": _chat,
+    "/v1/messages": _messages,
+    "/v1/responses": _responses,
+}
+
+
+def _num_common(a: Sequence[int], b: Sequence[int]) -> int:
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
