@@ -16,6 +16,12 @@ __device__ __forceinline__ float warp_max(float value) {
     return value;
 }
 
+// A barrier of some of the block's warps; id 1 to 15, since __syncthreads has 0.
+template <int threads>
+__device__ __forceinline__ void named_barrier(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(threads) : "memory");
+}
+
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }

@@ -1,0 +1,137 @@
+// What the two expert kernels of decode share: a warp's ring of weight tiles, and their products
+// with up to 16 rows. Macros: TYPES, NUM_PANELS, SLOTS, SLOT_BYTES, BULK_COPIES as in quant_gemv.
+#pragma once
+#include "quant_blocks.cuh"
+#include "warp.cuh"
+#if BULK_COPIES
+#include "pipeline.cuh"
+#endif
+
+constexpr float ACTIVATION_SCALE = 0.125f;  // x in fp16 is x / 8: values up to 524,000 fit
+constexpr int MAX_ROWS = 16;
+constexpr int TOKENS = 8 * NUM_PANELS;
+
+// The matrices of all routed experts, or the shared expert's.
+struct Matrix {
+    const u8* tiles;
+    int type, tile_bytes;
+    int tile_rows;   // 16 rows each, of one expert
+    int num_blocks;  // 256 columns each
+
+    __device__ __forceinline__ const u8* tile(int expert, int row, int block) const {
+        const long long unit = (long long)(expert * (tile_rows / 4) + row / 4) * num_blocks + block;
+        return tiles + (unit * 4 + row % 4) * tile_bytes;
+    }
+};
+
+struct Ring {
+    u8* slots;  // of this warp
+    u64* full;  // one barrier a slot, sm_90 on
+    int slot, phase;
+
+    __device__ __forceinline__ const u8* tile() const { return slots + slot * SLOT_BYTES; }
+
+    __device__ __forceinline__ void advance() {
+        if (++slot == SLOTS) slot = 0, phase ^= 1;
+    }
+};
+
+#if BULK_COPIES
+__device__ __forceinline__ void start_ring(Ring& ring, int lane) {
+    if (lane == 0) {
+        for (int s = 0; s < SLOTS; s++) barrier_init(ring.full + s, 1);
+        barrier_init_done();
+    }
+    __syncwarp();
+}
+
+__device__ __forceinline__ void issue_copy(
+    Ring& ring, int slot, const u8* from, int bytes, int lane) {
+    if (lane != 0) return;
+    barrier_expect(ring.full + slot, bytes);
+    copy_bulk(ring.slots + slot * SLOT_BYTES, from, bytes, ring.full + slot);
+}
+
+__device__ __forceinline__ void issue_nothing() {}
+
+__device__ __forceinline__ void wait_for_slot(Ring& ring) {
+    barrier_wait(ring.full + ring.slot, ring.phase);
+}
+
+__device__ __forceinline__ void prefetch(const u8* from, int bytes) { prefetch_bulk(from, bytes); }
+#else
+__device__ __forceinline__ void start_ring(Ring&, int) {}
+
+__device__ __forceinline__ void issue_copy(
+    Ring& ring, int slot, const u8* from, int bytes, int lane) {
+    const u32 to = shared_address(ring.slots + slot * SLOT_BYTES);
+    for (int at = lane * 16; at < bytes; at += 512) copy_async_16(to + at, from + at);
+    copy_async_commit();
+}
+
+__device__ __forceinline__ void issue_nothing() { copy_async_commit(); }
+
+__device__ __forceinline__ void wait_for_slot(Ring&) {
+    copy_async_wait<SLOTS - 1>();
+    __syncwarp();
+}
+
+__device__ __forceinline__ void prefetch(const u8*, int) {}
+#endif
+
+typedef float Sums[NUM_PANELS][2][4];  // even and odd steps apart, to shorten the chain of products
+
+// How much of x a warp holds at once: a whole tile's, as far as registers reach.
+constexpr int HELD_CHUNKS = NUM_PANELS == 1 ? 8 : 4;
+typedef uint4 Rows[NUM_PANELS][HELD_CHUNKS];
+
+// 256 columns of all rows as B operands: fp16 panels, of which the next is `panel_bytes` further.
+struct Input {
+    const u8* panels;
+    int panel_bytes, num_rows;
+};
+
+__device__ __forceinline__ void load_rows(Rows& x, const Input& in, int chunk, int lane) {
+    const u8* at = in.panels + chunk * 512 + lane * 16;
+#pragma unroll
+    for (int n = 0; n < NUM_PANELS; n++, at += in.panel_bytes)
+#pragma unroll
+        for (int i = 0; i < HELD_CHUNKS; i++)
+            x[n][i] = 8 * n + lane / 4 < in.num_rows ? __ldcg((const uint4*)(at + i * 512))
+                                                     : make_uint4(0, 0, 0, 0);
+}
+
+// Sixteen rows of an expert times all rows of x, over 256 columns. `x` holds the first chunks; with
+// two panels the others are loaded on the way, and `x` holds the last ones after that.
+template <int type>
+__device__ __forceinline__ void multiply_tile(
+    Sums& sum, const u8* tile, Rows& x, const Input& in, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        HalfTile h;
+        load_half<type>(h, tile, lane, half);
+        if (half == 1 && HELD_CHUNKS == 4) load_rows(x, in, 4, lane);
+#pragma unroll
+        for (int step = 0; step < 8; step++) {
+            u32 a[4];
+            fragment<type>(a, h, tile, lane, half, step);
+#pragma unroll
+            for (int n = 0; n < NUM_PANELS; n++) {
+                const uint4& v = x[n][(half * 4 + step / 2) % HELD_CHUNKS];
+                if (step % 2 == 0) mma_m16n8k16(sum[n][0], a, v.x, v.y);
+                else mma_m16n8k16(sum[n][1], a, v.z, v.w);
+            }
+        }
+    }
+}
+
+template <int type = 0>
+__device__ __forceinline__ void multiply(
+    int wanted, Sums& sum, const u8* tile, Rows& x, const Input& in, int lane) {
+    if constexpr (type < 7) {
+        if constexpr ((TYPES >> type) & 1) {
+            if (wanted == type) return multiply_tile<type>(sum, tile, x, in, lane);
+        }
+        multiply<type + 1>(wanted, sum, tile, x, in, lane);
+    }
+}

@@ -1,0 +1,145 @@
+// Down of every chosen expert and of the shared one, weighted, summed and added to the residual.
+//
+// An item is 16 rows of the output; a block makes it. Its jobs are the tiles of these rows: each
+// block of k of each expert that any row chose. A warp takes every WARPS-th job and leaves the sums
+// of the rows that chose the expert in shared memory; then each row's experts are added in the
+// order of their rank, the shared one last. Neither depends on the other rows, so neither do a
+// row's bits. Bound: bytes of the chosen experts.
+//
+// Macros besides those of moe_tiles.cuh: WARPS, USED, BLOCKS (of k, the most of either matrix).
+#include "moe_tiles.cuh"
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int RANKS = USED + 1;
+
+struct Job {
+    int slot, block;
+};
+
+struct Work {
+    Matrix routed, shared;
+    const int* experts;  // in shared memory: how many, then each
+    int num_jobs;        // of an item
+
+    __device__ __forceinline__ Job job(int index) const {
+        if (index < shared.num_blocks) return {0, index};
+        const int rest = index - shared.num_blocks;
+        return {1 + rest / routed.num_blocks, rest % routed.num_blocks};
+    }
+
+    __device__ __forceinline__ const Matrix& matrix(const Job& job) const {
+        return job.slot == 0 ? shared : routed;
+    }
+
+    __device__ __forceinline__ const u8* tile(int item, const Job& job) const {
+        if (job.slot == 0) return shared.tile(0, item, job.block);
+        return routed.tile(experts[job.slot], item, job.block);
+    }
+};
+
+// The tile that a warp will ask for next.
+struct Ahead {
+    int item, index;
+};
+
+__device__ __forceinline__ void issue_next(
+    Ring& ring, int slot, Ahead& ahead, const Work& work, int warp, int lane) {
+    if (ahead.index >= work.num_jobs) {
+        ahead.item += gridDim.x;
+        ahead.index = warp;
+    }
+    if (ahead.item >= work.routed.tile_rows || ahead.index >= work.num_jobs) return issue_nothing();
+    const Job job = work.job(ahead.index);
+    issue_copy(ring, slot, work.tile(ahead.item, job), work.matrix(job).tile_bytes, lane);
+    ahead.index += WARPS;
+}
+
+// [row][rank][block of k][16 rows of the item]
+typedef float Parts[TOKENS][RANKS][BLOCKS][16];
+
+__device__ __forceinline__ void leave_sums(
+    Parts& parts, const Sums& sum, const Job& job, const u8* ranks, int lane) {
+#pragma unroll
+    for (int n = 0; n < NUM_PANELS; n++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const int token = 8 * n + lane % 4 * 2 + c % 2, row = lane / 4 + c / 2 * 8;
+            const int rank = ranks[job.slot * MAX_ROWS + token];
+            if (rank < RANKS) parts[token][rank][job.block][row] = sum[n][0][c] + sum[n][1][c];
+        }
+}
+
+__device__ __forceinline__ float total(const float (&blocks)[BLOCKS][16], int count, int row) {
+    float all = 0.0f;
+    for (int b = 0; b < count; b++) all += blocks[b][row];
+    return all;
+}
+
+__device__ __forceinline__ void finish(
+    const Parts& parts, const Work& work, const float* weights, float* residual, int item,
+    int num_rows) {
+    for (int i = threadIdx.x; i < num_rows * 16; i += THREADS) {
+        const int token = i / 16, row = i % 16;
+        float* at = residual + token * work.routed.tile_rows * 16 + item * 16 + row;
+        const float before = *at, *weight = weights + token * RANKS;
+        float sum = 0.0f;
+#pragma unroll
+        for (int rank = 0; rank < USED; rank++)
+            sum = __fmaf_rn(
+                weight[rank], total(parts[token][rank], work.routed.num_blocks, row), sum);
+        if (work.shared.num_blocks > 0)
+            sum = __fmaf_rn(
+                weight[USED], total(parts[token][USED], work.shared.num_blocks, row), sum);
+        *at = __fmaf_rn(sum, 1.0f / ACTIVATION_SCALE, before);
+    }
+}
+
+// routed, shared: tiles of all experts, of the shared one (no blocks: there is none). list, ranks,
+// weights: of moe_route, ended before the previous kernel let this one begin. hidden: moe_gate_up's.
+// residual: f32 [num_rows, 16 * tile_rows].
+extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_down(
+    const u8* routed, const u8* shared, const int* list, const u8* ranks, const float* weights,
+    const u8* hidden, float* residual, int routed_type, int routed_bytes, int routed_blocks,
+    int shared_type, int shared_bytes, int shared_blocks, int tile_rows, int hidden_blocks,
+    int max_slots, int num_rows) {
+    extern __shared__ __align__(128) u8 memory[];
+    __shared__ u64 full[WARPS * SLOTS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Parts& parts = *(Parts*)(memory + WARPS * SLOTS * SLOT_BYTES);
+    u8* own_ranks = memory + WARPS * SLOTS * SLOT_BYTES + sizeof(Parts);
+    int* experts = (int*)(own_ranks + max_slots * MAX_ROWS);
+    for (int i = threadIdx.x; i < max_slots; i += THREADS) {
+        experts[i] = __ldcg(list + i);
+        ((uint4*)own_ranks)[i] = __ldcg((const uint4*)ranks + i);
+    }
+    Ring ring = {memory + warp * SLOTS * SLOT_BYTES, full + warp * SLOTS, 0, 0};
+    start_ring(ring, lane);
+    __syncthreads();
+    const Work work = {{routed, routed_type, routed_bytes, tile_rows, routed_blocks},
+                       {shared, shared_type, shared_bytes, tile_rows, shared_blocks},
+                       experts, shared_blocks + experts[0] * routed_blocks};
+    Ahead ahead = {int(blockIdx.x), warp};
+    for (int s = 0; s < SLOTS; s++) issue_next(ring, s, ahead, work, warp, lane);
+    wait_for_previous_kernel();
+    allow_next_kernel();
+    const int panel_bytes = hidden_blocks * 4096;
+    for (int item = blockIdx.x; item < tile_rows; item += gridDim.x) {
+        for (int index = warp; index < work.num_jobs; index += WARPS) {
+            const Job job = work.job(index);
+            const u8* slot = hidden + (long long)job.slot * NUM_PANELS * panel_bytes;
+            const Input in = {slot + job.block * 4096, panel_bytes, num_rows};
+            Sums sum = {};
+            Rows x;
+            load_rows(x, in, 0, lane);
+            wait_for_slot(ring);
+            multiply(work.matrix(job).type, sum, ring.tile(), x, in, lane);
+            __syncwarp();
+            issue_next(ring, ring.slot, ahead, work, warp, lane);
+            ring.advance();
+            leave_sums(parts, sum, job, own_ranks, lane);
+        }
+        __syncthreads();
+        finish(parts, work, weights, residual, item, num_rows);
+        if (item + gridDim.x < tile_rows) __syncthreads();
+    }
+}

@@ -1,0 +1,129 @@
+"""Expert tensors on the device: `[experts, rows, columns]` as one packed matrix after the other.
+
+Owns which matrices a launch of the expert kernels takes. The device's thread.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from daemon.errors import UnsupportedModel
+from daemon.kernels.quant_gemv import STORE, SWIGLU
+from daemon.kernels.quant_pack import (
+    BLOCK_COLUMNS,
+    STRIPE_ROWS,
+    Packer,
+    QuantType,
+    RawMatrix,
+    can_pair,
+)
+from daemon.kernels.runtime.device_array import DeviceArray
+
+GATE = 3
+"""Epilogue: SiLU of the sums, times what an earlier STORE left. See moe_gate_up.cu, moe_gemm.cu."""
+
+
+class RawExperts(NamedTuple):
+    """`matrix` has the rows of all experts in order, `num_experts` of them."""
+
+    num_experts: int
+    matrix: RawMatrix
+
+    @property
+    def rows(self) -> int:
+        """Of one expert."""
+        return self.matrix.rows // self.num_experts
+
+
+class ExpertMatrix(NamedTuple):
+    """One packed format: `tiles` u8 `[experts * rows / 64, columns / 256, 4, tile bytes]`."""
+
+    kind: QuantType
+    tiles: DeviceArray
+    num_experts: int
+    rows: int
+    columns: int
+
+    @property
+    def stripes(self) -> int:
+        """Groups of 64 rows of one expert."""
+        return self.rows // STRIPE_ROWS
+
+    @property
+    def blocks(self) -> int:
+        """Groups of 256 columns."""
+        return self.columns // BLOCK_COLUMNS
+
+
+class GatedExperts(NamedTuple):
+    """Gate and up: `parts` is one matrix with paired rows, or gate and up apart.
+
+    `width` is what comes out, for each row and expert.
+    """
+
+    parts: tuple[ExpertMatrix, ...]
+    width: int
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether rows of gate and up alternate in groups of 8."""
+        return len(self.parts) == 1
+
+
+def pack_experts(packer: Packer, raw: RawExperts) -> ExpertMatrix:
+    """Every expert's rows as they are.
+
+    Raises:
+        UnsupportedModel: rows that do not fill stripes, or what `Packer.pack` refuses.
+    """
+    if raw.rows % STRIPE_ROWS:
+        raise UnsupportedModel(f"An expert has {raw.rows} rows, no multiple of {STRIPE_ROWS}.")
+    segment = packer.pack([raw.matrix]).segments[0]
+    columns = raw.matrix.columns
+    return ExpertMatrix(segment.kind, segment.tiles, raw.num_experts, raw.rows, columns)
+
+
+def pack_gated(packer: Packer, gate: RawExperts, up: RawExperts) -> GatedExperts:
+    """Gate and up, paired where their formats are equal.
+
+    Raises:
+        UnsupportedModel: see `pack_experts`.
+    """
+    if not can_pair(gate.matrix, up.matrix) or gate.rows % (STRIPE_ROWS // 2):
+        apart = (pack_experts(packer, gate), pack_experts(packer, up))
+        return GatedExperts(apart, gate.rows)
+    segment = packer.pack_paired(gate.matrix, up.matrix).segments[0]
+    columns = gate.matrix.columns
+    paired = ExpertMatrix(segment.kind, segment.tiles, gate.num_experts, 2 * gate.rows, columns)
+    return GatedExperts((paired,), gate.rows)
+
+
+class GateUpStep(NamedTuple):
+    """One launch: its epilogue, and what it multiplies by; a missing matrix has no rows in it."""
+
+    epilogue: int
+    routed: ExpertMatrix | None
+    shared: ExpertMatrix | None
+
+
+def gate_up_steps(routed: GatedExperts, shared: GatedExperts | None) -> list[GateUpStep]:
+    """One launch where gate and up are paired; up before gate where they lie apart."""
+
+    def part(experts: GatedExperts | None, is_paired: bool, index: int) -> ExpertMatrix | None:
+        here = experts is not None and experts.is_paired == is_paired
+        return experts.parts[index] if experts is not None and here else None
+
+    def step(epilogue: int, is_paired: bool, index: int) -> GateUpStep:
+        return GateUpStep(
+            epilogue, part(routed, is_paired, index), part(shared, is_paired, index)
+        )
+
+    pairing = {experts.is_paired for experts in (routed, shared) if experts is not None}
+    steps = [step(SWIGLU, True, 0)] if True in pairing else []
+    return steps + ([step(STORE, False, 1), step(GATE, False, 0)] if False in pairing else [])
+
+
+def types_and_tile(*matrices: ExpertMatrix | None) -> tuple[int, int]:
+    """The bit mask of the matrices' types, and the bytes of their largest tile."""
+    kinds = {matrix.kind for matrix in matrices if matrix is not None}
+    return sum(1 << kind.code for kind in kinds), max(kind.tile_bytes for kind in kinds)

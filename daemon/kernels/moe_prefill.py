@@ -1,0 +1,187 @@
+"""Launches moe_rows and moe_gemm: the experts of a prompt's rows.
+
+Owns the choice of tile width, which changes speed and never bits. The device's thread.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from daemon.kernels.moe_pack import (
+    GATE,
+    ExpertMatrix,
+    GatedExperts,
+    gate_up_steps,
+    types_and_tile,
+)
+from daemon.kernels.moe_route import MoeSizes, RowLines
+from daemon.kernels.quant_gemm import CHUNK_STAGES, HOPPER, STATIC_SHARED_BYTES, WEIGHT_STAGES
+from daemon.kernels.quant_gemm import defines as gemm_defines
+from daemon.kernels.quant_gemv import STORE
+from daemon.kernels.runtime.compiler import Compiler
+from daemon.kernels.runtime.device import Device
+from daemon.kernels.runtime.device_array import DeviceArray, ElementType
+from daemon.kernels.runtime.kernel import Kernel, Module
+
+GEMM_SOURCE = Path(__file__).with_name("moe_gemm.cu")
+ROWS_SOURCE = Path(__file__).with_name("moe_rows.cu")
+GEMM_PARAMETERS = ("pointer",) * 6 + ("int32",) * 10
+SCATTER_PARAMETERS = ("pointer",) * 6 + ("int32",) * 2 + ("float32",)
+COMBINE_PARAMETERS = ("pointer",) * 4 + ("int32",)
+THREADS = 256
+BLOCKS_PER_SM = 2
+"""Of moe_gemm where it is not persistent by design: enough to hide what a block waits for."""
+
+
+class MoePrefill:
+    """Kernels and workspace for one model's experts; the products are compiled when first used.
+
+    Args:
+        max_width: the most rows of a down matrix's input, of the routed and the shared experts.
+        max_rows: of a prompt.
+    """
+
+    def __init__(
+        self, device: Device, compiler: Compiler, sizes: MoeSizes, max_width: int, max_rows: int
+    ) -> None:
+        self._device = device
+        self._compiler = compiler
+        self._sizes = sizes
+        self._hopper = compiler.arch == HOPPER
+        module = Module(compiler.cubin(ROWS_SOURCE, rows_defines(sizes)))
+        self._scatter = module.kernel("moe_scatter", SCATTER_PARAMETERS)
+        self._combine = module.kernel("moe_combine", COMBINE_PARAMETERS)
+        self._kernels: dict[tuple[int, int, int, int], Kernel] = {}
+        lines = self._num_lines(max_rows)
+        # Rows in, and `up` where it lies apart, are used up before the experts' rows are written.
+        line_bytes = max(2 * sizes.columns + 4 * max_width, 4 * sizes.columns)
+        self._max_width = max_width
+        self._space = device.allocate((lines, line_bytes), ElementType.U8)
+        self._middle = device.allocate((lines, max_width), ElementType.F16)
+
+    def mix(
+        self,
+        gate_up: tuple[GatedExperts, GatedExperts | None],
+        down: tuple[ExpertMatrix, ExpertMatrix | None],
+        norm: DeviceArray,
+        gate: DeviceArray | None,
+        lines: RowLines,
+        residual: DeviceArray,
+        eps: float,
+    ) -> None:
+        """Add the weighted sum of each row's experts to `residual`, f32 `[rows, columns]`.
+
+        Args:
+            gate_up, down: of the routed experts, and of the shared one.
+            gate: f32 `[columns]`, the shared expert's row of the router.
+            lines: of MoeRoute.many, for these rows.
+        """
+        rows, columns = residual.shape
+        num_lines = self._num_lines(rows)
+        x = self._space.view((num_lines, columns), ElementType.F16)
+        wide = (num_lines, self._max_width)
+        up = self._space.view(wide, ElementType.F32, offset_bytes=x.num_bytes)
+        self._scatter.launch(
+            self._device.stream, (rows, 1, 1), (THREADS, 1, 1),
+            residual, norm, gate if gate is not None else 0, lines.places, lines.weights, x,
+            rows, num_lines, eps, dependent=True,
+        )  # fmt: skip
+        for step in gate_up_steps(*gate_up):
+            matrices = (step.routed, step.shared)
+            self._multiply(matrices, lines, x, rows, step.epilogue, up, self._middle)
+        made = self._space.view((num_lines, columns), ElementType.F32)
+        self._multiply(down, lines, self._middle, rows, STORE, made, None)
+        self._combine.launch(
+            self._device.stream, (rows, 1, 1), (THREADS, 1, 1),
+            made, lines.places, lines.weights, residual, rows, dependent=True,
+        )  # fmt: skip
+
+    def _multiply(
+        self,
+        matrices: tuple[ExpertMatrix | None, ExpertMatrix | None],
+        lines: RowLines,
+        x: DeviceArray,
+        rows: int,
+        epilogue: int,
+        out: DeviceArray,
+        chunks: DeviceArray | None,
+    ) -> None:
+        types, tile_bytes = types_and_tile(*matrices)
+        columns = self._tile_columns(rows, epilogue)
+        kernel = self._kernel(types, columns, 4 * tile_bytes, epilogue)
+        grid = self._device.num_sms * (1 if self._hopper else BLOCKS_PER_SM)
+        kernel.launch(
+            self._device.stream,
+            (grid, 1, 1),
+            (384 if self._hopper else 128, 1, 1),
+            *(matrix.tiles if matrix is not None else 0 for matrix in matrices),
+            *(lines.first, x, out, chunks if chunks is not None else 0),
+            *(field for matrix in matrices for field in _form(matrix)),
+            *(self._num_lines(rows), out.shape[1]),
+            shared_bytes=self._shared_bytes(columns, 4 * tile_bytes),
+            dependent=True,
+        )
+
+    def _num_lines(self, rows: int) -> int:
+        return rows * (self._sizes.num_used + int(self._sizes.has_shared))
+
+    def _tile_columns(self, rows: int, epilogue: int) -> int:
+        """Tokens a tile: half of an expert's last tile is empty, and each costs some more."""
+        mean = rows * self._sizes.num_used / self._sizes.num_experts
+
+        def cost(columns: int) -> float:
+            return max(1.0, mean / columns + 0.5) * (columns + 32)
+
+        wide = (256, 128, 64) if epilogue != GATE else (128, 64)
+        return min(wide if self._hopper else (128, 64), key=cost)
+
+    def _stages(self, columns: int, unit_bytes: int) -> int:
+        limit = self._device.shared_bytes_per_block - self._static_bytes()
+        return min(CHUNK_STAGES, (limit - self._weight_bytes(unit_bytes)) // (columns * 128))
+
+    def _static_bytes(self) -> int:
+        """What quant_gemm has, and the ends of all groups."""
+        return STATIC_SHARED_BYTES + 4 * (self._sizes.num_experts + 1)
+
+    def _weight_bytes(self, unit_bytes: int) -> int:
+        return WEIGHT_STAGES * unit_bytes * (2 if self._hopper else 1)
+
+    def _shared_bytes(self, columns: int, unit_bytes: int) -> int:
+        ring = self._stages(columns, unit_bytes) * columns * 128
+        return ring + self._weight_bytes(unit_bytes) + (1024 if self._hopper else 0)
+
+    def _kernel(self, types: int, columns: int, unit_bytes: int, epilogue: int) -> Kernel:
+        key = (types, columns, unit_bytes, epilogue)
+        if key not in self._kernels:
+            stages = self._stages(columns, unit_bytes)
+            macros = defines(self._sizes.num_experts, *key, stages)
+            module = Module(self._compiler.cubin(GEMM_SOURCE, macros))
+            shared = self._shared_bytes(columns, unit_bytes)
+            self._kernels[key] = module.kernel("moe_gemm", GEMM_PARAMETERS, shared)
+        return self._kernels[key]
+
+
+def _form(matrix: ExpertMatrix | None) -> tuple[int, int, int, int]:
+    """Type, bytes of a tile, stripes and blocks of an expert."""
+    if matrix is None:
+        return (0, 0, 0, 0)
+    return (matrix.kind.code, matrix.kind.tile_bytes, matrix.stripes, matrix.blocks)
+
+
+def defines(
+    num_experts: int, types: int, columns: int, unit_bytes: int, epilogue: int, chunk_stages: int
+) -> dict[str, int]:
+    """The macros of a variant of moe_gemm."""
+    macros = gemm_defines(types, columns, unit_bytes, epilogue, chunk_stages)
+    return macros | {"EXPERTS": num_experts}
+
+
+def rows_defines(sizes: MoeSizes) -> dict[str, int]:
+    """The macros of moe_rows.cu."""
+    return {
+        "COLUMNS": sizes.columns,
+        "USED": sizes.num_used,
+        "SHARED": int(sizes.has_shared),
+    }
