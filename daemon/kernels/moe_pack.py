@@ -12,6 +12,7 @@ from daemon.kernels.quant_gemv import STORE, SWIGLU
 from daemon.kernels.quant_pack import (
     BLOCK_COLUMNS,
     STRIPE_ROWS,
+    PackedMatrix,
     Packer,
     QuantType,
     RawMatrix,
@@ -92,10 +93,30 @@ def pack_gated(packer: Packer, gate: RawExperts, up: RawExperts) -> GatedExperts
     if not can_pair(gate.matrix, up.matrix) or gate.rows % (STRIPE_ROWS // 2):
         apart = (pack_experts(packer, gate), pack_experts(packer, up))
         return GatedExperts(apart, gate.rows)
-    segment = packer.pack_paired(gate.matrix, up.matrix).segments[0]
-    columns = gate.matrix.columns
-    paired = ExpertMatrix(segment.kind, segment.tiles, gate.num_experts, 2 * gate.rows, columns)
-    return GatedExperts((paired,), gate.rows)
+    return _paired(packer.pack_paired(gate.matrix, up.matrix), gate.num_experts)
+
+
+def pack_stacked(packer: Packer, raw: RawExperts) -> GatedExperts:
+    """Gate and up in one tensor: within each expert the rows of gate, then those of up.
+
+    Raises:
+        UnsupportedModel: see `pack_experts`.
+    """
+    width = raw.rows // 2
+    if width % (STRIPE_ROWS // 2):
+        raise UnsupportedModel(f"An expert is {width} wide, no multiple of {STRIPE_ROWS // 2}.")
+    halves = [
+        raw.matrix.rows_between(start, start + width)
+        for start in range(0, raw.matrix.rows, width)
+    ]
+    packed = packer.pack_pairs(list(zip(halves[::2], halves[1::2], strict=True)))
+    return _paired(packed, raw.num_experts)
+
+
+def _paired(packed: PackedMatrix, num_experts: int) -> GatedExperts:
+    kind, _, all_rows, tiles = packed.segments[0]
+    rows = all_rows // num_experts
+    return GatedExperts((ExpertMatrix(kind, tiles, num_experts, rows, packed.columns),), rows // 2)
 
 
 class GateUpStep(NamedTuple):

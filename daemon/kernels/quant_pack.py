@@ -144,14 +144,23 @@ class Packer:
 
     def pack_paired(self, gate: RawMatrix, up: RawMatrix) -> PackedMatrix:
         """Gate and up rows alternating in groups of 8; both must be of one format (`can_pair`)."""
-        assert can_pair(gate, up)
-        kept_as = kept_format(gate).kept_as
-        tiles = self._empty_tiles(kept_as, 2 * gate.rows, gate.columns)
-        self._fill(gate, tiles, 0)
-        self._fill(up, tiles, 1)
+        return self.pack_pairs([(gate, up)])
+
+    def pack_pairs(self, pairs: Sequence[tuple[RawMatrix, RawMatrix]]) -> PackedMatrix:
+        """Several such pairs, all of one format and width, one after the other."""
+        format, columns = kept_format(pairs[0][0]).kept_as, pairs[0][0].columns
+        rows = 2 * sum(gate.rows for gate, _ in pairs)
+        tiles = self._empty_tiles(format, rows, columns)
+        stripe = 0
+        for gate, up in pairs:
+            assert can_pair(gate, up)
+            target = tiles.rows(stripe, tiles.shape[0])
+            self._fill(gate, target, 0)
+            self._fill(up, target, 1)
+            stripe += 2 * gate.rows // STRIPE_ROWS
         self._finish()
-        segment = Segment(kept_as, 0, 2 * gate.rows, tiles)
-        return PackedMatrix(2 * gate.rows, gate.columns, (segment,), paired=True)
+        segment = Segment(format, 0, rows, tiles)
+        return PackedMatrix(rows, columns, (segment,), paired=True)
 
     def copy_rows(self, part: RawMatrix) -> DeviceArray:
         """The rows as the file has them, or converted: u8 `[rows, bytes of a row]`, not packed."""

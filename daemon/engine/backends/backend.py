@@ -101,8 +101,17 @@ class Backend(Protocol):
         """A small float32 tensor of any shape: norms, gates' constants, convolution taps."""
         ...
 
-    def experts(self, parts: Sequence[Tensor]) -> Handle:
-        """`[experts, rows, columns]`; the rows of all parts stacked within each expert."""
+    def router(self, parts: Sequence[Tensor]) -> Handle:
+        """Rows that score experts, stacked; float32, since rounding would change choices."""
+        ...
+
+    def experts(self, tensor: Tensor) -> Handle:
+        """`[experts, rows, columns]`: a matrix for each expert."""
+        ...
+
+    def gated_experts(self, parts: Sequence[Tensor]) -> Handle:
+        """A gated matrix for each expert: gate and up `[experts, rows, columns]`, or one tensor
+        that has both stacked within each expert."""
         ...
 
     # ── memory: slots for recurrent states, pages for keys and values ─────────────────────────
@@ -184,8 +193,9 @@ class Backend(Protocol):
         """SiLU(x Gᵀ) * (x Uᵀ) for a gated matrix: `[tokens, columns]` to `[tokens, rows of G]`."""
         ...
 
-    def mix_experts(self, weights: ExpertWeights, x: Array, residual: Array) -> Array:
-        """residual + routed experts + shared expert, all from `x` `[tokens, hidden]`."""
+    def mix_experts(self, weights: ExpertWeights, residual: Array) -> Array:
+        """residual + routed experts + shared expert, all from the norm of `residual`, which must
+        not be used again. The choice of experts is made in float32."""
         ...
 
     def logits(

@@ -14,6 +14,7 @@ import numpy as np
 from daemon.checkpoint import HostBytes
 from daemon.engine.backends.backend import Sampled, SamplingRow
 from daemon.engine.backends.cuda_chain import DecodeChain
+from daemon.engine.backends.cuda_experts import ExpertMixer
 from daemon.engine.backends.cuda_memory import (
     CudaLimits,
     SequenceMemory,
@@ -32,7 +33,6 @@ from daemon.engine.model.shape import ModelShape
 from daemon.engine.model.weights import AttentionWeights, DeltaNetWeights, ExpertWeights
 from daemon.engine.requests import TokenLogprobs
 from daemon.engine.weights.gguf import Tensor
-from daemon.errors import UnsupportedModel
 from daemon.kernels.attention_decode import AttentionDecode
 from daemon.kernels.attention_prefill import AttentionPrefill
 from daemon.kernels.delta_prefill import DeltaPrefill
@@ -40,6 +40,7 @@ from daemon.kernels.delta_state import DeltaConstants, DeltaInputs, DeltaTypes
 from daemon.kernels.delta_step import DeltaStep
 from daemon.kernels.kv_append import KvAppend
 from daemon.kernels.kv_format import HEAD_DIM
+from daemon.kernels.moe_pack import ExpertMatrix, GatedExperts
 from daemon.kernels.quant_activations import CHUNKS, PANELS, ActivationKernels, padded_tokens
 from daemon.kernels.quant_gemm import GemmKernels
 from daemon.kernels.quant_gemv import (
@@ -139,9 +140,17 @@ class CudaBackend:
         """See `WeightLoader.vector`."""
         return self._loader.vector(tensor)
 
-    def experts(self, parts: Sequence[Tensor]) -> None:
-        """Mixtures of experts have no kernels yet."""
-        raise UnsupportedModel("mixtures of experts do not run on the GPU yet: pass --device cpu")
+    def router(self, parts: Sequence[Tensor]) -> DeviceArray:
+        """See `WeightLoader.router`."""
+        return self._loader.router(parts)
+
+    def experts(self, tensor: Tensor) -> ExpertMatrix:
+        """See `WeightLoader.experts`."""
+        return self._loader.experts(tensor)
+
+    def gated_experts(self, parts: Sequence[Tensor]) -> GatedExperts:
+        """See `WeightLoader.gated_experts`."""
+        return self._loader.gated_experts(parts)
 
     # ── memory ────────────────────────────────────────────────────────────────────────────────
 
@@ -274,9 +283,12 @@ class CudaBackend:
             self._attention_prefill(queries, x, run.tiles, *place)
         return Operand(out, run.num_rows, self._operand_layout)
 
-    def mix_experts(self, weights: ExpertWeights, x: Operand, residual: DeviceArray) -> DeviceArray:
-        """Never reached: `experts` refuses the weights."""
-        raise UnsupportedModel("mixtures of experts do not run on the GPU yet: pass --device cpu")
+    def mix_experts(self, weights: ExpertWeights, residual: DeviceArray) -> DeviceArray:
+        """In the residual's place."""
+        assert self._mixer is not None
+        mix = self._mixer.mix_few if self._is_decoding else self._mixer.mix_many
+        mix(weights, residual)
+        return residual
 
     def logits(
         self,
@@ -357,6 +369,9 @@ class CudaBackend:
         self._attention_decode = AttentionDecode(*common, layout, heads, MAX_TOKENS, F32, operand)
         self._attention_prefill = AttentionPrefill(*common, layout, heads, F32, operand)
         self._sample = Sample(*common, shape.vocab_size, MAX_TOKENS)
+        self._mixer = shape.experts and ExpertMixer(
+            *common, shape, shape.experts, self._limits.max_rows
+        )
 
 
 def _choice(row: SamplingRow) -> Choice:

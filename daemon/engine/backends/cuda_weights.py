@@ -6,6 +6,7 @@ Owns the handles that `cuda_backend` gives out for matrices, tables and vectors.
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,14 @@ from daemon.engine.memory.memory_plan import WEIGHTS, WORKSPACE
 from daemon.engine.weights.gguf import Tensor
 from daemon.engine.weights.quant_formats import dequantize
 from daemon.kernels.embed_rows import EmbedRows
+from daemon.kernels.moe_pack import (
+    ExpertMatrix,
+    GatedExperts,
+    RawExperts,
+    pack_experts,
+    pack_gated,
+    pack_stacked,
+)
 from daemon.kernels.quant_gemm import GemmKernels, GemmPlan
 from daemon.kernels.quant_gemv import GemvKernels, Plan
 from daemon.kernels.quant_pack import (
@@ -106,6 +115,29 @@ class WeightLoader:
             self._uploader.copy(np.ascontiguousarray(content).reshape(-1).view(np.uint8), values)
         return values
 
+    def router(self, parts: Sequence[Tensor]) -> DeviceArray:
+        """Float32 `[sum of rows, columns]`."""
+        shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+        with self._device.region(WEIGHTS):
+            values = self._device.allocate(shape, np.float32)
+        if self._device.computes:
+            content = [dequantize(part.data, part.format, part.shape) for part in parts]
+            self._uploader.copy(np.concatenate(content).reshape(-1).view(np.uint8), values)
+        return values
+
+    def experts(self, tensor: Tensor) -> ExpertMatrix:
+        """Each expert's rows, in the file's format."""
+        with self._device.region(WEIGHTS):
+            return pack_experts(self._packer, self._raw_experts(tensor))
+
+    def gated_experts(self, parts: Sequence[Tensor]) -> GatedExperts:
+        """Rows of gate and up interleaved; apart where their formats differ."""
+        raw = [self._raw_experts(part) for part in parts]
+        with self._device.region(WEIGHTS):
+            return pack_stacked(self._packer, *raw) if len(raw) == 1 else pack_gated(
+                self._packer, *raw
+            )
+
     def finish(self) -> None:
         """Wait until all has arrived; says once which formats were converted."""
         self._uploader.finish()
@@ -114,10 +146,13 @@ class WeightLoader:
         self._num_converted.clear()
 
     def _raw(self, tensor: Tensor) -> RawMatrix:
-        rows, columns = tensor.shape
+        *leading, columns = tensor.shape
         if self._device.computes and tensor.format.name in CONVERTED:
             self._num_converted[tensor.format.name] += 1
-        return RawMatrix(tensor.format.name, rows, columns, tensor.data)
+        return RawMatrix(tensor.format.name, prod(leading), columns, tensor.data)
+
+    def _raw_experts(self, tensor: Tensor) -> RawExperts:
+        return RawExperts(tensor.shape[0], self._raw(tensor))
 
     def _dealt(self, packed: PackedMatrix) -> CudaMatrix:
         return CudaMatrix(packed.rows, self._gemv.plan(packed), self._gemm.plan(packed))

@@ -69,7 +69,7 @@ class NumpyBackend:
         assert isinstance(config, dict)
         blas = config["Build Dependencies"]["blas"]
         extensions = ",".join(config["SIMD Extensions"]["found"])
-        return f"numpy {np.__version__}; {blas['name']} {blas['version']}; {extensions}; layout 2"
+        return f"numpy {np.__version__}; {blas['name']} {blas['version']}; {extensions}; layout 3"
 
     def attach(self) -> None:
         """NumPy runs on any thread."""
@@ -95,8 +95,16 @@ class NumpyBackend:
         """As it is in the file."""
         return dequantize(tensor.data, tensor.format, tensor.shape)
 
-    def experts(self, parts: Sequence[Tensor]) -> Float32:
-        """`[experts, columns, sum of rows]`."""
+    def router(self, parts: Sequence[Tensor]) -> Float32:
+        """`[columns, sum of rows]`."""
+        return self.matrix(parts)
+
+    def experts(self, tensor: Tensor) -> Float32:
+        """`[experts, columns, rows]`."""
+        return self.gated_experts([tensor])
+
+    def gated_experts(self, parts: Sequence[Tensor]) -> Float32:
+        """`[experts, columns, rows of gate, then of up]`."""
         stacked = [dequantize(part.data, part.format, part.shape) for part in parts]
         return np.ascontiguousarray(np.concatenate(stacked, axis=1).transpose(0, 2, 1))
 
@@ -273,16 +281,20 @@ class NumpyBackend:
         self._for_each(project_block, len(x))
         return out
 
-    def mix_experts(self, weights: ExpertWeights, x: Float32, residual: Float32) -> Float32:
-        """residual + routed experts + shared expert."""
-        assert self.shape.experts is not None
+    def mix_experts(self, weights: ExpertWeights, residual: Float32) -> Float32:
+        """residual + routed experts + shared expert, each from the normed residual."""
+        sizes = self.shape.experts
+        assert sizes is not None
+        x = self.rms_norm(residual, weights.norm)
         rows = x.reshape(-1, x.shape[-1])
-        scores = np.matmul(x, weights.router).reshape(len(rows), -1)
-        chosen, shares = numpy_experts.route(scores, self.shape.experts.num_used)
+        scores = np.matmul(x, weights.router)
+        routed = scores[..., : sizes.num_experts].reshape(len(rows), -1)
+        chosen, shares = numpy_experts.route(routed, sizes.num_used)
         mixed = numpy_experts.routed(rows, weights.gate_up, weights.down, chosen, shares)
         residual += mixed.reshape(x.shape)
         if weights.shared is not None:
-            residual += numpy_experts.shared(x, *weights.shared)
+            gates = scores[..., sizes.num_experts :]
+            residual += numpy_experts.shared(x, gates, *weights.shared)
         return residual
 
     def logits(

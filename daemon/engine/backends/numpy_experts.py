@@ -51,7 +51,10 @@ def routed(
     return total
 
 
-def shared(x: Float32, router: Float32, gate_up: Float32, down: Float32) -> Float32:
-    """σ(x · w) times the shared expert, for blocks `[blocks, rows, hidden]`."""
+def shared(x: Float32, scores: Float32, gate_up: Float32, down: Float32) -> Float32:
+    """σ(scores) times the shared expert, for blocks `[blocks, rows, hidden]`.
+
+    `scores` is `[blocks, rows, 1]`; the matrices are those of one expert.
+    """
     hidden = swiglu(np.matmul(x, gate_up))
-    return sigmoid(np.matmul(x, router)) * np.matmul(hidden, down)
+    return sigmoid(scores) * np.matmul(hidden, down)

@@ -54,8 +54,7 @@ class Model(Struct, frozen=True):
 
     def _feed_forward(self, weights: DenseWeights | ExpertWeights, x: Array) -> Array:
         backend = self.backend
-        normed = backend.rms_norm(x, weights.norm)
         if isinstance(weights, ExpertWeights):
-            return backend.mix_experts(weights, normed, x)
-        hidden = backend.project_gated(weights.gate_up, normed)
+            return backend.mix_experts(weights, x)
+        hidden = backend.project_gated(weights.gate_up, backend.rms_norm(x, weights.norm))
         return backend.add_project(weights.down, hidden, x)

@@ -44,15 +44,16 @@ class DenseWeights(Struct, frozen=True, kw_only=True):
 class ExpertWeights(Struct, frozen=True, kw_only=True):
     """Routed experts and the shared one.
 
-    `gate_up` is `[experts, 2 * expert_dim, hidden]`, `down` `[experts, hidden, expert_dim]`;
-    `shared` are the shared expert's router, gate_up and down, or None when the model has none.
+    `router` is `[experts, hidden]`, and the shared expert's gate as a last row if there is one;
+    `gate_up` `[experts, 2 * expert_dim, hidden]`, `down` `[experts, hidden, expert_dim]`; `shared`
+    are gate_up and down of the shared expert, as one expert, or None when the model has none.
     """
 
     norm: Handle
     router: Handle
     gate_up: Handle
     down: Handle
-    shared: tuple[Handle, Handle, Handle] | None
+    shared: tuple[Handle, Handle] | None
 
 
 class LayerWeights(Struct, frozen=True):

@@ -151,27 +151,30 @@ class _Loader:
                 self.tensor(prefix + "ffn_gate_exps.weight", count, width, hidden),
                 self.tensor(prefix + "ffn_up_exps.weight", count, width, hidden),
             ]
+        router = [self.tensor(prefix + "ffn_gate_inp.weight", count, hidden)]
+        if sizes.shared_dim:
+            gate = self.any_shape(prefix + "ffn_gate_inp_shexp.weight", [(hidden,), (1, hidden)])
+            router.append(_reshaped(gate, 1, hidden))
         return ExpertWeights(
             norm=self.vector(prefix + "post_attention_norm.weight", hidden),
-            router=self.matrix(prefix + "ffn_gate_inp.weight", count, hidden),
-            gate_up=self.backend.experts(gate_up),
+            router=self.backend.router(router),
+            gate_up=self.backend.gated_experts(gate_up),
             down=self.backend.experts(
-                [self.tensor(prefix + "ffn_down_exps.weight", count, hidden, width)]
+                self.tensor(prefix + "ffn_down_exps.weight", count, hidden, width)
             ),
             shared=self.shared_expert(prefix, sizes) if sizes.shared_dim else None,
         )
 
-    def shared_expert(self, prefix: str, sizes: ExpertsShape) -> tuple[Handle, Handle, Handle]:
+    def shared_expert(self, prefix: str, sizes: ExpertsShape) -> tuple[Handle, Handle]:
         hidden, width = self.shape.hidden, sizes.shared_dim
-        router = self.any_shape(prefix + "ffn_gate_inp_shexp.weight", [(hidden,), (1, hidden)])
-        gate_up = self.backend.gated_matrix(
-            self.tensor(prefix + "ffn_gate_shexp.weight", width, hidden),
-            self.tensor(prefix + "ffn_up_shexp.weight", width, hidden),
-        )
+        gate_up = [
+            _reshaped(self.tensor(prefix + name, width, hidden), 1, width, hidden)
+            for name in ("ffn_gate_shexp.weight", "ffn_up_shexp.weight")
+        ]
+        down = self.tensor(prefix + "ffn_down_shexp.weight", hidden, width)
         return (
-            self.backend.matrix([Tensor(router.name, (1, hidden), router.format, router.data)]),
-            gate_up,
-            self.matrix(prefix + "ffn_down_shexp.weight", hidden, width),
+            self.backend.gated_experts(gate_up),
+            self.backend.experts(_reshaped(down, 1, hidden, width)),
         )
 
     def matrix(self, name: str, rows: int, columns: int) -> Handle:
@@ -196,3 +199,7 @@ class _Loader:
             )
         self.report(tensor)
         return tensor
+
+
+def _reshaped(tensor: Tensor, *shape: int) -> Tensor:
+    return Tensor(tensor.name, shape, tensor.format, tensor.data)
