@@ -106,7 +106,9 @@ class Products:
             source = Path(folder) / "read.cu"
             source.write_text(READ)
             parameters = ("pointer", "int64", "pointer")
-            kernel = Module(self.compiler.cubin(source)).kernel("read", parameters)
+            cubin = self.compiler.cubin(source)
+            cubin.code()  # before the file is gone
+            kernel = Module(cubin).kernel("read", parameters)
         grid, block = (self.device.num_sms * 4, 1, 1), (512, 1, 1)
         arguments = (data, 2**31 // 16, total)
         stream = self.device.stream

@@ -1,4 +1,4 @@
-"""Launches moe_gate_up and moe_down: the chosen experts of up to 16 rows, each weight read once.
+"""Launches `moe_gate_up.cu` and `moe_down.cu`: experts of up to 16 rows, each weight read once.
 
 Owns how a card's warps share the work, which depends on the matrices and the card alone, so that
 sums keep their order. The device's thread.
@@ -73,9 +73,7 @@ class MoeDecode:
         max_width: the most rows of a down matrix's input, of the routed and the shared experts.
     """
 
-    def __init__(
-        self, device: Device, compiler: Compiler, sizes: MoeSizes, max_width: int
-    ) -> None:
+    def __init__(self, device: Device, compiler: Compiler, sizes: MoeSizes, max_width: int) -> None:
         self._device = device
         self._compiler = compiler
         self._sizes = sizes

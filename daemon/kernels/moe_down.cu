@@ -95,7 +95,8 @@ __device__ __forceinline__ void finish(
 }
 
 // routed, shared: tiles of all experts, of the shared one (no blocks: there is none). list, ranks,
-// weights: of moe_route, ended before the previous kernel let this one begin. hidden: moe_gate_up's.
+// weights: moe_route's, which ended before the previous kernel let this one begin. hidden:
+// moe_gate_up's.
 // residual: f32 [num_rows, 16 * tile_rows].
 extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_down(
     const u8* routed, const u8* shared, const int* list, const u8* ranks, const float* weights,

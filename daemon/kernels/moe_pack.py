@@ -106,8 +106,7 @@ def pack_stacked(packer: Packer, raw: RawExperts) -> GatedExperts:
     if width % (STRIPE_ROWS // 2):
         raise UnsupportedModel(f"An expert is {width} wide, no multiple of {STRIPE_ROWS // 2}.")
     halves = [
-        raw.matrix.rows_between(start, start + width)
-        for start in range(0, raw.matrix.rows, width)
+        raw.matrix.rows_between(start, start + width) for start in range(0, raw.matrix.rows, width)
     ]
     packed = packer.pack_pairs(list(zip(halves[::2], halves[1::2], strict=True)))
     return _paired(packed, raw.num_experts)
@@ -135,9 +134,7 @@ def gate_up_steps(routed: GatedExperts, shared: GatedExperts | None) -> list[Gat
         return experts.parts[index] if experts is not None and here else None
 
     def step(epilogue: int, is_paired: bool, index: int) -> GateUpStep:
-        return GateUpStep(
-            epilogue, part(routed, is_paired, index), part(shared, is_paired, index)
-        )
+        return GateUpStep(epilogue, part(routed, is_paired, index), part(shared, is_paired, index))
 
     pairing = {experts.is_paired for experts in (routed, shared) if experts is not None}
     steps = [step(SWIGLU, True, 0)] if True in pairing else []

@@ -1,4 +1,4 @@
-"""Launches moe_rows and moe_gemm: the experts of a prompt's rows.
+"""Launches `moe_rows.cu` and `moe_gemm.cu`: the experts of a prompt's rows.
 
 Owns the choice of tile width, which changes speed and never bits. The device's thread.
 """
@@ -6,8 +6,6 @@ Owns the choice of tile width, which changes speed and never bits. The device's 
 from __future__ import annotations
 
 from pathlib import Path
-
-import numpy as np
 
 from daemon.kernels.moe_pack import (
     GATE,

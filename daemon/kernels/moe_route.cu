@@ -170,8 +170,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) moe_route(
     for (int q = 0; q < QUADS; ++q) {
         const int c = 4 * (threadIdx.x + q * THREADS);
         const int second = first + 1 < SCORES ? first + 1 : first;
-        own[0][q] = product(quad_of(router + first * COLUMNS, c, COLUMNS), quad_of(norm, c, COLUMNS));
-        own[1][q] = product(quad_of(router + second * COLUMNS, c, COLUMNS), quad_of(norm, c, COLUMNS));
+        const float4 gain = quad_of(norm, c, COLUMNS);
+        own[0][q] = product(quad_of(router + first * COLUMNS, c, COLUMNS), gain);
+        own[1][q] = product(quad_of(router + second * COLUMNS, c, COLUMNS), gain);
     }
     wait_for_previous_kernel();
     allow_next_kernel();

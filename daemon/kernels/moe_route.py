@@ -1,4 +1,4 @@
-"""Launches moe_route and moe_scores: the experts of each row, and the lists that kernels work from.
+"""Launches `moe_route.cu` and `moe_scores.cu`: each row's experts, and lists for the kernels.
 
 The device's thread.
 """

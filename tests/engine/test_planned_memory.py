@@ -12,7 +12,7 @@ from fake_driver import FakeDriver
 from msgspec.structs import replace
 
 from benchmarks.make_model import make_model
-from benchmarks.model_sizes import TINY_DENSE
+from benchmarks.model_sizes import TINY_DENSE, TINY_MOE
 from daemon.devices import memory_budget
 from daemon.engine.backends.cuda_backend import CudaBackend
 from daemon.engine.backends.cuda_memory import CudaLimits
@@ -45,9 +45,9 @@ def planned_backend(file: GGUFFile) -> tuple[Device, MemoryPlan, CudaBackend]:
     return device, plan, CudaBackend(device, compiler, limits, model_shape(file).rms_eps, plan)
 
 
-@pytest.fixture
-def model_file(tmp_path: Path) -> GGUFFile:
-    make_model(tmp_path / "tiny.gguf", replace(TINY_DENSE, vocab=1024), "q4_k_m")
+@pytest.fixture(params=[TINY_DENSE, TINY_MOE], ids=["dense", "experts"])
+def model_file(tmp_path: Path, request: pytest.FixtureRequest) -> GGUFFile:
+    make_model(tmp_path / "tiny.gguf", replace(request.param, vocab=1024), "q4_k_m")
     return open_gguf(tmp_path / "tiny.gguf")
 
 

@@ -101,6 +101,7 @@ class CudaBackend:
         self._graphs: dict[int, Graph] = {}
         self._warm: set[int] = set()
         self._chain = DecodeChain(self._gemv, rms_eps)
+        self._mixer: ExpertMixer | None = None
         self._operand_layout = PANELS
 
     @property
@@ -286,7 +287,9 @@ class CudaBackend:
     def mix_experts(self, weights: ExpertWeights, residual: DeviceArray) -> DeviceArray:
         """In the residual's place."""
         assert self._mixer is not None
-        mix = self._mixer.mix_few if self._is_decoding else self._mixer.mix_many
+        self._chain.launch()
+        is_decoding = self._operand_layout == PANELS
+        mix = self._mixer.mix_few if is_decoding else self._mixer.mix_many
         mix(weights, residual)
         return residual
 
@@ -369,9 +372,8 @@ class CudaBackend:
         self._attention_decode = AttentionDecode(*common, layout, heads, MAX_TOKENS, F32, operand)
         self._attention_prefill = AttentionPrefill(*common, layout, heads, F32, operand)
         self._sample = Sample(*common, shape.vocab_size, MAX_TOKENS)
-        self._mixer = shape.experts and ExpertMixer(
-            *common, shape, shape.experts, self._limits.max_rows
-        )
+        if shape.experts is not None:
+            self._mixer = ExpertMixer(*common, shape, shape.experts, self._limits.max_rows)
 
 
 def _choice(row: SamplingRow) -> Choice:

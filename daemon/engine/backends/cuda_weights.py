@@ -134,8 +134,10 @@ class WeightLoader:
         """Rows of gate and up interleaved; apart where their formats differ."""
         raw = [self._raw_experts(part) for part in parts]
         with self._device.region(WEIGHTS):
-            return pack_stacked(self._packer, *raw) if len(raw) == 1 else pack_gated(
-                self._packer, *raw
+            return (
+                pack_stacked(self._packer, *raw)
+                if len(raw) == 1
+                else pack_gated(self._packer, *raw)
             )
 
     def finish(self) -> None:

@@ -1,0 +1,285 @@
+"""Experts of a few rows and of a prompt: right, and the same bits whoever else is in the batch."""
+
+import numpy as np
+import pytest
+from quant_reference import file_values, random_matrix
+
+pytest.importorskip("cuda.core")
+
+from daemon.engine.backends import numpy_delta_net, numpy_experts
+from daemon.errors import UnsupportedModel
+from daemon.kernels import moe_decode, moe_prefill
+from daemon.kernels.moe_decode import Team, choose_team
+from daemon.kernels.moe_pack import (
+    GATE,
+    ExpertMatrix,
+    GatedExperts,
+    RawExperts,
+    gate_up_steps,
+    pack_experts,
+    pack_gated,
+    pack_stacked,
+)
+from daemon.kernels.moe_route import MoeRoute, MoeSizes, RouteLists, RowLines
+from daemon.kernels.quant_gemv import STORE, SWIGLU, WITHOUT_COPY_ENGINE
+from daemon.kernels.quant_pack import Packer, RawMatrix
+from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
+from daemon.kernels.runtime.device import Device
+
+Array = np.ndarray  # type: ignore[type-arg]
+EPS = 1e-6
+TOLERANCE = 2e-3
+"""Of the norm, through two products: weights and operands are rounded to fp16, sums are float32."""
+
+
+def test_a_team_has_a_warp_for_each_block_of_k() -> None:
+    assert choose_team(8, 16) == Team(8, 2, 1)
+    assert choose_team(1, 16) == Team(1, 16, 1)
+    assert choose_team(12, 16) == Team(12, 1, 1)
+    assert choose_team(20, 16) == Team(10, 1, 2)
+    assert choose_team(12, 8) == Team(6, 1, 2)
+
+
+def test_what_lies_apart_takes_two_launches() -> None:
+    one, two = object(), object()
+    paired, apart = GatedExperts((one,), 64), GatedExperts((one, two), 64)  # type: ignore[arg-type]
+    assert gate_up_steps(paired, paired) == [(SWIGLU, one, one)]
+    assert gate_up_steps(paired, None) == [(SWIGLU, one, None)]
+    assert gate_up_steps(apart, apart) == [(STORE, two, two), (GATE, one, one)]
+    assert gate_up_steps(apart, paired) == [
+        (SWIGLU, None, one), (STORE, two, None), (GATE, one, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("types", "panels", "slot"), [(5, 1, 3360), (127, 2, 8192)])
+def test_decode_compiles_with_few_spills(arch: str, types: int, panels: int, slot: int) -> None:
+    bulk, warps = int(arch not in WITHOUT_COPY_ENGINE), 8 if arch in ("sm_86", "sm_89") else 16
+    compiler = Compiler(arch, None)
+    team = choose_team(8, warps)
+    for epilogue in (SWIGLU, GATE) if panels == 1 else (SWIGLU,):
+        defines = moe_decode.gate_up_defines(types, panels, 3, slot, team, epilogue, bulk)
+        report = compiler.report(moe_decode.GATE_UP_SOURCE, defines)
+        assert report.kernels["moe_gate_up"].spill_bytes <= 32
+    defines = moe_decode.down_defines(types, panels, 3, slot, 2, warps, 8, bulk)
+    report = compiler.report(moe_decode.DOWN_SOURCE, defines)
+    assert report.kernels["moe_down"].spill_bytes <= 32
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("epilogue", "columns"), [(STORE, 64), (SWIGLU, 256), (GATE, 128)])
+def test_prefill_compiles_with_few_spills_and_no_serialized_products(
+    arch: str, epilogue: int, columns: int
+) -> None:
+    columns = columns if arch == "sm_90a" else min(columns, 128)
+    compiler = Compiler(arch, None)
+    defines = moe_prefill.defines(256, 5, columns, 13440, epilogue, 3)
+    report = compiler.report(moe_prefill.GEMM_SOURCE, defines)
+    assert report.kernels["moe_gemm"].spill_bytes <= 32
+    assert not report.serialized_wgmma
+    rows = moe_prefill.rows_defines(MoeSizes(256, 8, 2048, True))
+    report = compiler.report(moe_prefill.ROWS_SOURCE, rows)
+    assert all(kernel.spill_bytes == 0 for kernel in report.kernels.values())
+
+
+Formats = tuple[str, str, str]
+
+
+class Experts:
+    """Random experts, on the device and as float64 in the reference's layout."""
+
+    def __init__(
+        self,
+        packer: Packer,
+        sizes: tuple[int, int, int],
+        formats: Formats,
+        rng: np.random.Generator,
+    ) -> None:
+        count, width, hidden = sizes
+        gate, gate_values = self._draw(formats[0], (count, width, hidden), rng)
+        up, up_values = self._draw(formats[1], (count, width, hidden), rng)
+        down, down_values = self._draw(formats[2], (count, hidden, width), rng)
+        self.gate_up = pack_gated(packer, gate, up)
+        self.down = pack_experts(packer, down)
+        self.gate_up_values = np.concatenate([gate_values, up_values], 1).transpose(0, 2, 1)
+        self.down_values = down_values.transpose(0, 2, 1)
+
+    @staticmethod
+    def _draw(
+        format: str, shape: tuple[int, int, int], rng: np.random.Generator
+    ) -> tuple[RawExperts, Array]:
+        count, rows, columns = shape
+        data = random_matrix(format, count * rows, columns, rng)
+        raw = RawMatrix(format, count * rows, columns, data.reshape(-1))
+        return RawExperts(count, raw), file_values(format, data).astype(np.float64).reshape(shape)
+
+
+class Layer:
+    """A layer of experts with everything that runs it."""
+
+    def __init__(
+        self,
+        device: Device,
+        compiler: Compiler,
+        sizes: MoeSizes,
+        widths: tuple[int, int],
+        formats: tuple[Formats, Formats],
+        max_rows: int,
+    ) -> None:
+        rng = np.random.default_rng(sizes.columns + sizes.num_experts)
+        packer, hidden = Packer(device, compiler), sizes.columns
+        self.device, self.sizes = device, sizes
+        self.routed = Experts(packer, (sizes.num_experts, widths[0], hidden), formats[0], rng)
+        self.shared = None
+        if sizes.has_shared:
+            self.shared = Experts(packer, (1, widths[1], hidden), formats[1], rng)
+        self.norm = rng.normal(1, 0.2, hidden).astype(np.float32)
+        self.router = rng.normal(0, hidden**-0.5, (sizes.num_scores, hidden)).astype(np.float32)
+        self.x = rng.normal(size=(max(max_rows, 16), hidden)).astype(np.float32)
+        self.constants = [device.to_device(array) for array in (self.norm, self.router)]
+        self.route = MoeRoute(device, compiler, sizes, max_rows)
+        self.decode = moe_decode.MoeDecode(device, compiler, sizes, max(widths))
+        self.prefill = moe_prefill.MoePrefill(device, compiler, sizes, max(widths), max_rows)
+
+    def expected(self, count: int) -> Array:
+        """What is added to the residual."""
+        x = numpy_delta_net.rms_norm(self.x[:count].astype(np.float64), self.norm, EPS)  # type: ignore[arg-type]
+        scores = x @ self.router.T.astype(np.float64)
+        experts = self.sizes.num_experts
+        chosen, weights = numpy_experts.route(scores[:, :experts], self.sizes.num_used)
+        mixed = numpy_experts.routed(
+            x, self.routed.gate_up_values, self.routed.down_values, chosen, weights
+        )
+        if self.shared is not None:
+            matrices = (self.shared.gate_up_values, self.shared.down_values)
+            mixed = mixed + numpy_experts.shared(x[None], scores[None, :, experts:], *matrices)[0]
+        return mixed
+
+    def few(self, count: int) -> Array:
+        """The residual after the kernels of decode."""
+        device = self.device
+        residual = device.to_device(self.x[:count])
+        lists = RouteLists.allocate(device, self.sizes)
+        panels = device.allocate((16, self.sizes.columns), np.float16)
+        self.route.few(residual, *self.constants, panels, lists, EPS)
+        shared_gate_up = self.shared.gate_up if self.shared else None
+        shared_down = self.shared.down if self.shared else None
+        self.decode.gate_up(self.routed.gate_up, shared_gate_up, panels, lists, count)
+        self.decode.down(self.routed.down, shared_down, lists, residual)
+        return device.to_host(residual)
+
+    def many(self, first: int, last: int) -> Array:
+        """The residual of some rows after the kernels of prefill."""
+        residual = self.device.to_device(self.x[first:last])
+        lines = RowLines.allocate(self.device, self.sizes, last - first)
+        norm, router = self.constants
+        self.route.many(residual, norm, router, lines, EPS)
+        experts = self.sizes.num_experts
+        gate = router.rows(experts, experts + 1) if self.shared else None
+        self.prefill.mix(
+            (self.routed.gate_up, self.shared.gate_up if self.shared else None),
+            (self.routed.down, self.shared.down if self.shared else None),
+            norm, gate, lines, residual, EPS,
+        )  # fmt: skip
+        return self.device.to_host(residual)
+
+
+CASES = {
+    "35b-a3b": (
+        MoeSizes(64, 8, 2048, True), (512, 512), (("Q4_K", "Q4_K", "Q6_K"), ("Q8_0",) * 3),
+    ),
+    "one-block": (MoeSizes(16, 4, 256, True), (256, 256), (("Q4_K",) * 3, ("Q4_K",) * 3)),
+    "wide-shared": (
+        MoeSizes(5, 3, 512, True), (256, 768), (("IQ4_XS",) * 3, ("F16", "F16", "BF16")),
+    ),
+    "formats-differ": (
+        MoeSizes(9, 2, 1280, True), (512, 256), (("Q4_K", "Q5_K", "Q6_K"), ("Q4_0",) * 3),
+    ),
+    "shared-differs": (
+        MoeSizes(9, 2, 512, True), (256, 512), (("Q5_K",) * 3, ("Q8_0", "Q6_K", "F32")),
+    ),
+    "none-shared": (MoeSizes(7, 1, 768, False), (256, 0), (("BF16", "BF16", "Q4_0"), ("",) * 3)),
+    "all-used": (MoeSizes(4, 4, 512, True), (256, 256), (("Q6_K",) * 3, ("Q6_K",) * 3)),
+    "large": (
+        MoeSizes(20, 10, 4096, True), (1024, 1024), (("Q4_K", "Q4_K", "Q5_K"), ("Q8_0",) * 3),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["own", "portable"])
+def code(device: Device, compiler: Compiler, request: pytest.FixtureRequest) -> Compiler:
+    if request.param == "own":
+        return compiler
+    if device.arch != "sm_90a":
+        pytest.skip("the portable code is the card's own")
+    return Compiler("sm_90", None)
+
+
+def relative_error(got: Array, expected: Array) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_a_few_rows(device: Device, code: Compiler, case: str) -> None:
+    layer = Layer(device, code, *CASES[case], max_rows=16)
+    expected = layer.expected(16)
+    most = layer.few(16)
+    assert relative_error(most - layer.x[:16], expected) < TOLERANCE
+    for count in (9, 8, 3, 1):
+        np.testing.assert_array_equal(layer.few(count), most[:count])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_a_prompt(
+    device: Device, code: Compiler, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Layer(device, code, *CASES[case], max_rows=333)
+    results = [layer.many(0, 333)]
+    assert relative_error(results[0] - layer.x[:333], layer.expected(333)) < TOLERANCE
+    widths = (64, 128, 256) if code.arch == "sm_90a" else (64, 128)
+    for columns in widths:
+        monkeypatch.setattr(
+            layer.prefill,
+            "_tile_columns",
+            lambda _, epilogue, columns=columns: min(columns, 128) if epilogue == GATE else columns,
+        )
+        results.append(layer.many(0, 333))
+        parts = [layer.many(start, min(start + 64, 333)) for start in range(0, 333, 64)]
+        results.append(np.concatenate(parts))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.gpu
+def test_gate_and_up_in_one_tensor(device: Device, compiler: Compiler) -> None:
+    count, width, hidden = 5, 96, 512
+    data = random_matrix("Q5_K", count * 2 * width, hidden, np.random.default_rng(0))
+    stacked = data.reshape(count, 2, width, -1)
+
+    def raw(part: Array) -> RawExperts:
+        flat = np.ascontiguousarray(part).reshape(-1)
+        return RawExperts(count, RawMatrix("Q5_K", flat.size // data.shape[1], hidden, flat))
+
+    packer = Packer(device, compiler)
+    fused = pack_stacked(packer, raw(stacked)).parts[0]
+    paired = pack_gated(packer, raw(stacked[:, 0]), raw(stacked[:, 1])).parts[0]
+    assert (fused.rows, fused.columns) == (paired.rows, paired.columns) == (2 * width, hidden)
+    np.testing.assert_array_equal(device.to_host(fused.tiles), device.to_host(paired.tiles))
+
+
+@pytest.mark.gpu
+def test_experts_that_fill_no_stripe_are_refused(device: Device, compiler: Compiler) -> None:
+    packer = Packer(device, compiler)
+    data = random_matrix("Q8_0", 2 * 48, 256, np.random.default_rng(0)).reshape(-1)
+    raw = RawExperts(2, RawMatrix("Q8_0", 96, 256, data))
+    with pytest.raises(UnsupportedModel, match="48 rows"):
+        pack_experts(packer, raw)
+    with pytest.raises(UnsupportedModel, match="24 wide"):
+        pack_stacked(packer, raw)
+
+
+def test_an_expert_matrix_knows_its_stripes() -> None:
+    matrix = ExpertMatrix(None, None, 256, 1024, 2048)  # type: ignore[arg-type]
+    assert (matrix.stripes, matrix.blocks) == (16, 8)
