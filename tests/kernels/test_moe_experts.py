@@ -52,7 +52,7 @@ def test_what_lies_apart_takes_two_launches() -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("types", "panels", "slot"), [(5, 1, 3360), (127, 2, 8192)])
+@pytest.mark.parametrize(("types", "panels", "slot"), [(72, 1, 8192), (5, 2, 3360)])
 def test_decode_compiles_with_few_spills(arch: str, types: int, panels: int, slot: int) -> None:
     bulk, warps = int(arch not in WITHOUT_COPY_ENGINE), 8 if arch in ("sm_86", "sm_89") else 16
     compiler = Compiler(arch, None)
@@ -66,8 +66,12 @@ def test_decode_compiles_with_few_spills(arch: str, types: int, panels: int, slo
     assert report.kernels["moe_down"].spill_bytes <= 32
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("epilogue", "columns"), [(STORE, 64), (SWIGLU, 256), (GATE, 128)])
+PRODUCTS = [(arch, *product) for arch in ARCHITECTURES for product in ((STORE, 64), (SWIGLU, 256))]
+
+
+@pytest.mark.parametrize(
+    ("arch", "epilogue", "columns"), [*PRODUCTS, ("sm_80", GATE, 128), ("sm_90a", GATE, 128)]
+)
 def test_prefill_compiles_with_few_spills_and_no_serialized_products(
     arch: str, epilogue: int, columns: int
 ) -> None:
