@@ -15,6 +15,7 @@
     │   ├── UnknownSession         asked about, and not stored
     │   └── SessionFileError       an exported session that cannot be taken in
     ├── Overloaded                 try again later
+    ├── TimedOut                   the request took longer than it may
     ├── EngineStopped              the engine is shutting down or has failed
     ├── StoreError                 the checkpoint store
     │   ├── StoreVersionError      written by another format version
@@ -120,6 +121,10 @@ class Overloaded(QwendError):
     def __init__(self, message: str, retry_after_s: int = 5) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TimedOut(QwendError):
+    """The request took longer than this server allows."""
 
 
 class EngineStopped(QwendError):

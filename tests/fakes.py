@@ -26,7 +26,7 @@ class Script:
     """What the engine does with one request.
 
     `prefill_steps` steps of prompt evaluation, then `tokens` one a step, then `error` if there is
-    one. `endless` repeats the tokens until the limit.
+    one. `endless` repeats the tokens until the limit. It all begins after `hold_s` seconds.
     """
 
     tokens: Sequence[int] = ()
@@ -34,6 +34,7 @@ class Script:
     num_cached: int = 0
     num_kept: int = 0
     step_s: float = 0.0
+    hold_s: float = 0.0
     endless: bool = False
     error: QwendError | None = None
 
@@ -44,6 +45,7 @@ class _Running:
     deliver: Deliver
     script: Script
     prefilled: int = 0
+    began_s: float = field(default_factory=time.monotonic)
     sampled: list[int] = field(default_factory=list)
     cancelled: bool = False
 
@@ -137,6 +139,8 @@ class ScriptedEngine:
         elif sequence.cancelled:
             self.cancelled.append(sequence.request.id)
             self._end(sequence, self._finished(sequence, "cancelled"))
+        elif time.monotonic() < sequence.began_s + sequence.script.hold_s:
+            time.sleep(0.001)
         elif sequence.prefilled < sequence.script.prefill_steps:
             self._prefill(sequence)
         else:

@@ -13,8 +13,9 @@ from starlette.responses import Response
 from daemon.api.answer import WholeAnswer, answer
 from daemon.api.anthropic_messages_request import MessagesAsk, read_ask
 from daemon.api.anthropic_messages_response import MessageWriter
-from daemon.api.generation import Conversation, Generations, Outcome, Piece
+from daemon.api.generation import Conversation, Generations
 from daemon.api.parameters import ignored_header
+from daemon.api.reply_pieces import Outcome, Piece
 from daemon.api.request_body import read_body
 from daemon.api.service import Service
 from daemon.api.sse import EventStream

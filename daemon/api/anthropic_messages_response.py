@@ -12,7 +12,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from daemon.api.cache_plan import CachePlan, anthropic_miss_reason
 from daemon.api.errors import anthropic_error
-from daemon.api.generation import Outcome, Piece, PromptProgress
+from daemon.api.reply_pieces import Outcome, Piece, PromptProgress
 from daemon.api.sealed_reasoning import seal
 from daemon.api.sse import frame
 from daemon.text.reply_parser import ContentDelta, Delta, ReasoningDelta, ToolCallDelta

@@ -6,10 +6,11 @@ built on one thread of their own, so that a long one delays no stream.
 """
 
 import asyncio
+import math
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -17,6 +18,7 @@ from msgspec import Struct
 from daemon.api.cache_plan import CachePlan, CachePlanner, Draft, Status, plan_of
 from daemon.api.mailbox import Mailbox
 from daemon.api.reply import Reply, ReplyRules, joined
+from daemon.api.reply_pieces import EndReason, Outcome, Piece, PromptProgress
 from daemon.api.request_plans import RequestPlans
 from daemon.api.service import Service
 from daemon.api.session_hint import title_of
@@ -31,7 +33,7 @@ from daemon.engine.requests import (
     Started,
     TokenSampled,
 )
-from daemon.errors import EngineStopped, Overloaded, PromptTooLong
+from daemon.errors import EngineStopped, Overloaded, PromptTooLong, QwendError, TimedOut
 from daemon.logs import log_request
 from daemon.metrics import RequestRecord
 from daemon.text.constrainer import Thinking
@@ -42,8 +44,6 @@ from daemon.text.reply_parser import Delta
 from daemon.text.tool_calls import OPENING
 
 T = TypeVar("T")
-
-EndReason = Literal["stop", "length", "tool_calls"]
 
 BAN = -1000.0
 """Added to a logit, it leaves the token no chance."""
@@ -67,46 +67,6 @@ class RawPrompt(Struct, frozen=True):
 
     prompt: Prompt
     session: str = ""
-
-
-class PromptProgress(Struct, frozen=True, kw_only=True):
-    """How far the prompt's evaluation is: tokens done, the cached ones included."""
-
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_done_tokens: int
-    elapsed_ms: float
-
-
-class Piece(Struct, frozen=True):
-    """What is new in a reply. With nothing at all: a sign of life after a long silence.
-
-    `tokens` are those with log-probabilities sampled since the last piece, if asked for.
-    `progress` comes when the evaluation of the prompt begins, and as it goes on if asked for.
-    """
-
-    deltas: tuple[Delta, ...] = ()
-    tokens: tuple[TokenSampled, ...] = ()
-    progress: PromptProgress | None = None
-
-
-class Outcome(Struct, frozen=True, kw_only=True):
-    """How a reply ended, in tokens and milliseconds.
-
-    `stop` is the client's stop string that ended it, or "". `num_written_tokens` of the prompt
-    were evaluated and are in the store from now on. `plan` says why not more was reused.
-    """
-
-    reason: EndReason
-    stop: str
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_written_tokens: int
-    num_reply_tokens: int
-    num_reasoning_tokens: int
-    prompt_ms: float
-    decode_ms: float
-    plan: CachePlan
 
 
 class Generations:
@@ -252,7 +212,7 @@ class Generation:
         self._finish = "cancelled"
         self._closed = False
         self._restored: Found | None = None
-        self._last_sign_s = self._loop.time()
+        self._submitted_s = self._last_sign_s = self._loop.time()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -285,11 +245,13 @@ class Generation:
         """The reply as it comes; a sign of life at least every `sign_of_life_s` seconds.
 
         Raises:
-            QwendError: the engine failed or stopped, or the client reads too slowly.
+            QwendError: the engine failed or stopped, the client reads too slowly, or it took too
+                long.
         """
         while self._finished is None:
             due_s = self._last_sign_s + self._service.limits.sign_of_life_s
-            piece = self._digest(await self._mailbox.take(due_s - self._loop.time()))
+            wait_s = min(due_s, self._deadline_s()) - self._loop.time()
+            piece = self._digest(await self._mailbox.take(wait_s))
             if piece.deltas or piece.tokens or self._loop.time() >= due_s:
                 self._last_sign_s = self._loop.time()
                 yield piece
@@ -326,10 +288,26 @@ class Generation:
         bias = (*sampling.logit_bias, (opening, BAN))
         return msgspec.structs.replace(sampling, logit_bias=bias)
 
+    def _deadline_s(self) -> float:
+        """When the loop's clock says that patience ends."""
+        limits = self._service.limits
+        waits = () if self._started_s else (limits.queue_timeout_s,)
+        spans = [span for span in (*waits, limits.request_timeout_s) if span is not None]
+        return self._submitted_s + min(spans, default=math.inf)
+
+    def _too_late(self) -> QwendError:
+        limits = self._service.limits
+        if not self._started_s:
+            return Overloaded(f"The request waited {limits.queue_timeout_s:g} s for its turn.")
+        return TimedOut(f"The request took longer than {limits.request_timeout_s:g} s.")
+
     def _digest(self, events: Sequence[Event]) -> Piece:
         if self._mailbox.overflowed:
             self._finish = "unread"
             raise Overloaded("The client reads too slowly; the request was ended.")
+        if not events and self._loop.time() >= self._deadline_s():
+            self._finish = "timeout"
+            raise self._too_late()
         deltas: list[Delta] = []
         tokens: list[TokenSampled] = []
         progress = None

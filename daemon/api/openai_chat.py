@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from starlette.requests import Request
 
 from daemon.api.answer import WholeAnswer, answer
-from daemon.api.generation import Conversation, Generation, Generations, Outcome, Piece
+from daemon.api.generation import Conversation, Generation, Generations
 from daemon.api.openai_chat_request import read_ask
 from daemon.api.openai_chat_response import ChatWriter, Head
 from daemon.api.parameters import ignored_header
+from daemon.api.reply_pieces import Outcome, Piece
 from daemon.api.request_body import read_body
 from daemon.api.service import Service
 from daemon.api.sse import EventStream

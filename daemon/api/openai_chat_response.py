@@ -11,7 +11,6 @@ from msgspec import UNSET, Struct, UnsetType
 
 from daemon.api.cache_plan import CachePlan
 from daemon.api.errors import openai_error
-from daemon.api.generation import EndReason, Outcome, Piece, PromptProgress
 from daemon.api.openai_usage import (
     ProgressOut,
     Timings,
@@ -20,6 +19,7 @@ from daemon.api.openai_usage import (
     timings_of,
     usage_of,
 )
+from daemon.api.reply_pieces import EndReason, Outcome, Piece, PromptProgress
 from daemon.api.sse import DONE, frame
 from daemon.engine.requests import TokenLogprobs, TokenSampled
 from daemon.text.reply_parser import ContentDelta, Delta, ReasoningDelta, ToolCallDelta

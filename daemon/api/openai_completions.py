@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from starlette.requests import Request
 
 from daemon.api.answer import WholeAnswer, answer
-from daemon.api.generation import Generation, Generations, Outcome, RawPrompt
+from daemon.api.generation import Generation, Generations, RawPrompt
 from daemon.api.openai_chat_response import Head
 from daemon.api.openai_completions_group import ChoicePiece, CompletionGroup
 from daemon.api.openai_completions_request import CompletionAsk, read_ask
 from daemon.api.openai_completions_response import CompletionWriter
 from daemon.api.parameters import ignored_header
+from daemon.api.reply_pieces import Outcome
 from daemon.api.request_body import read_body
 from daemon.api.service import Service
 from daemon.api.sse import EventStream

@@ -10,7 +10,8 @@ from contextlib import aclosing
 from msgspec import Struct
 
 from daemon.api.cache_plan import CachePlan
-from daemon.api.generation import Generation, Outcome, Piece
+from daemon.api.generation import Generation
+from daemon.api.reply_pieces import Outcome, Piece
 
 
 class ChoicePiece(Struct, frozen=True):

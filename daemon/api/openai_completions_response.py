@@ -10,10 +10,10 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from daemon.api.errors import openai_error
-from daemon.api.generation import Outcome
 from daemon.api.openai_chat_response import Head
 from daemon.api.openai_completions_group import ChoicePiece
 from daemon.api.openai_usage import Timings, Usage, timings_of, usage_sum
+from daemon.api.reply_pieces import Outcome
 from daemon.api.sse import DONE, frame
 from daemon.engine.requests import TokenSampled
 from daemon.text.reply_parser import ToolCallDelta

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from daemon.api.answer import WholeAnswer, answer
-from daemon.api.generation import Conversation, Generations, Outcome, Piece
+from daemon.api.generation import Conversation, Generations
 from daemon.api.openai_chat_messages import arguments_of
 from daemon.api.openai_responses_items import CUSTOM_INPUT
 from daemon.api.openai_responses_request import ResponsesAsk, read_ask
@@ -25,6 +25,7 @@ from daemon.api.openai_responses_response import (
 from daemon.api.openai_responses_store import ResponseStore, StoredResponse
 from daemon.api.openai_responses_stream import ResponseWriter, reply_text
 from daemon.api.parameters import ignored_header
+from daemon.api.reply_pieces import Outcome, Piece
 from daemon.api.request_body import read_body
 from daemon.api.service import Service
 from daemon.api.sse import EventStream

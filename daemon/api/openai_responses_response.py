@@ -9,8 +9,8 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from daemon.api.errors import error_body
-from daemon.api.generation import Outcome
 from daemon.api.openai_responses_request import ResponsesRequest
+from daemon.api.reply_pieces import Outcome
 from daemon.errors import Overloaded
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from daemon.api.generation import Outcome, Piece
 from daemon.api.openai_responses_items import CUSTOM_INPUT
 from daemon.api.openai_responses_response import (
     CustomToolCallItem,
@@ -26,6 +25,7 @@ from daemon.api.openai_responses_response import (
     usage_of,
 )
 from daemon.api.openai_responses_tools import ToolNames
+from daemon.api.reply_pieces import Outcome, Piece
 from daemon.api.sealed_reasoning import seal
 from daemon.api.sse import frame
 from daemon.text.reply_parser import ContentDelta, Delta, ReasoningDelta, ToolCallDelta

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from daemon.api.generation import Outcome, PromptProgress
+from daemon.api.reply_pieces import Outcome, PromptProgress
 
 
 class PromptDetails(Struct):

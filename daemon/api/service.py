@@ -29,12 +29,16 @@ class Limits(Struct, frozen=True, kw_only=True):
     """Bounds of the HTTP side.
 
     `max_pending_events` are the tokens that may wait for a client that does not read;
-    `sign_of_life_s` the longest silence of a stream, in seconds.
+    `sign_of_life_s` the longest silence of a stream, in seconds. A request that the engine has not
+    begun after `queue_timeout_s` is told to come back later; one that has not ended after
+    `request_timeout_s` is ended (None: neither).
     """
 
     max_body_bytes: int = 64 * 2**20
     max_pending_events: int = 16_384
     sign_of_life_s: float = 5.0
+    queue_timeout_s: float | None = 600.0
+    request_timeout_s: float | None = None
 
 
 class StoredSessions(Protocol):

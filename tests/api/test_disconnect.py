@@ -5,6 +5,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -123,3 +124,27 @@ def test_a_client_that_never_reads_is_ended(make_api: MakeApi, endless: Script) 
     text = b"".join(message.get("body", b"") for message in sent)  # type: ignore[misc]
     assert b"reads too slowly" in text
     assert api.service.metrics.snapshot().finishes == {"unread": 1}
+
+
+def test_a_request_that_takes_too_long_is_ended(make_api: MakeApi, endless: Script) -> None:
+    api = make_api(endless, limits=Limits(request_timeout_s=0.1))
+    response = asyncio.run(api.post())
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+    assert api.engine.wait_until_idle()
+    last = events_until_error(asyncio.run(api.post(stream=True)).text)
+    assert last["error"]["code"] == "timeout"
+    assert api.service.metrics.snapshot().finishes == {"timeout": 2}
+
+
+def test_a_request_whose_turn_does_not_come_is_told_to_come_back(make_api: MakeApi) -> None:
+    stuck = Script(hold_s=0.3)
+    api = make_api(stuck, limits=Limits(queue_timeout_s=0.05))
+    response = asyncio.run(api.post())
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
+    assert response.headers["retry-after"] == "5"
+    assert api.engine.wait_until_idle()
+
+
+def events_until_error(text: str) -> dict[str, Any]:
+    last: dict[str, Any] = json.loads(text.rstrip("\n").split("\n\n")[-1].removeprefix("data: "))
+    return last
