@@ -29,7 +29,7 @@ from daemon.engine.engine_thread import EngineThread
 from daemon.engine.memory.memory_plan import MemoryDemand, MemoryPlan
 from daemon.engine.model.model import Model
 from daemon.engine.model.shape import ModelShape
-from daemon.engine.requests import EngineInfo, SamplingParams
+from daemon.engine.requests import EngineInfo
 from daemon.engine.scheduler import Limits, Scheduler, num_slots
 from daemon.engine.weights.digest import weights_digest
 from daemon.engine.weights.gguf import GGUFFile, open_gguf
@@ -37,6 +37,7 @@ from daemon.engine.weights.loader import load_model, model_shape
 from daemon.errors import ConfigError, ModelFileError
 from daemon.load_progress import LoadProgress
 from daemon.metrics import Metrics
+from daemon.service_settings import configured
 from daemon.text.constrainer import Constrainer
 from daemon.text.prompt import PromptBuilder
 from daemon.text.prompt_history import FrameShape, PastPrompt, PromptHistory
@@ -50,8 +51,6 @@ MAX_STORED_PROMPT_TOKENS = 1 << 20
 """Of prompts of earlier runs, so many tokens are read back at the start."""
 
 NUM_CAPTURE_SLOTS = 4
-RECOMMENDED = SamplingParams(temperature=0.6, top_p=0.95, top_k=20)
-"""Qwen's values for coding, for a file that carries none of its own."""
 
 
 class Daemon:
@@ -178,12 +177,11 @@ def assemble(config: Config) -> Daemon:
         sessions=None if cache is None else cache.catalogue,
         suggest_title=_ignore_title if cache is None else cache.suggest_title,
         reach=_reach(cache, config.engine.strict),
-        sampling=_recommended_sampling(file),
         fingerprint=f"qwend-{__version__}-{identity.hex()[:12]}",
         version=__version__,
         created=int(time.time()),
     )
-    return Daemon(service, engine, cache)
+    return Daemon(configured(service, config, file, template_source), engine, cache)
 
 
 def _audit(
@@ -321,6 +319,8 @@ def _context_length(shape: ModelShape, config: EngineConfig) -> int:
     asked = config.context
     if asked is not None and asked > shape.context_length:
         raise ConfigError(f"--ctx {asked} is more than the model's {shape.context_length} tokens")
+    if asked == 0:
+        return shape.context_length
     return asked or min(shape.context_length, DEFAULT_CONTEXT)
 
 
@@ -342,13 +342,3 @@ def _template_source(file: GGUFFile, config: ModelConfig) -> str:
             f"{file.paths[0]}: has no chat template; pass one with --chat-template-file"
         )
     return source
-
-
-def _recommended_sampling(file: GGUFFile) -> SamplingParams:
-    """The file's `general.sampling.*` values, the family's where it has none."""
-    get = file.metadata.get
-    return SamplingParams(
-        temperature=float(get("general.sampling.temp", RECOMMENDED.temperature)),
-        top_p=float(get("general.sampling.top_p", RECOMMENDED.top_p)),
-        top_k=int(get("general.sampling.top_k", RECOMMENDED.top_k)),
-    )

@@ -5,7 +5,7 @@ Made by cli.py from flags; only assemble.py sees all sections.
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -24,7 +24,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):
-    """`context` None: the model's own, at most DEFAULT_CONTEXT.
+    """`context` None: the model's own, at most DEFAULT_CONTEXT; 0: all of it.
 
     `canonical`: evaluate replies again as prompts while nothing else is to be done.
 
@@ -56,10 +56,40 @@ class CacheConfig(Struct, frozen=True, kw_only=True):
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
-    """Where to listen."""
+    """Where to listen, and to whom. `is_local`: only this machine can reach it.
+
+    `allowed_hosts` are further names of the server, `cors_origins` pages that may ask from a
+    browser. Limits are a key's; None: none. `log_prompts` writes text into the log.
+    """
 
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
+    api_keys: tuple[str, ...] = ()
+    is_local: bool = True
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    requests_per_minute: int | None = None
+    parallel_requests: int | None = None
+    log_prompts: bool = False
+
+
+class ReplyConfig(Struct, frozen=True, kw_only=True):
+    """What a request does not say; None: what the model's file recommends, or no limit.
+
+    `template_options` are variables of the chat template.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    thinking_budget: int | None = None
+    template_options: dict[str, Any] = {}
 
 
 class Config(Struct, frozen=True, kw_only=True):
@@ -69,6 +99,7 @@ class Config(Struct, frozen=True, kw_only=True):
     engine: EngineConfig
     cache: CacheConfig
     server: ServerConfig = ServerConfig()
+    reply: ReplyConfig = ReplyConfig()
 
 
 def default_cache_folder() -> Path:
@@ -85,6 +116,12 @@ def _user_cache() -> Path:
     """`qwend/` in the user's cache folder, by the XDG base directory specification."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "qwend"
+
+
+def keys_of_environment() -> tuple[str, ...]:
+    """API keys in QWEND_API_KEY, or in llama-server's LLAMA_API_KEY, with commas between them."""
+    given = os.environ.get("QWEND_API_KEY") or os.environ.get("LLAMA_API_KEY") or ""
+    return tuple(key for part in given.split(",") if (key := part.strip()))
 
 
 def parse_bytes(text: str) -> int:

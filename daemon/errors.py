@@ -14,7 +14,10 @@
     │   ├── UnknownRequest         asked about, and not remembered
     │   ├── UnknownSession         asked about, and not stored
     │   └── SessionFileError       an exported session that cannot be taken in
+    ├── KeyRefused                 no API key, or none of ours
+    ├── PlaceRefused               a name of the server, or a page of a browser, that is not let in
     ├── Overloaded                 try again later
+    │   └── TooManyRequests        of one key
     ├── TimedOut                   the request took longer than it may
     ├── EngineStopped              the engine is shutting down or has failed
     ├── StoreError                 the checkpoint store
@@ -121,6 +124,18 @@ class Overloaded(QwendError):
     def __init__(self, message: str, retry_after_s: int = 5) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TooManyRequests(Overloaded):
+    """One key asks for more than it may."""
+
+
+class KeyRefused(QwendError):
+    """The request has no API key, or one that is not the server's."""
+
+
+class PlaceRefused(QwendError):
+    """The request was sent to a name, or by a page in a browser, that is not let in."""
 
 
 class TimedOut(QwendError):

@@ -1,8 +1,9 @@
-"""The form of the log: one line an event, one line a request, no text of any prompt.
+"""The form of the log: one line an event, one line a request; text only where it is asked for.
 
 Owns the format and who may speak. Knows nothing of HTTP or the engine; any thread may log.
 """
 
+import json
 import logging
 import sys
 from typing import TextIO
@@ -46,3 +47,8 @@ def request_line(record: RequestRecord) -> str:
 def log_request(record: RequestRecord) -> None:
     """Log a request that has ended."""
     _requests.info("%s", request_line(record))
+
+
+def log_text(request_id: str, what: str, text: str) -> None:
+    """Log a prompt or a reply in full, as one line of JSON; called only with --log-prompts."""
+    _requests.info("%s %s=%s", request_id, what, json.dumps(text, ensure_ascii=False))

@@ -25,10 +25,13 @@ ALLOWED = {
     "daemon.api": {"daemon.api", "daemon.text", "daemon.engine.requests"},
     "daemon.generate": {"daemon.api", "daemon.text", "daemon.engine.requests"},
     "daemon.audit": {"daemon.engine.requests"},
+    "daemon.service_settings": {
+        "daemon.api", "daemon.engine.requests", "daemon.engine.weights.gguf",
+    },
     "daemon.devices": {"daemon.engine", "daemon.kernels"},
     "daemon.assemble": {
         "daemon.api", "daemon.audit", "daemon.text", "daemon.engine", "daemon.cache",
-        "daemon.devices",
+        "daemon.devices", "daemon.service_settings",
         "daemon.load_progress",
     },
     "daemon.load_progress": set(),

@@ -8,12 +8,16 @@ from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
+from daemon.api.access import Access, AccessRules
 from daemon.api.anthropic_messages import Messages
 from daemon.api.cache_routes import CacheRoutes
 from daemon.api.errors import http_error_response, qwend_error_response, unexpected_error_response
 from daemon.api.generation import Generations
+from daemon.api.llama_server import LlamaServer
 from daemon.api.models import Models
 from daemon.api.openai_chat import ChatCompletions
 from daemon.api.openai_completions import Completions
@@ -38,6 +42,7 @@ def create_app(service: Service) -> Starlette:
         generations.close()
 
     app = Starlette(
+        middleware=_gates(service.access),
         routes=[
             *_answers(service, generations),
             *_facts(service, generations),
@@ -52,6 +57,22 @@ def create_app(service: Service) -> Starlette:
     )
     app.state.generations = generations
     return app
+
+
+def _gates(rules: AccessRules) -> list[Middleware]:
+    """What stands before all routes; a browser asks by OPTIONS first, without a key."""
+    gates = [Middleware(Access, rules=rules)]
+    if rules.origins:
+        shown = ("x-request-id", "x-cache-plan", "retry-after")
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=rules.origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=shown,
+        )
+        gates.insert(0, cors)
+    return gates
 
 
 def _answers(service: Service, generations: Generations) -> Iterator[Route]:
@@ -81,6 +102,17 @@ def _answers(service: Service, generations: Generations) -> Iterator[Route]:
     yield Route("/v1/cache/requests", cache.requests)
     yield Route("/v1/cache/requests/{id}", cache.request)
     yield Route("/v1/cache/plan", cache.plan, methods=["POST"])
+    yield from _of_llama_server(LlamaServer(service, generations, chat.conversation))
+
+
+def _of_llama_server(routes: LlamaServer) -> Iterator[Route]:
+    """What its users' tools ask for."""
+    yield Route("/props", routes.props)
+    yield Route("/slots", routes.slots)
+    yield Route("/slots/{id}", routes.slot_action, methods=["POST"])
+    yield Route("/tokenize", routes.tokenize, methods=["POST"])
+    yield Route("/detokenize", routes.detokenize, methods=["POST"])
+    yield Route("/apply-template", routes.apply_template, methods=["POST"])
 
 
 def _facts(service: Service, generations: Generations) -> Iterator[Route]:
@@ -91,6 +123,7 @@ def _facts(service: Service, generations: Generations) -> Iterator[Route]:
     yield Route("/", status.root)
     yield Route("/api/hello", status.root)
     yield Route("/health", status.health)
+    yield Route("/v1/health", status.health)
     yield Route("/v1/models", models.models)
     yield Route("/v1/models/{model:path}", models.model)
     yield Route("/v1/cache/stats", status.cache_stats)

@@ -17,12 +17,15 @@ from daemon.errors import (
     DeviceError,
     EngineStopped,
     InvalidRequest,
+    KeyRefused,
     Overloaded,
+    PlaceRefused,
     PromptTooLong,
     QwendError,
     RequestError,
     SessionFileError,
     TimedOut,
+    TooManyRequests,
     UnknownModel,
     UnknownRequest,
     UnknownSession,
@@ -74,6 +77,9 @@ _KINDS: dict[type[QwendError], _Kind] = {
     SessionFileError: _Kind(400, _INVALID, "session_file_refused", _INVALID),
     InvalidRequest: _Kind(400, _INVALID, None, _INVALID),
     RequestError: _Kind(400, _INVALID, None, _INVALID),
+    KeyRefused: _Kind(401, _INVALID, "invalid_api_key", "authentication_error"),
+    PlaceRefused: _Kind(403, _INVALID, "not_let_in", "permission_error"),
+    TooManyRequests: _Kind(429, "rate_limit_error", "rate_limit_exceeded", "rate_limit_error"),
     Overloaded: _Kind(503, "overloaded_error", "overloaded", "overloaded_error"),
     TimedOut: _Kind(504, "server_error", "timeout", "timeout_error"),
     EngineStopped: _Kind(503, "server_error", "engine_stopped", "api_error"),
@@ -114,6 +120,8 @@ def qwend_error_response(request: Request, error: Exception) -> Response:
     """Answer an error of our tree."""
     assert isinstance(error, QwendError)
     headers = {}
+    if isinstance(error, KeyRefused):
+        headers["www-authenticate"] = "Bearer"
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(error.retry_after_s)
     body = anthropic_error(error) if speaks_anthropic(request) else openai_error(error)
@@ -150,8 +158,9 @@ def _kind(error: QwendError) -> _Kind:
 
 def _status(request: Request, error: QwendError) -> int:
     """Anthropic's own status for overload is 529."""
-    overloaded = isinstance(error, Overloaded) and speaks_anthropic(request)
-    return 529 if overloaded else _kind(error).status
+    status = _kind(error).status
+    overloaded = isinstance(error, Overloaded) and status == 503
+    return 529 if overloaded and speaks_anthropic(request) else status
 
 
 def _param(error: QwendError) -> str | None:

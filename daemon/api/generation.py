@@ -34,7 +34,7 @@ from daemon.engine.requests import (
     TokenSampled,
 )
 from daemon.errors import EngineStopped, Overloaded, PromptTooLong, QwendError, TimedOut
-from daemon.logs import log_request
+from daemon.logs import log_request, log_text
 from daemon.metrics import RequestRecord
 from daemon.text.constrainer import Thinking
 from daemon.text.constraint import ReplyConstraint
@@ -122,8 +122,16 @@ class Generations:
             InvalidRequest: the template refuses the messages.
             EngineStopped: the server is shutting down.
         """
+        return len(await self.prompt_tokens(conversation))
+
+    async def prompt_tokens(self, conversation: Conversation) -> tuple[int, ...]:
+        """The prompt; raises as `count_tokens`."""
         prompt = await self.on_prompt_thread(self._build, conversation)
-        return len(prompt.tokens)
+        return prompt.tokens
+
+    def running(self) -> list[tuple[int, int, int, int]]:
+        """Of each reply, the prompt's tokens: all, done, cached; and those of the reply."""
+        return [generation.counts for generation in self._live]
 
     async def plan(self, asked: Conversation | RawPrompt) -> CachePlan:
         """What an answer would reuse; nothing is evaluated, and nothing remembered.
@@ -148,7 +156,10 @@ class Generations:
         self, asked: Conversation | RawPrompt, rules: ReplyRules
     ) -> tuple[Prompt, Draft, ReplyConstraint | None]:
         prompt, draft = self._prepare(asked)
-        thinking = Thinking(prompt.thinking_open, rules.thinking_budget)
+        if self._service.log_prompts:
+            log_text(draft.id, "prompt", self._service.tokenizer.decode(prompt.tokens))
+        budget = self._service.defaults.budget_for(rules.thinking_budget)
+        thinking = Thinking(prompt.thinking_open, budget)
         return prompt, draft, self._service.constrainer.constrain(rules.guide, thinking)
 
     def _prepare(self, asked: Conversation | RawPrompt) -> tuple[Prompt, Draft]:
@@ -156,9 +167,8 @@ class Generations:
         return prompt, self._planner.draft(uuid.uuid4().hex, prompt, asked.session)
 
     def _build(self, conversation: Conversation) -> Prompt:
-        return self._service.prompts.build(
-            conversation.messages, conversation.tools, conversation.template_options
-        )
+        options = {**self._service.defaults.template_options, **conversation.template_options}
+        return self._service.prompts.build(conversation.messages, conversation.tools, options)
 
     def discard(self, generation: "Generation") -> None:
         """Forget a generation that has been closed."""
@@ -215,6 +225,12 @@ class Generation:
         self._submitted_s = self._last_sign_s = self._loop.time()
 
     @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """See `Generations.running`."""
+        counted = (self._num_done, self._num_cached, self._reply.num_tokens)
+        return self.num_prompt_tokens, *counted
+
+    @property
     def num_prompt_tokens(self) -> int:
         """The prompt's length."""
         return len(self._prompt.tokens)
@@ -226,7 +242,7 @@ class Generation:
         room = context_length - num_prompt
         if room < 1:
             raise PromptTooLong(num_prompt, context_length)
-        wanted = self._rules.max_tokens
+        wanted = self._rules.max_tokens or self._service.defaults.max_tokens
         request = GenerationRequest(
             id=self.id,
             tokens=self._prompt.tokens,
@@ -271,6 +287,8 @@ class Generation:
         self._owner.discard(self)
         if self._finished is None:
             self.cancel()
+        if self._service.log_prompts and self._finished is not None:
+            log_text(self.id, "reply", self._service.tokenizer.decode(self._finished.tokens))
         record = self._record()
         if self.outcome is None:
             self._plan_end(record, "failed" if self._finish == "failed" else "cancelled")

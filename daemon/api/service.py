@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from msgspec import Struct
 
+from daemon.api.access import AccessRules
 from daemon.api.cache_plan import AskReach
 from daemon.checkpoint import Reach
 from daemon.engine.requests import Engine, SamplingParams
@@ -78,6 +79,25 @@ class StoredSessions(Protocol):
         ...
 
 
+class ReplyDefaults(Struct, frozen=True, kw_only=True):
+    """What a request does not say: its template options, and limits in tokens (None: none)."""
+
+    template_options: Mapping[str, Any] = {}
+    thinking_budget: int | None = None
+    max_tokens: int | None = None
+
+    def budget_for(self, asked: int | None) -> int | None:
+        """Tokens of thinking for a request."""
+        return self.thinking_budget if asked is None else asked
+
+
+class ModelFacts(Struct, frozen=True):
+    """Of the model file, for those who ask as they would ask llama-server."""
+
+    path: str = ""
+    chat_template: str = ""
+
+
 class Service(Struct, frozen=True, kw_only=True):
     """One served model and all that a request to it needs.
 
@@ -86,7 +106,8 @@ class Service(Struct, frozen=True, kw_only=True):
     in answers, `created` is when the model was loaded, in Unix seconds. `history` are the prompts
     that new ones are compared with, `reach` says what the store has of one, `sessions` are its
     sessions as objects, and `suggest_title` names one by its first question. `cache_stats` gives
-    the store's own figures; it must be quick and thread-safe.
+    the store's own figures; it must be quick and thread-safe. `log_prompts` writes all text that
+    comes and goes into the log.
     """
 
     engine: Engine
@@ -102,7 +123,11 @@ class Service(Struct, frozen=True, kw_only=True):
     suggest_title: Callable[[str, str], None] = lambda session, title: None
     reach: AskReach = lambda _: Reach(None)
     sampling: SamplingParams = SamplingParams()
+    defaults: ReplyDefaults = ReplyDefaults()
     limits: Limits = Limits()
+    access: AccessRules = AccessRules()
+    facts: ModelFacts = ModelFacts()
+    log_prompts: bool = False
     aliases: tuple[str, ...] = ()
     fingerprint: str = "qwend"
     version: str = "0"

@@ -6,6 +6,9 @@ Owns their names, defaults and help. Imports nothing heavy. Main thread.
 import argparse
 from pathlib import Path
 
+from daemon.commands.access_flags import access_settings
+from daemon.commands.number_flags import positive, share, whole
+from daemon.commands.reply_flags import reply_settings
 from daemon.config import (
     DEFAULT_CONTEXT,
     DEFAULT_PORT,
@@ -13,6 +16,7 @@ from daemon.config import (
     Config,
     EngineConfig,
     ModelConfig,
+    ReplyConfig,
     ServerConfig,
     default_cache_folder,
     parse_bytes,
@@ -40,13 +44,14 @@ def add_model_flag(parser: argparse._ActionsContainer) -> None:
 def add_context_flags(parser: argparse._ActionsContainer) -> None:
     """How much context, and in how much memory."""
     parser.add_argument(
-        "--ctx", "-c", type=positive, metavar="TOKENS",
-        help=f"context length (default: the model's, at most {DEFAULT_CONTEXT})",
+        "--ctx", "-c", "--ctx-size", type=whole, metavar="TOKENS",
+        help=f"context length; 0: all of the model's (default: at most {DEFAULT_CONTEXT} of it)",
     )  # fmt: skip
     for which in ("k", "v"):
         parser.add_argument(
             f"--cache-type-{which}", f"-ct{which}", choices=("bf16", "q8_0", "fp8", "q4_0"),
-            default="bf16", help=f"how the GPU keeps {which.upper()} of the cache (%(default)s)",
+            type=_kv_format, default="bf16",
+            help=f"how the GPU keeps {which.upper()} of the cache; f16 is bf16 here (%(default)s)",
         )  # fmt: skip
     add_memory_flag(parser)
 
@@ -70,7 +75,7 @@ def add_parallel_flag(parser: argparse._ActionsContainer) -> None:
 def add_device_flag(parser: argparse._ActionsContainer) -> None:
     """Where to compute."""
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto",
+        "--device", "-dev", choices=("auto", "cpu", "cuda"), default="auto", type=_device,
         help="where to compute; auto takes the GPU where there is one (%(default)s)",
     )  # fmt: skip
 
@@ -82,7 +87,9 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--port", type=int, default=DEFAULT_PORT, help="port, 0 for a free one (%(default)s)"
     )
-    group.add_argument("--alias", help="the model's name for clients (default: the file's name)")
+    group.add_argument(
+        "--alias", "-a", help="the model's name for clients (default: the file's name)"
+    )
     add_parallel_flag(group)
     group.add_argument(
         "--no-idle-work", action="store_true",
@@ -137,10 +144,21 @@ def config_of(arguments: argparse.Namespace) -> Config:
             interval_tokens=arguments.checkpoint_interval,
             audit_share=arguments.audit_share,
         ),
-        server=ServerConfig(host=arguments.host, port=arguments.port)
+        server=ServerConfig(host=arguments.host, port=arguments.port, **access_settings(arguments))
         if is_server
         else ServerConfig(),
+        reply=reply_settings(arguments) if is_server else ReplyConfig(),
     )
+
+
+def _kv_format(text: str) -> str:
+    """llama-server's default takes as much room as ours, and is said to be ours."""
+    return "bf16" if text == "f16" else text
+
+
+def _device(text: str) -> str:
+    """llama-server's names of the first GPU and of none."""
+    return {"CUDA0": "cuda", "none": "cpu"}.get(text, text)
 
 
 def gpu_memory(arguments: argparse.Namespace) -> int | None:
@@ -150,29 +168,3 @@ def gpu_memory(arguments: argparse.Namespace) -> int | None:
         ConfigError: it is no size.
     """
     return None if arguments.gpu_memory is None else parse_bytes(arguments.gpu_memory)
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1, for argparse."""
-    value = non_negative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than 1")
-    return value
-
-
-def non_negative(text: str) -> float:
-    """A finite number of at least 0, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not zero or a positive number")
-    return value

@@ -4,13 +4,8 @@ import argparse
 import sys
 from typing import Any
 
-from daemon.commands.flags import (
-    add_cache_flags,
-    add_model_flags,
-    config_of,
-    non_negative,
-    positive,
-)
+from daemon.commands.flags import add_cache_flags, add_model_flags, config_of
+from daemon.commands.number_flags import non_negative, positive
 
 
 def register(commands: "argparse._SubParsersAction[Any]") -> None:

@@ -2,19 +2,29 @@
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from daemon import __version__
+from daemon.commands.access_flags import add_access_flags
 from daemon.commands.flags import add_cache_flags, add_model_flags, add_server_flags, config_of
+from daemon.commands.llama_flags import add_llama_flags
+from daemon.commands.reply_flags import add_reply_flags
 from daemon.config import Config
 
 
 def register(commands: "argparse._SubParsersAction[Any]") -> None:
     """Add the command and its flags."""
-    parser = commands.add_parser("serve", help="serve a model over the OpenAI API")
+    parser = commands.add_parser(
+        "serve", help="serve a model over HTTP", allow_abbrev=False,
+        epilog="llama-server's other flags are accepted without effect, and said so, or refused.",
+    )  # fmt: skip
     add_model_flags(parser)
     add_server_flags(parser)
+    add_access_flags(parser)
+    add_reply_flags(parser)
     add_cache_flags(parser)
+    add_llama_flags(parser)
     parser.set_defaults(run=run)
 
 
@@ -30,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = config_of(arguments)
     configure_logs()
+    for note in arguments.notes:
+        print(f"Note: {note}.", file=sys.stderr)
     with bind(config.server.host, config.server.port) as listener, assemble(config) as daemon:
         info = daemon.engine.info
         server = Server(
@@ -47,5 +59,8 @@ def _announce(url: str, model: str, backend: str, config: Config) -> None:
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "hello"}]})
     cache = f"checkpoints in {config.cache.folder}" if config.cache.enabled else "no checkpoints"
     print(f"qwend {__version__} serves {model} at {url}/v1 on {backend} ({cache})")
-    print(f"Try: curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
-    print(f"Or:  qwend chat --url {url}", flush=True)
+    keyed = bool(config.server.api_keys)
+    header = "-H 'Authorization: Bearer KEY' " if keyed else ""
+    json_type = "-H 'Content-Type: application/json'"
+    print(f"Try: curl {url}/v1/chat/completions {header}{json_type} -d '{body}'")
+    print(f"Or:  qwend chat --url {url}{' --api-key KEY' if keyed else ''}", flush=True)

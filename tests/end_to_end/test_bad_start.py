@@ -77,7 +77,7 @@ def test_a_file_that_is_no_model(tmp_path: Path, make: Callable[[Path], None], s
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--ctx", "0"), "--ctx"),
+        (("--ctx", "-1"), "--ctx"),
         (("--ctx", "many"), "--ctx"),
         (("--ctx", "999999"), "32768"),
         (("--parallel", "0"), "--parallel"),

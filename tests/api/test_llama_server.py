@@ -1,0 +1,139 @@
+"""The endpoints that tools of llama-server's users ask for, in their shapes."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from fakes import Script
+from http_harness import USER, ApiHarness
+
+from daemon.api.app import create_app
+from daemon.api.service import ModelFacts, ReplyDefaults
+from daemon.engine.requests import GenerationRequest
+from daemon.text.tokenizer import Tokenizer
+
+MakeApi = Callable[..., ApiHarness]
+
+
+def call(api: ApiHarness, method: str, path: str, **body: Any) -> Any:
+    async def send() -> Any:
+        async with api.client() as client:
+            return await client.request(method, path, json=body or None)
+
+    return asyncio.run(send())
+
+
+def test_tokens_and_back(make_api: MakeApi, tokenizer: Tokenizer) -> None:
+    api = make_api()
+    text = "def f():\n    return 'é'<|im_end|>"
+    tokens = call(api, "POST", "/tokenize", content=text).json()["tokens"]
+    assert tokens == tokenizer.encode(text)
+    assert call(api, "POST", "/detokenize", tokens=tokens).json() == {"content": text}
+    plain = call(api, "POST", "/tokenize", content=text, parse_special=False).json()["tokens"]
+    assert plain == tokenizer.encode(text, special=False)
+
+
+def test_pieces(make_api: MakeApi) -> None:
+    answer = call(make_api(), "POST", "/tokenize", content="a🦉", with_pieces=True)
+    pieces = [entry["piece"] for entry in answer.json()["tokens"]]
+    spelled = b"".join(p.encode() if isinstance(p, str) else bytes(p) for p in pieces)
+    assert spelled.decode() == "a🦉"
+    assert any(isinstance(piece, list) for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"content": 3}),
+        ("/tokenize", {"text": "a"}),
+        ("/tokenize", {"content": "a", "add_special": True}),
+        ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": [10**9]}),
+        ("/apply-template", {"messages": []}),
+    ],
+)
+def test_what_is_wrong_is_named(make_api: MakeApi, path: str, body: dict[str, Any]) -> None:
+    answer = call(make_api(), "POST", path, **body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"]
+
+
+def test_the_template_applied(make_api: MakeApi) -> None:
+    api = make_api()
+    off = {"enable_thinking": False}
+    body = {"messages": USER, "chat_template_kwargs": off}
+    prompt = call(api, "POST", "/apply-template", **body).json()["prompt"]
+    assert prompt.startswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt.endswith("</think>\n\n")
+    assert api.engine.requests == []
+
+
+def test_props(make_api: MakeApi) -> None:
+    api = make_api()
+    facts = ModelFacts("/models/m.gguf", "{{ messages }}")
+    service = msgspec.structs.replace(api.service, facts=facts)
+    api = ApiHarness(create_app(service), service, api.engine, api.replies)
+    props = call(api, "GET", "/props").json()
+    assert props["default_generation_settings"]["n_ctx"] == 32768
+    assert props["default_generation_settings"]["params"]["top_k"] == 20
+    assert props["total_slots"] == 8
+    assert props["model_path"] == "/models/m.gguf"
+    assert props["chat_template"] == "{{ messages }}"
+    assert props["eos_token"]
+
+
+def test_slots(make_api: MakeApi) -> None:
+    api = make_api(Script([5, 6], endless=True, step_s=0.01))
+
+    async def while_one_runs() -> tuple[Any, Any]:
+        async with api.client() as client:
+            body = {"messages": USER, "max_tokens": 20}
+            running = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+            await asyncio.sleep(0.1)
+            slots = (await client.get("/slots")).json()
+            await running
+            return slots, (await client.get("/slots?fail_on_no_slot=1")).json()
+
+    during, after = asyncio.run(while_one_runs())
+    assert [slot["is_processing"] for slot in during] == [True] + [False] * 7
+    assert during[0]["n_prompt_tokens"] > 0
+    assert "hello" not in str(during)
+    assert not any(slot["is_processing"] for slot in after)
+    saved = call(api, "POST", "/slots/0?action=save", filename="x")
+    assert saved.status_code == 501
+    assert "/v1/cache/sessions" in saved.json()["error"]["message"]
+
+
+# ── what a request does not say ───────────────────────────────────────────────────────────────
+
+
+def with_defaults(api: ApiHarness, **defaults: Any) -> ApiHarness:
+    service = msgspec.structs.replace(api.service, defaults=ReplyDefaults(**defaults))
+    return ApiHarness(create_app(service), service, api.engine, api.replies)
+
+
+def only_request(api: ApiHarness, **body: Any) -> GenerationRequest:
+    answer = asyncio.run(api.post(**body))
+    assert answer.status_code == 200, answer.text
+    return api.engine.requests[-1]
+
+
+def test_defaults_of_the_server_and_their_end(make_api: MakeApi) -> None:
+    answer = "\n\nHello!"
+    api = with_defaults(
+        make_api(answer), template_options={"enable_thinking": False}, max_tokens=50
+    )
+    request = only_request(api)
+    assert api.service.tokenizer.decode(request.tokens).endswith("</think>\n\n")
+    assert request.max_tokens == 50
+    asked = only_request(api, enable_thinking=True, max_tokens=60)
+    assert api.service.tokenizer.decode(asked.tokens).endswith("<think>\n")
+    assert asked.max_tokens == 60
+
+
+def test_a_default_budget_of_thinking(make_api: MakeApi) -> None:
+    api = with_defaults(make_api("Hm.\n</think>\n\nHi"), thinking_budget=100)
+    assert only_request(api).constraint is not None
+    assert only_request(api, enable_thinking=False).constraint is None
