@@ -136,6 +136,7 @@ def _cuda_limits(config: EngineConfig, demand: MemoryDemand) -> "CudaLimits":
 
     return CudaLimits(
         max_rows=GPU_PREFILL_TOKENS,
+        max_sequences=demand.num_sequences,
         context_length=demand.context_length,
         k_format=KvFormat[config.key_format.upper()],
         v_format=KvFormat[config.value_format.upper()],

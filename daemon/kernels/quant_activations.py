@@ -29,7 +29,10 @@ KINDS = (PLAIN, NORMED, GATED)
 
 
 class ActivationKernels:
-    """Two layouts of three kinds for each width, compiled when first used. The device's thread."""
+    """Two layouts of three kinds for each width, compiled when first used.
+
+    The device's thread.
+    """
 
     def __init__(self, device: Device, compiler: Compiler) -> None:
         self._device = device

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from daemon.errors import UnsupportedModel
+from daemon.kernels.quant_convert import CONVERTED, as_q8_0
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray
@@ -58,12 +59,6 @@ FORMATS = {
     "F32": FileFormat(1024, F16, 2),
 }
 """What is kept without conversion. BF16 and F32 values are rounded to fp16, as operands are."""
-
-CONVERTED = frozenset("Q4_1 Q5_0 Q5_1 Q2_K Q3_K IQ4_NL MXFP4".split())
-"""Rounded to Q8_0 when loaded."""
-
-CONVERTED_AT_ONCE = 2**18
-"""Values that are float32 at a time: they should stay in the processor's cache."""
 
 
 class RawMatrix(NamedTuple):
@@ -241,19 +236,5 @@ def kept_format(part: RawMatrix) -> FileFormat:
 
 def write_readable(part: RawMatrix, target: Bytes) -> None:
     """Write the bytes of a matrix in its own format, or in that to which it is converted."""
-    np.copyto(target, as_q8_0(part) if part.format in CONVERTED else part.data)
-
-
-def as_q8_0(part: RawMatrix) -> Bytes:
-    """The bytes of a matrix of another format as Q8_0, some rows at a time."""
-    from gguf import GGMLQuantizationType, quants
-
-    kind = GGMLQuantizationType[part.format]
-    converted = np.empty((part.rows, part.columns // 32 * 34), np.uint8)
-    step = max(1, CONVERTED_AT_ONCE // part.columns)
-    for start in range(0, part.rows, step):
-        rows = part.rows_between(start, min(start + step, part.rows))
-        values = quants.dequantize(rows.data.reshape(rows.rows, -1), kind)
-        quantized = quants.quantize(values, GGMLQuantizationType.Q8_0)
-        converted[start : start + rows.rows] = quantized
-    return converted.reshape(-1)
+    is_converted = part.format in CONVERTED
+    np.copyto(target, as_q8_0(part.format, part.rows, part.data) if is_converted else part.data)

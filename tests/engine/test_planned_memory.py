@@ -13,13 +13,22 @@ from msgspec.structs import replace
 
 from benchmarks.make_model import make_model
 from benchmarks.model_sizes import TINY_DENSE, TINY_MOE
-from daemon.devices import memory_budget
+from daemon.config import EngineConfig
+from daemon.devices import make_backend, memory_budget, plan_memory
 from daemon.engine.backends.cuda_backend import CudaBackend
 from daemon.engine.backends.cuda_memory import CudaLimits
 from daemon.engine.backends.cuda_plan import memory_needs
-from daemon.engine.memory.memory_plan import PAGES, STATES, WEIGHTS, MemoryDemand, MemoryPlan
+from daemon.engine.memory.memory_plan import (
+    MARGIN_BYTES,
+    PAGES,
+    STATES,
+    WEIGHTS,
+    MemoryDemand,
+    MemoryPlan,
+)
 from daemon.engine.weights.gguf import GGUFFile, open_gguf
 from daemon.engine.weights.loader import load_model, model_shape
+from daemon.errors import KernelCompileError, OutOfDeviceMemory
 from daemon.kernels.runtime.compiler import Compiler, Cubin
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.paper_device import card_of
@@ -115,3 +124,36 @@ def test_the_budget_is_the_less_of_what_is_free_and_what_is_allowed(
     free: int | None, cap: int | None, budget: int | None
 ) -> None:
     assert memory_budget(free, cap) == budget
+
+
+def test_a_kernel_that_does_not_compile_is_told_before_the_first_request(
+    fake_driver: FakeDriver, model_file: GGUFFile
+) -> None:
+    class Broken(NothingCompiled):
+        def finish(self) -> None:
+            raise KernelCompileError("quant_gemm.cu does not compile for sm_90a: error")
+
+    device = Device.open()
+    backend = CudaBackend(device, Broken(device.arch, None), CudaLimits(context_length=64), 1e-6)
+    model = load_model(model_file, backend)
+    with pytest.raises(KernelCompileError, match=r"quant_gemm\.cu"):
+        backend.allocate(model.shape, 1, 1)
+
+
+def test_a_card_that_is_too_full_is_refused_before_anything_is_loaded(
+    fake_driver: FakeDriver, model_file: GGUFFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    driver = tmp_path / "nvidiactl"
+    driver.touch()
+    monkeypatch.setattr("daemon.devices.NVIDIA_DRIVER", driver)
+    fake_driver.free_bytes = 430 * 2**20
+    shape, config = model_shape(model_file), EngineConfig(key_format="q8_0")
+    demand = MemoryDemand(context_length=32_768, num_sequences=16, num_slots=36)
+    with pytest.raises(OutOfDeviceMemory, match=r"32768 tokens does not fit Fake 9000.* would fit"):
+        make_backend(config, model_file, shape, demand)
+    assert fake_driver.free_bytes == 430 * 2**20
+    plan = plan_memory(config, model_file, demand)
+    assert plan.card == "Fake 9000"
+    assert plan.budget_bytes == 430 * 2**20 - MARGIN_BYTES
+    smaller = MemoryDemand(context_length=plan.fitting_tokens or 0, num_sequences=16, num_slots=36)
+    assert plan_memory(config, model_file, smaller).fits

@@ -1,5 +1,6 @@
 """The runtime: sources put together, compiled, cached, loaded and launched."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -145,3 +146,41 @@ def test_pinned_memory_and_device_copies(device: Device) -> None:
     device.write(source, pinned)
     device.copy(target, source)
     np.testing.assert_array_equal(device.to_host(target), pinned)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: entry.write_bytes(b""),
+        lambda entry: entry.write_bytes(entry.read_bytes()[:100]),
+        lambda entry: entry.write_bytes(entry.read_bytes().replace(b"ELF", b"elf", 1)),
+    ],
+)
+def test_a_damaged_cache_entry_is_compiled_again(
+    add_source: Path, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    folder = tmp_path / "cache"
+    code = Compiler("sm_80", folder).cubin(add_source, {"BIAS": 0}).code()
+    [entry] = [path for path in (folder / "entries").rglob("*") if path.is_file()]
+    sound = entry.read_bytes()
+    damage(entry)
+    assert Compiler("sm_80", folder).cubin(add_source, {"BIAS": 0}).code() == code
+    assert entry.read_bytes() == sound
+
+
+def test_a_cache_that_cannot_be_written_costs_time_and_nothing_else(
+    add_source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    compiler = Compiler("sm_80", tmp_path / "file" / "cache")
+    assert compiler.cubin(add_source, {"BIAS": 0}).code()
+    assert "compiled kernels are not kept" in caplog.text
+
+
+def test_each_program_is_compiled_once_and_errors_come_out_at_the_end(add_source: Path) -> None:
+    compiler = Compiler("sm_80", None)
+    assert compiler.cubin(add_source, {"BIAS": 0}) is compiler.cubin(add_source, {"BIAS": "0"})
+    compiler.finish()
+    compiler.cubin(add_source, {"BIAS": "nonsense"})
+    with pytest.raises(KernelCompileError, match="nonsense"):
+        compiler.finish()

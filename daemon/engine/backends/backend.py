@@ -77,7 +77,7 @@ class Backend(Protocol):
     # ── weights: read once, kept in whatever form is fastest ──────────────────────────────────
 
     def matrix(self, parts: Sequence[Tensor]) -> Handle:
-        """Rows of all parts stacked: `[sum of rows, columns]`, for `project`.
+        """Rows of all parts stacked: `[sum of rows, columns]`, for `project` or `add_project`.
 
         Raises:
             UnsupportedModel: a format that this backend cannot read.

@@ -16,6 +16,7 @@ from daemon.engine.backends.backend import Sampled, SamplingRow
 from daemon.engine.backends.cuda_chain import DecodeChain
 from daemon.engine.backends.cuda_experts import ExpertMixer
 from daemon.engine.backends.cuda_memory import (
+    BUCKETS,
     CudaLimits,
     SequenceMemory,
     Workspace,
@@ -45,7 +46,6 @@ from daemon.kernels.quant_activations import CHUNKS, PANELS, ActivationKernels, 
 from daemon.kernels.quant_gemm import GemmKernels
 from daemon.kernels.quant_gemv import (
     ADD,
-    MAX_TOKENS,
     STORE,
     SWIGLU,
     GemvKernels,
@@ -60,7 +60,6 @@ from daemon.kernels.runtime.pinned_pool import PinnedPool
 from daemon.kernels.sample import Choice, Sample
 
 F32 = ElementType.F32
-BUCKETS = (1, 2, 4, 8, 16)
 Run = DecodeRun | PrefillRun
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 Logits = DeviceArray | Float32
@@ -172,7 +171,7 @@ class CudaBackend:
         self._memory = SequenceMemory(device, shape, limits, num_slots, num_pages, self._pool)
         with device.region(WORKSPACE):
             self._space = Workspace(device, shape, limits, self._loader.stacked_columns)
-            self._decode_tables = DecodeTables(device, MAX_TOKENS, limits.max_pages)
+            self._decode_tables = DecodeTables(device, limits.decode_rows, limits.max_pages)
             frequencies = np.asarray(shape.rope.frequencies)
             self._frequencies = device.to_device(frequencies.view(np.uint64))
             self._make_kernels(shape)
@@ -317,9 +316,9 @@ class CudaBackend:
 
     def _logits_of_all(self, norm: DeviceArray, head: CudaMatrix, x: DeviceArray) -> Float32:
         """On the host, some rows at a time: those of a long text may exceed the GPU's memory."""
-        groups = []
-        for first in range(0, x.shape[0], MAX_TOKENS):
-            rows = x.rows(first, min(first + MAX_TOKENS, x.shape[0]))
+        groups, step = [], self._limits.decode_rows
+        for first in range(0, x.shape[0], step):
+            rows = x.rows(first, min(first + step, x.shape[0]))
             logits = self._space.logits.rows(0, rows.shape[0])
             self._head(norm, head, rows, logits)
             groups.append(self._device.to_host(logits))
@@ -363,15 +362,16 @@ class CudaBackend:
 
     def _make_kernels(self, shape: ModelShape) -> None:
         common, layout = (self._device, self._compiler), self._memory.layout
+        max_rows = self._limits.decode_rows
         sizes, heads = self._memory.slots.sizes, shape.attention.num_heads
         operand = ElementType.F16
         types = DeltaTypes(F32, F32, operand)
         self._delta_step = DeltaStep(*common, sizes, types, self._eps)
         self._delta_prefill = DeltaPrefill(*common, sizes, types, self._eps, self._space.chunks)
         self._kv_append = KvAppend(*common, layout, F32)
-        self._attention_decode = AttentionDecode(*common, layout, heads, MAX_TOKENS, F32, operand)
+        self._attention_decode = AttentionDecode(*common, layout, heads, max_rows, F32, operand)
         self._attention_prefill = AttentionPrefill(*common, layout, heads, F32, operand)
-        self._sample = Sample(*common, shape.vocab_size, MAX_TOKENS)
+        self._sample = Sample(*common, shape.vocab_size, max_rows)
         if shape.experts is not None:
             self._mixer = ExpertMixer(*common, shape, shape.experts, self._limits.max_rows)
 

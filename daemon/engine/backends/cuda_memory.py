@@ -17,7 +17,6 @@ from daemon.errors import UnsupportedModel
 from daemon.kernels.delta_prefill import workspace_bytes
 from daemon.kernels.delta_state import DeltaSizes, DeltaSlots
 from daemon.kernels.kv_format import HEAD_DIM, KvFormat, KvLayout
-from daemon.kernels.quant_gemv import MAX_TOKENS
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.pinned_pool import PinnedPool
@@ -32,14 +31,24 @@ RESTORE_PIECE_BYTES = 4 * 2**20
 """Small, since these buffers stay pinned."""
 
 
+BUCKETS = (1, 2, 4, 8, 16)
+"""Sizes of decode batches; a batch is padded to the next."""
+
+
 class CudaLimits(Struct, frozen=True, kw_only=True):
     """`max_rows` of one prefill batch; formats of stored keys and values; host memory to pin."""
 
     max_rows: int = 2048
+    max_sequences: int = BUCKETS[-1]
     context_length: int
     k_format: KvFormat = KvFormat.BF16
     v_format: KvFormat = KvFormat.BF16
     pinned_bytes: int = 2**31
+
+    @property
+    def decode_rows(self) -> int:
+        """Rows of the largest decode batch."""
+        return next(size for size in BUCKETS if size >= self.max_sequences)
 
     @property
     def max_pages(self) -> int:
@@ -135,9 +144,9 @@ class Workspace:
         layout = kv_layout(shape, limits)
         queries = ElementType.BF16 if layout.queries_are_bf16 else ElementType.F16
         self.queries = allocate((rows * shape.attention.num_heads * HEAD_DIM,), queries)
-        self.picked = allocate((MAX_TOKENS, shape.hidden), F32)
-        self.logits = allocate((MAX_TOKENS, shape.vocab_size), F32)
-        chunks = workspace_bytes(delta_sizes(shape), _max_chunks(rows))
+        self.picked = allocate((limits.decode_rows, shape.hidden), F32)
+        self.logits = allocate((limits.decode_rows, shape.vocab_size), F32)
+        chunks = workspace_bytes(delta_sizes(shape), _max_chunks(limits))
         self.chunks = allocate((chunks,), ElementType.U8)
 
 
@@ -157,8 +166,9 @@ def _widths(shape: ModelShape) -> _Widths:
     return _Widths(max(2 * attended + 2 * kv, delta_row), operand)
 
 
-def _max_chunks(rows: int) -> int:
-    return rows // PAGE_TOKENS + MAX_TOKENS
+def _max_chunks(limits: CudaLimits) -> int:
+    """Each span of a batch ends in a chunk that need not be whole."""
+    return limits.max_rows // PAGE_TOKENS + limits.max_sequences
 
 
 def kv_layout(shape: ModelShape, limits: CudaLimits) -> KvLayout:

@@ -23,10 +23,10 @@ from daemon.kernels.moe_pack import (
     pack_gated,
     pack_stacked,
 )
+from daemon.kernels.quant_convert import CONVERTED, ROUNDED
 from daemon.kernels.quant_gemm import GemmKernels, GemmPlan
 from daemon.kernels.quant_gemv import GemvKernels, Plan
 from daemon.kernels.quant_pack import (
-    CONVERTED,
     PackedMatrix,
     Packer,
     RawMatrix,
@@ -69,7 +69,11 @@ class WeightLoader:
     """
 
     def __init__(
-        self, device: Device, compiler: Compiler, gemv: GemvKernels, gemm: GemmKernels
+        self,
+        device: Device,
+        compiler: Compiler,
+        gemv: GemvKernels,
+        gemm: GemmKernels,
     ) -> None:
         self.stacked_columns = 0
         self._device = device
@@ -144,7 +148,8 @@ class WeightLoader:
         """Wait until all has arrived; says once which formats were converted."""
         self._uploader.finish()
         for name, count in sorted(self._num_converted.items()):
-            logger.warning("%d tensors in the format %s were rounded to Q8_0", count, name)
+            what = "rounded to" if name in ROUNDED else "kept, value for value, as"
+            logger.warning("weights in %s are %s Q8_0 (tensors: %d)", name, what, count)
         self._num_converted.clear()
 
     def _raw(self, tensor: Tensor) -> RawMatrix:

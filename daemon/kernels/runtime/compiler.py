@@ -61,6 +61,11 @@ class Cubin:
     def __init__(self, making: Future[bytes]) -> None:
         self._making = making
 
+    @property
+    def is_made(self) -> bool:
+        """Whether `code` would not wait."""
+        return self._making.done()
+
     def code(self) -> bytes:
         """Waits until it is compiled.
 
@@ -104,6 +109,9 @@ class Compiler:
         Raises:
             KernelCompileError: the first that did not compile.
         """
+        pending = sum(not cubin.is_made for cubin in self._cubins.values())
+        if pending:
+            logger.info("compiling %d kernels, which are kept for the next start", pending)
         for cubin in self._cubins.values():
             cubin.code()
 

@@ -7,6 +7,7 @@ relied on before `finish`.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,9 +23,9 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Fill = Callable[[Bytes], None]
 Use = Callable[[DeviceArray], None]
 
-NUM_BUFFERS = 4
-NUM_READERS = 4
-BUFFER_BYTES = 32 * 2**20
+NUM_BUFFERS = 8
+NUM_READERS = min(NUM_BUFFERS, os.cpu_count() or 1)
+BUFFER_BYTES = 16 * 2**20
 """Large enough for the copy engine, and in all less than a step's workspace, where copies land."""
 
 
