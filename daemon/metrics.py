@@ -6,7 +6,7 @@ bounded: one bucket a second for a quarter of an hour, and the sessions used las
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,6 +18,9 @@ WINDOWS_S = (60, 300, 900)
 
 class RequestRecord(Struct, frozen=True, kw_only=True):
     """One request that has ended, in tokens and milliseconds; nothing of its text.
+
+    `tier` is where the cached tokens came from; of the evaluated ones `num_lost_tokens` had been
+    before, for the reason `cause`.
 
     Of a request that was cancelled or failed, fewer prompt tokens may have been evaluated than
     were not cached.
@@ -33,6 +36,9 @@ class RequestRecord(Struct, frozen=True, kw_only=True):
     prompt_ms: float
     decode_ms: float
     finish: str
+    tier: str = ""
+    num_lost_tokens: int = 0
+    cause: str = ""
 
 
 class Tally(Struct, frozen=True):
@@ -69,12 +75,15 @@ class SessionTally(Struct, frozen=True):
 
 
 class MetricsSnapshot(Struct, frozen=True, kw_only=True):
-    """All counters at one moment; `windows` by their span in seconds, sessions newest first."""
+    """All counters at one moment; `windows` by their span in seconds, sessions newest first.
+    `reused` are prompt tokens by tier, `lost` those evaluated again, by cause."""
 
     uptime_s: float
     num_running: int
     finishes: dict[str, int]
     total: Tally
+    reused: dict[str, int]
+    lost: dict[str, int]
     windows: dict[int, Tally]
     sessions: tuple[SessionTally, ...]
 
@@ -104,8 +113,15 @@ class Metrics:
         self._num_running = 0
         self._total = Tally()
         self._finishes: dict[str, int] = {}
+        self._reused: Counter[str] = Counter()
+        self._lost: Counter[str] = Counter()
         self._seconds: deque[tuple[int, Tally]] = deque()
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
+        self._listeners: list[Callable[[RequestRecord], None]] = []
+
+    def listen(self, listener: Callable[[RequestRecord], None]) -> None:
+        """Tell of each request that ends; the listener must return at once."""
+        self._listeners.append(listener)
 
     def request_started(self) -> None:
         """Count a request as running until `request_ended`."""
@@ -124,8 +140,12 @@ class Metrics:
             self._num_running -= 1
             self._total += tally
             self._finishes[record.finish] = self._finishes.get(record.finish, 0) + 1
+            self._reused[record.tier] += record.num_cached_tokens
+            self._lost[record.cause] += record.num_lost_tokens
             self._count_second(tally)
             self._count_session(record, tally)
+        for listener in self._listeners:
+            listener(record)
 
     def snapshot(self) -> MetricsSnapshot:
         """All counters, consistent with one another."""
@@ -136,6 +156,8 @@ class Metrics:
                 num_running=self._num_running,
                 finishes=dict(self._finishes),
                 total=self._total,
+                reused={tier: count for tier, count in self._reused.items() if count},
+                lost={cause: count for cause, count in self._lost.items() if count},
                 windows={span: self._window(span, now) for span in WINDOWS_S},
                 sessions=tuple(self._session_rows(now)),
             )

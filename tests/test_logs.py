@@ -4,6 +4,7 @@ import io
 import logging
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from daemon.logs import configure_logs, log_request, request_line
@@ -39,6 +40,11 @@ def test_request_line() -> None:
         "abc tiny-coder prompt=1500 cached=1344 generated=50 prompt_ms=104 tok/s=200.0"
         " finish=tool_calls"
     )
+
+
+def test_lost_tokens_are_named_with_their_cause() -> None:
+    record = msgspec.structs.replace(RECORD, num_lost_tokens=90, cause="client_edit")
+    assert request_line(record).endswith("finish=tool_calls lost=90 cause=client_edit")
 
 
 def test_one_line_a_request_without_its_text(log: io.StringIO) -> None:

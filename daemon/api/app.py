@@ -22,6 +22,7 @@ from daemon.api.models import Models
 from daemon.api.openai_chat import ChatCompletions
 from daemon.api.openai_completions import Completions
 from daemon.api.openai_responses import Responses
+from daemon.api.prometheus import Prometheus
 from daemon.api.refused_routes import refused_routes
 from daemon.api.service import Service
 from daemon.api.session_routes import SessionRoutes
@@ -120,6 +121,8 @@ def _facts(service: Service, generations: Generations) -> Iterator[Route]:
     status = Status(service)
     models = Models(service)
     sessions = SessionRoutes(service, generations)
+    prometheus = Prometheus(service)
+    yield Route("/metrics", prometheus.metrics)
     yield Route("/", status.root)
     yield Route("/api/hello", status.root)
     yield Route("/health", status.health)

@@ -425,4 +425,7 @@ class Generation:
             prompt_ms=0.0 if finished is None else finished.prompt_ms,
             decode_ms=0.0 if finished is None else finished.decode_ms,
             finish=self._finish,
+            tier=self.plan.restored.tier or "",
+            num_lost_tokens=self.plan.lost_tokens,
+            cause=self.plan.cause or "",
         )

@@ -51,12 +51,15 @@ class SessionOut(Struct):
 
 
 class CacheStats(Struct):
-    """The body of /v1/cache/stats. `windows` by their span in seconds; `store` is the store's."""
+    """The body of /v1/cache/stats. Reused and lost are prompt tokens, `windows` by their span in
+    seconds, `store` are the store's own figures."""
 
     uptime_s: float
     running: int
     finished: dict[str, int]
     total: TallyOut
+    reused_by_tier: dict[str, int]
+    lost_by_cause: dict[str, int]
     windows: dict[str, TallyOut]
     sessions: list[SessionOut]
     store: Mapping[str, Any]
@@ -101,6 +104,8 @@ def stats_out(metrics: MetricsSnapshot, store: Mapping[str, Any]) -> CacheStats:
         running=metrics.num_running,
         finished=metrics.finishes,
         total=_tally_out(metrics.total),
+        reused_by_tier=metrics.reused,
+        lost_by_cause=metrics.lost,
         windows={str(span): _tally_out(tally) for span, tally in metrics.windows.items()},
         sessions=[_session_out(row) for row in metrics.sessions],
         store=store,
