@@ -166,6 +166,8 @@ def plan_of(draft: Draft, found: Found | None, status: Status, token_s: float) -
     if num_lost <= _unavoidable(draft):
         num_new, num_lost = num_evaluated, 0
     cause = _cause(draft, restored, num_lost)
+    if cause == "never_seen":
+        num_new, num_lost = num_evaluated, 0
     plan = CachePlan(
         request=draft.id,
         session=draft.session,

@@ -68,6 +68,14 @@ class _Entry:
         self.frames = frozenset(shape.sizes(past.tokens))
 
 
+class _Match(Struct, frozen=True):
+    """How much a timeline has in common with a prompt: tokens they begin with, and of frames."""
+
+    past: PastPrompt
+    num_common: int
+    num_shared: int
+
+
 class FrameShape(Struct, frozen=True):
     """How frames look as tokens: the one that begins each, and those that end it."""
 
@@ -124,9 +132,9 @@ class PromptHistory:
     def nearest(self, tokens: Sequence[int], session: str) -> Nearest | None:
         """The earlier timeline that a prompt has most in common with; the latest of equals.
 
-        What counts is the common beginning and whole frames that stand in both. None when the
-        history is empty, or what has been seen has neither a page nor a frame nor the session in
-        common with the prompt.
+        That is the one which it goes on from, if none is longer; else what counts is the common
+        beginning and whole frames that stand in both. None when the history is empty, or what has
+        been seen has neither a page nor a frame nor the session in common with the prompt.
         """
         prompt = np.asarray(tokens, np.uint32)
         with self._lock:
@@ -135,18 +143,17 @@ class PromptHistory:
         if sizes:
             sizes.popitem()  # the generation prompt, which all have
         hashes = page_hashes(prompt)
-        found: _Entry | None = None
-        best = (0, 0)
+        matches = []
         for entry in _finalists(entries, hashes, sizes.keys()):
             num_common = common_length(prompt, entry.past.tokens)
             shared = sum(sizes[frame] for frame in entry.frames & sizes.keys())
-            is_related = num_common >= PAGE_TOKENS or shared or entry.past.session == session
-            if is_related and (score := (max(num_common, shared), num_common)) >= best:
-                found, best = entry, score
-        if found is None:
+            if num_common >= PAGE_TOKENS or shared or entry.past.session == session:
+                matches.append(_Match(entry.past, num_common, shared))
+        if not matches:
             return None
-        num_common = best[1]
-        return Nearest(found.past, num_common, _num_new(prompt, found.past.tokens, num_common))
+        best = _best(matches)
+        num_new = _num_new(prompt, best.past.tokens, best.num_common)
+        return Nearest(best.past, best.num_common, num_new)
 
     def add(self, past: PastPrompt) -> None:
         """Remember a timeline. It takes the place of those that it begins with."""
@@ -227,6 +234,17 @@ def _finalists(entries: Sequence[_Entry], hashes: list[int], frames: Any) -> lis
     by_frames = sorted(range(len(entries)), key=lambda i: (len(entries[i].frames & frames), i))
     chosen = recent.union(by_pages[-_FINALISTS:], by_frames[-_FINALISTS:])
     return [entries[i] for i in sorted(chosen) if i >= 0]
+
+
+def _best(matches: Sequence[_Match]) -> _Match:
+    """See `PromptHistory.nearest`; matches come the oldest first."""
+    longest = max(reversed(matches), key=lambda match: match.num_common)
+    if longest.num_common == len(longest.past.tokens):
+        return longest
+    return max(
+        reversed(matches),
+        key=lambda match: (max(match.num_common, match.num_shared), match.num_common),
+    )
 
 
 def _num_common_pages(one: Sequence[int], other: Sequence[int]) -> int:

@@ -135,3 +135,16 @@ def test_new_tokens_are_those_that_stand_nowhere_in_the_earlier_one(
     assert nearest is not None
     tail = 300 - place
     assert nearest.num_new == len(middle) + (tail if tail < 8 else 0)
+
+
+def test_a_conversation_that_goes_on_is_nearest_to_itself() -> None:
+    """Not to its sibling, which happens to have read the same file."""
+    history = PromptHistory(SHAPE)
+    file = frame(*words(5000))
+    own = [*frame(*words(1000)), *frame(1), *GENERATION]
+    history.add(past("own", own, "a", state="ended"))
+    sibling = [*frame(*words(1000)), *frame(2), *file, *GENERATION]
+    history.add(past("sibling", sibling, "b", state="ended"))
+    nearest = history.nearest([*own, *frame(8)[1:], *file, *GENERATION], "a")
+    assert nearest is not None
+    assert nearest.past.id == "own"
