@@ -3,11 +3,12 @@
 //
 // The host deals the stripes' units (64 rows x 256 columns) of each product in order, in equal
 // bytes, to the blocks and within them to teams of four warps, so a stripe may be cut. A warp takes
-// one of a unit's four tiles, streams its tiles through a ring of its own in shared memory, adds 16
-// steps of m16n8k16 a tile, and waits for no other warp before the product's end. Then cut stripes
-// are joined: within a block through shared memory, between blocks by the last of them, which
-// awaits the others' sums. The order of all sums depends on the matrices and the card alone: a
-// token's bits are the same whatever the other tokens are.
+// one of a unit's four tiles, takes its tiles from a ring of its own in shared memory, adds 16
+// steps of m16n8k16 a tile, and waits for no other warp before the product's end. (Where there is a
+// copy engine, one more warp feeds all rings, a lane each.) Then cut stripes are joined: within a
+// block through shared memory, between blocks by the last of them, which awaits the others' sums.
+// The order of all sums depends on the matrices and the card alone: a token's bits are the same
+// whatever the other tokens are.
 // Between steps all blocks meet; the rings fill with the next product's tiles meanwhile. At the end
 // a warp brings the beginning of the next chain's weights into the L2 cache.
 // Bound: bytes of the weights, each read once.
@@ -15,138 +16,10 @@
 // Macros: TYPES (bit mask of QuantTypes), NUM_PANELS (1: up to 8 tokens, 2: up to 16), RING_BYTES
 // (of a warp), WARPS (a multiple of 4), BLOCKS_PER_SM, BULK_COPIES (1: the copy engine fills the
 // rings, sm_90 on; 0: cp.async)
+#include "gemv_rings.cuh"
 #include "operand.cuh"
 #include "quant_blocks.cuh"
 #include "warp.cuh"
-#if BULK_COPIES
-#include "pipeline.cuh"
-#endif
-
-constexpr int TEAM_WARPS = 4;
-constexpr int TEAMS = WARPS / TEAM_WARPS;
-constexpr int THREADS = 32 * WARPS;
-constexpr int MAX_TILES = 8;  // of a warp, on their way or in its ring
-
-enum Epilogue { STORE = 0, ADD = 1, SWIGLU = 2, NORM = 3 };
-
-// A product, or with NORM the RMS norm of rows.
-struct Step {
-    const u8* deals;      // u8 [blocks, deal_bytes(max_pieces)]
-    const u8* panels;     // x of a product: fp16 [NUM_PANELS, num_blocks * 8, 32 lanes, 8]
-    float* rows;          // float32 [tokens, stride]: result of STORE and ADD, input of NORM
-    u8* out_panels;       // result of SWIGLU (of paired rows) and NORM: panels, `stride` columns
-    const float* weight;  // float32 [stride], of NORM
-    int epilogue, max_pieces, num_blocks, stride;
-};
-
-constexpr int MAX_STEPS = 8;
-struct Chain {
-    Step steps[MAX_STEPS];
-};
-
-// A run of units of one stripe, for one team.
-struct Piece {
-    const u8* units;  // the first unit
-    int type, tile_bytes, first_block, num_units;  // num_units 0 ends a team's list
-    int row, num_rows;                             // of the output; num_rows up to 64
-    int sums, unused;  // where its sums go in shared memory; -1 if it is a whole stripe
-};
-
-// What a block has of a stripe that is cut.
-struct Seam {
-    int first_sums, num_sums;    // of its pieces, in order; num_sums 0 ends a block's list
-    int row, num_rows;           // of the output
-    int first_slot, num_before;  // what the blocks before have of it, in order
-    int own_slot, unused;        // where this block's goes; -1 for the last block, which finishes
-};
-
-// What a block is dealt of a product: Piece [TEAMS, max_pieces], then Seam [MAX_SEAMS].
-constexpr int MAX_SEAMS = TEAMS + 2;
-
-__device__ __forceinline__ int deal_bytes(int max_pieces) {
-    return TEAMS * max_pieces * int(sizeof(Piece)) + MAX_SEAMS * int(sizeof(Seam));
-}
-
-// A block's deals of all products in shared memory, one after the other.
-struct Deals {
-    const u8* bytes;
-    const Chain& chain;
-    int num_steps;
-
-    __device__ __forceinline__ const u8* of(int step) const {
-        const u8* at = bytes;
-        for (int s = 0; s < step; s++)
-            if (chain.steps[s].epilogue != NORM) at += deal_bytes(chain.steps[s].max_pieces);
-        return at;
-    }
-
-    __device__ __forceinline__ const Piece* pieces(int step, int team) const {
-        return (const Piece*)of(step) + team * chain.steps[step].max_pieces;
-    }
-
-    __device__ __forceinline__ const Seam* seams(int step) const {
-        return (const Seam*)((const Piece*)of(step) + TEAMS * chain.steps[step].max_pieces);
-    }
-};
-
-// Tiles of one warp, in order, in a ring of bytes; one that would cross the end begins at 0.
-struct Ring {
-    u8* bytes;
-    u64* full;         // one barrier a tile, sm_90 on
-    int put, take;     // where the next tile goes, and comes from
-    int room;          // bytes
-    u32 issued, used;  // tiles
-
-    __device__ __forceinline__ bool has_room(int size) {
-        if (issued == used) put = take = 0, room = RING_BYTES;
-        const int skipped = put + size > RING_BYTES ? RING_BYTES - put : 0;
-        if (room < skipped + size || issued - used == MAX_TILES) return false;
-        if (skipped) put = 0;
-        room -= skipped + size;
-        return true;
-    }
-
-    __device__ __forceinline__ u8* front(int size) {
-        if (take + size > RING_BYTES) room += RING_BYTES - take, take = 0;
-        return bytes + take;
-    }
-};
-
-#if BULK_COPIES
-__device__ __forceinline__ void issue_copy(Ring& ring, const u8* from, int bytes, int lane) {
-    if (lane != 0) return;
-    u64* full = ring.full + ring.issued % MAX_TILES;
-    barrier_expect(full, bytes);
-    copy_bulk(ring.bytes + ring.put, from, bytes, full);
-}
-
-__device__ __forceinline__ void prefetch(const u8* from, int bytes) { prefetch_bulk(from, bytes); }
-
-__device__ __forceinline__ void wait_for_tile(const Ring& ring) {
-    barrier_wait(ring.full + ring.used % MAX_TILES, ring.used / MAX_TILES & 1);
-}
-#else
-__device__ __forceinline__ void issue_copy(Ring& ring, const u8* from, int bytes, int lane) {
-    const u32 to = shared_address(ring.bytes + ring.put);
-    for (int at = lane * 16; at < bytes; at += 512) copy_async_16(to + at, from + at);
-    copy_async_commit();
-}
-
-__device__ __forceinline__ void prefetch(const u8*, int) {}
-
-template <int pending>
-__device__ __forceinline__ void wait_for_all_but(int wanted) {
-    if constexpr (pending < MAX_TILES) {
-        if (wanted == pending) return copy_async_wait<pending>();
-        wait_for_all_but<pending + 1>(wanted);
-    }
-}
-
-__device__ __forceinline__ void wait_for_tile(const Ring& ring) {
-    wait_for_all_but<0>(ring.issued - ring.used - 1);
-    __syncwarp();
-}
-#endif
 
 // The beginning of the next chain's weights: `bytes` of each team's, from what it is dealt.
 struct Upcoming {
@@ -168,54 +41,6 @@ __device__ void prefetch_upcoming(const Upcoming& u, int team, int part, int lan
         left -= bytes;
     }
 }
-
-// A warp: which tiles it multiplies, and which it has yet to ask for.
-struct Worker {
-    Ring ring;
-    int step;  // of the next tile to ask for
-    const Piece* piece;
-    const u8* tile;
-    int units_left;  // of the piece
-    int team, part, lane;
-
-    // The next tile to ask for, over the ends of pieces and products; false if there is none.
-    __device__ __forceinline__ bool find_next(const Deals& deals) {
-        while (units_left == 0) {
-            if (piece != nullptr && piece->num_units != 0) piece++;
-            else {
-                do step++;
-                while (step < deals.num_steps && deals.chain.steps[step].epilogue == NORM);
-                if (step >= deals.num_steps) return false;
-                piece = deals.pieces(step, team);
-            }
-            units_left = piece->num_units;
-            tile = piece->units + part * piece->tile_bytes;
-        }
-        return true;
-    }
-
-    // Asks for tiles while there is room.
-    __device__ __forceinline__ void fill(const Deals& deals) {
-        while (find_next(deals)) {
-            const int bytes = piece->tile_bytes;
-            if (!ring.has_room(bytes)) return;
-            issue_copy(ring, tile, bytes, lane);
-            ring.put += bytes;
-            ring.issued++;
-            tile += TEAM_WARPS * bytes;
-            units_left--;
-        }
-    }
-
-    // A tile of `bytes` has been read from the ring's front.
-    __device__ __forceinline__ void release(int bytes, const Deals& deals) {
-        __syncwarp();
-        ring.take += bytes;
-        ring.room += bytes;
-        ring.used++;
-        fill(deals);
-    }
-};
 
 // x of a product.
 struct Input {
@@ -366,25 +191,24 @@ template <int type>
 __device__ __forceinline__ void multiply_tile(
     Sums& sum, Part (&x)[2], const Input& in, int chunk, int next_chunk, Worker& w,
     const Deals& deals) {
-    wait_for_tile(w.ring);
-    const u8* tile = w.ring.front(TILE_BYTES[type]);
+    const u8* tile = w.front();
     // Both halves at once, where registers reach: the sooner the next tile can come.
     constexpr int HALVES = NUM_PANELS == 1 ? 2 : 1;
     HalfTile h[HALVES];
     load_half<type>(h[0], tile, w.lane, 0);
     if (HALVES == 2) load_half<type>(h[HALVES - 1], tile, w.lane, 1);
-    if (HALVES == 2 && type != F16) w.release(TILE_BYTES[type], deals);
+    if (HALVES == 2 && type != F16) w.release(deals);
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
         if (HALVES == 1 && part == PARTS / 2) {
             load_half<type>(h[0], tile, w.lane, 1);
-            if (type != F16) w.release(TILE_BYTES[type], deals);
+            if (type != F16) w.release(deals);
         }
         const int later = part + 1 < PARTS ? chunk + (part + 1) * PART_CHUNKS : next_chunk;
         load_part(x[(part + 1) % 2], in, later, w.lane);
         multiply_part<type>(sum, x[part % 2], h[part * HALVES / PARTS], tile, part, w.lane);
     }
-    if (type == F16) w.release(TILE_BYTES[type], deals);
+    if (type == F16) w.release(deals);
 }
 
 // A team's later pieces begin with a stripe, at chunk 0.
@@ -428,7 +252,7 @@ __device__ __forceinline__ void run_product(
         }
         if (p->sums < 0) finish(out, p->row, p->num_rows, total, w.part, w.lane);
     }
-    __syncthreads();
+    sync_warps();
     // The last first: what goes to another block must not wait for what comes from one.
     for (int s = MAX_SEAMS - 1 - w.team; s >= 0; s -= TEAMS)
         if (seams[s].num_sums > 0) close_seam(seams[s], sums, partial, out, w.part, w.lane);
@@ -447,7 +271,7 @@ __device__ void run_norm(const Step& step, int token, float eps, float* of_warp)
         sum += square(*(const float4*)(row + c));
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
-    __syncthreads();
+    sync_warps();
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) total += of_warp[w];
@@ -463,7 +287,7 @@ __device__ void run_norm(const Step& step, int token, float eps, float* of_warp)
 
 // Waits until all blocks have come here, and sees what they wrote. `arrivals` only grows.
 __device__ __forceinline__ void meet(u64* arrivals) {
-    __syncthreads();
+    sync_warps();
     if (threadIdx.x == 0) {
         u64 mine, seen;
         asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], 1;"
@@ -474,7 +298,7 @@ __device__ __forceinline__ void meet(u64* arrivals) {
                          : "=l"(seen) : "l"(arrivals) : "memory");
         } while (seen < wanted);
     }
-    __syncthreads();
+    sync_warps();
 }
 
 // Copies a block's deals to shared memory; weights of norms come nearer for those who will norm.
@@ -483,40 +307,57 @@ __device__ __forceinline__ void load_deals(u8* to, const Chain& chain, int num_s
         const Step& step = chain.steps[s];
         if (step.epilogue == NORM) {
             const int end = blockIdx.x < tokens ? step.stride : 0;
-            for (int c = threadIdx.x * 32; c < end; c += THREADS * 32)
+            for (int c = threadIdx.x * 32; c < end; c += ALL_THREADS * 32)
                 asm volatile("prefetch.global.L2 [%0];" ::"l"(step.weight + c));
             continue;
         }
         const int bytes = deal_bytes(step.max_pieces);
-        for (int i = threadIdx.x * 8; i < bytes; i += THREADS * 8)
+        for (int i = threadIdx.x * 8; i < bytes; i += ALL_THREADS * 8)
             *(uint2*)(to + i) = *(const uint2*)(step.deals + (long long)blockIdx.x * bytes + i);
         to += bytes;
     }
 }
 
+__device__ __forceinline__ void init_barriers(u64* full, u64* empty) {
+#if BULK_COPIES
+    for (int i = threadIdx.x; i < WARPS * MAX_TILES; i += ALL_THREADS) {
+        barrier_init(full + i, 1);
+        barrier_init(empty + i, 1);
+    }
+    barrier_init_done();
+#endif
+}
+
 // partial: float4 [blocks, SUMS], sums on their way between blocks, all words AWAITED; arrivals:
 // u64, 0 at first. All chains share both.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) quant_gemv(
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS_PER_SM) quant_gemv(
     const __grid_constant__ Chain chain, float4* partial, u64* arrivals, const u8* upcoming,
     int upcoming_max_pieces, int upcoming_bytes, int num_steps, int num_tokens, float eps) {
     extern __shared__ __align__(128) u8 memory[];
-    __shared__ u64 full[WARPS * MAX_TILES];
+    __shared__ u64 full[WARPS * MAX_TILES], empty[WARPS * MAX_TILES];
+    __shared__ Note notes[WARPS * MAX_TILES];
     __shared__ float of_warp[WARPS];
     allow_next_kernel();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float4* sums = (float4*)(memory + WARPS * RING_BYTES);
     u8* dealt = (u8*)(sums + 2 * TEAMS * SUMS);
     load_deals(dealt, chain, num_steps, num_tokens);
-#if BULK_COPIES
-    if (lane < MAX_TILES) barrier_init(full + warp * MAX_TILES + lane, 1);
-    barrier_init_done();
-#endif
+    init_barriers(full, empty);
     __syncthreads();
 
     const Deals deals = {dealt, chain, num_steps};
-    Worker w = {{memory + warp * RING_BYTES, full + warp * MAX_TILES, 0, 0, RING_BYTES, 0, 0},
-                -1, nullptr, nullptr, 0, warp / TEAM_WARPS, warp % TEAM_WARPS, lane};
-    w.fill(deals);
+    const int fed = warp < WARPS ? warp : min(lane, WARPS - 1);
+    const Ring ring = {memory + fed * RING_BYTES, notes + fed * MAX_TILES, full + fed * MAX_TILES,
+                       empty + fed * MAX_TILES};
+    const int own_team = fed / TEAM_WARPS, part = fed % TEAM_WARPS;
+    const Feeder feeder = {ring, 0, RING_BYTES, 0, 0, -1, nullptr, nullptr, 0, own_team, part};
+#if BULK_COPIES
+    if (warp == WARPS) return feed_rings(feeder, deals, lane < WARPS);
+    Worker w = {ring, 0, own_team, part, lane};
+#else
+    Worker w = {ring, 0, own_team, part, lane, feeder};
+    fill_ring(w, deals);
+#endif
     wait_for_previous_kernel();
     for (int s = 0; s < num_steps; s++) {
         const Step& step = chain.steps[s];

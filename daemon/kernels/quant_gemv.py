@@ -29,7 +29,7 @@ ROOMY_SHARED_BYTES = 160 * 1024
 MAX_TOKENS = 16
 PANEL_TOKENS = 8
 TEAM_WARPS = 4
-STATIC_SHARED_BYTES = 3072
+STATIC_SHARED_BYTES = 4096
 """Barriers, and what the driver keeps of a block."""
 
 WITHOUT_COPY_ENGINE = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
@@ -130,7 +130,7 @@ class GemvShape(NamedTuple):
 def choose_shape(shared_bytes_per_block: int) -> GemvShape:
     """Four teams a multiprocessor where its shared memory keeps a ring for each."""
     if shared_bytes_per_block > ROOMY_SHARED_BYTES:
-        return GemvShape(16, 1, 176 * 1024, 20 * 1024)
+        return GemvShape(12, 1, 192 * 1024, 0)
     return GemvShape(8, 1, 68 * 1024, 0)
 
 
@@ -174,7 +174,7 @@ class GemvKernels:
         self._kernel(_types(products), num_panels).launch(
             self._device.stream,
             (self._num_blocks, 1, 1),
-            (32 * shape.warps, 1, 1),
+            (32 * (shape.warps + (self._compiler.arch not in WITHOUT_COPY_ENGINE)), 1, 1),
             *(steps, self._partial, self._arrivals, *next_chain, shape.prefetch_bytes),
             *(len(links), num_tokens, eps),
             shared_bytes=shared_bytes(shape, num_panels, [p.max_pieces for p in products]),
