@@ -73,6 +73,13 @@ class CachePlan(Struct, frozen=True, kw_only=True):
     nearest: NearestRequest | None
     difference: Difference | None
 
+    def without_text(self) -> "CachePlan":
+        """The same for others than who asked."""
+        if self.difference is None:
+            return self
+        bare = msgspec.structs.replace(self.difference, shared="", before="", after="")
+        return msgspec.structs.replace(self, difference=bare)
+
     def header(self) -> str:
         """The plan in one line of ASCII, for `X-Cache-Plan`; no text of any prompt."""
         difference = self.difference
@@ -110,12 +117,16 @@ class CachePlanner:
 
     Args:
         reach: what the store has of a prompt.
+        is_shared: several people ask, and none is shown text of another's session.
     """
 
-    def __init__(self, tokenizer: Tokenizer, history: PromptHistory, reach: AskReach) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, history: PromptHistory, reach: AskReach, is_shared: bool
+    ) -> None:
         self._tokenizer = tokenizer
         self._history = history
         self._reach = reach
+        self._is_shared = is_shared
 
     def draft(self, request_id: str, prompt: Prompt, session: str) -> Draft:
         """Look for the nearest earlier prompt and the nearest checkpoint."""
@@ -125,6 +136,8 @@ class CachePlanner:
             difference = find_difference(
                 self._tokenizer, self._history.shape, prompt, nearest, session
             )
+            if self._is_shared and nearest.past.session != session:
+                nearest, difference = _veiled(nearest, difference)
         return Draft(
             id=request_id,
             session=session,
@@ -237,6 +250,13 @@ def _restored(found: Found | None) -> Restored:
     if found is None:
         return Restored(0)
     return Restored(found.position, found.tier, found.reason, found.born)
+
+
+def _veiled(nearest: Nearest, difference: Difference | None) -> tuple[Nearest, Difference | None]:
+    """Without what the other session is called and what it says."""
+    past = msgspec.structs.replace(nearest.past, id="", session="")
+    hidden = difference and msgspec.structs.replace(difference, before="")
+    return msgspec.structs.replace(nearest, past=past), hidden
 
 
 def _nearest_out(draft: Draft) -> NearestRequest | None:

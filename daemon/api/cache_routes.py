@@ -47,8 +47,11 @@ class CacheRoutes:
         self._dialects = dialects
 
     async def requests(self, _: Request) -> Response:
-        """The plans of the last requests."""
-        return _json(PlanList(self._generations.plans.latest(NUM_LATEST)))
+        """The plans of the last requests; without text where several people ask."""
+        plans = self._generations.plans.latest(NUM_LATEST)
+        if self._service.is_shared:
+            plans = [plan.without_text() for plan in plans]
+        return _json(PlanList(plans))
 
     async def request(self, request: Request) -> Response:
         """The plan of one request.

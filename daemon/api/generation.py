@@ -81,7 +81,9 @@ class Generations:
         self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         self._live: set[Generation] = set()
         self._closed = False
-        self._planner = CachePlanner(service.tokenizer, service.history, service.reach)
+        self._planner = CachePlanner(
+            service.tokenizer, service.history, service.reach, service.is_shared
+        )
         self.plans = RequestPlans()
 
     async def on_prompt_thread(self, function: Callable[..., T], *args: object) -> T:

@@ -92,7 +92,7 @@ class Props(Struct, kw_only=True):
     build_info: str
     endpoint_slots: bool = True
     endpoint_props: bool = False
-    endpoint_metrics: bool = False
+    endpoint_metrics: bool = True
     webui: bool = False
     is_sleeping: bool = False
 

@@ -134,6 +134,11 @@ class Service(Struct, frozen=True, kw_only=True):
     created: int = 0
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several people ask, each with a key of their own."""
+        return len(self.access.keys) > 1
+
+    @property
     def model_name(self) -> str:
         """The name that answers give."""
         return self.engine.info.model_name

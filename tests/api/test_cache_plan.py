@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import msgspec
 from fakes import Script
 from http_harness import USER, ApiHarness, events
 
+from daemon.api.access import AccessRules
+from daemon.api.app import create_app
 from daemon.api.cache_plan import CachePlan
 from daemon.api.generation import Conversation
 from daemon.api.reply import ReplyRules
@@ -87,6 +90,35 @@ def test_only_who_asks_gets_it_in_the_answer(make_api: MakeApi) -> None:
     assert [event for event in asked if "cache_plan" in event] == asked[-1:]
     assert asked[-1]["cache_plan"]["status"] == "ended"
     assert asked[-1]["usage"]["prompt_tokens"] == asked[-1]["cache_plan"]["prompt_tokens"]
+
+
+def test_with_several_keys_nobody_sees_the_text_of_another_session(make_api: MakeApi) -> None:
+    harness = make_api()
+    access = AccessRules(keys=("one", "two"))
+    service = msgspec.structs.replace(harness.service, access=access)
+    api = ApiHarness(create_app(service), service, harness.engine, harness.replies)
+
+    def ask(key: str, session: str, **body: Any) -> httpx.Response:
+        async def send() -> httpx.Response:
+            async with api.client() as client:
+                return await client.request(
+                    "POST" if body else "GET",
+                    "/v1/chat/completions" if body else "/v1/cache/requests",
+                    headers={"authorization": f"Bearer {key}"},
+                    content=json.dumps({**body, **EXPLAIN, "prompt_cache_key": session}),
+                )
+
+        return asyncio.run(send())
+
+    ask("one", "mine", messages=[SYSTEM, *USER])
+    told = ask("two", "yours", messages=[TUESDAY, *USER]).json()["cache_plan"]
+    assert (told["nearest"]["session"], told["nearest"]["request"]) == ("", "")
+    assert told["difference"]["after"].startswith(" Tuesday.")
+    assert told["difference"]["before"] == ""
+    listed = ask("two", "yours").json()["data"]
+    texts = [plan["difference"]["after"] for plan in listed if plan["difference"]]
+    assert texts
+    assert not any(texts)
 
 
 def test_a_plan_is_kept_and_found_by_either_id(make_api: MakeApi) -> None:
