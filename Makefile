@@ -3,6 +3,7 @@
 #   make serve    install, and serve the embedded model; ARGS="--model FILE.gguf --port 9000"
 #   make test     install, and run the tests; kernels are compiled, which needs no GPU; ARGS="-k cache"
 #   make check    what must be green before a commit: static, then test
+#   make test-agents   install real coding agents into .agents/ (needs node), and drive them
 #   make static   ruff, mypy --strict, and the architecture test; a few seconds
 #   make clean    remove .venv/ and everything that was built
 
@@ -18,13 +19,17 @@ CUDA := $(if $(wildcard /dev/nvidiactl),[cuda])
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3 python
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: serve test check static clean
+.PHONY: serve test test-agents check static clean
 
 serve: $(VENV)/installed-serve
 	$(BIN)/qwend serve $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest $(ARGS)
+
+# The agents are the newest that the registries have; ARGS="-k codex" drives one of them.
+test-agents: $(VENV)/installed-test | .agents/installed
+	$(BIN)/python -m pytest -m agents tests/agents $(ARGS)
 
 check: static test
 
@@ -35,7 +40,7 @@ static: $(VENV)/installed-check
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .agents build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find daemon clients tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installed as links to this folder, so that only a change of pyproject.toml installs anew.
@@ -49,6 +54,14 @@ $(VENV)/installed-test: pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-check: pyproject.toml | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[test,check,cuda]'
+	@touch $@
+
+.agents/installed:
+	mkdir -p .agents
+	npm install --prefix .agents --no-fund --no-audit --silent \
+		@qwen-code/qwen-code @openai/codex @anthropic-ai/claude-code opencode-ai
+	$(BIN)/python -m venv .agents/aider
+	.agents/aider/bin/python -m pip install --quiet --disable-pip-version-check aider-chat
 	@touch $@
 
 $(BIN)/python:

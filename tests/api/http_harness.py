@@ -48,11 +48,12 @@ def events(text: str) -> list[dict[str, Any]]:
 def running_server() -> Iterator[Callable[[ApiHarness], str]]:
     """Gives a function that serves an app on a free port of loopback; ends them all."""
     with ExitStack() as stack:
-        yield lambda api: stack.enter_context(_serving(api.app))
+        yield lambda api: stack.enter_context(serving(api.app))
 
 
 @contextmanager
-def _serving(app: Starlette) -> Iterator[str]:
+def serving(app: Any) -> Iterator[str]:
+    """Serves an ASGI application that has `create_app`'s state; gives its URL."""
     ready = threading.Event()
     urls: list[str] = []
 
