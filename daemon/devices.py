@@ -110,14 +110,14 @@ def _cuda_backend(
 
     device = Device.open()
     limits = _cuda_limits(config, demand)
+    compiler = Compiler(device.arch, kernel_cache_folder())
     plan = MemoryPlan(
         card=device.name,
         demand=demand,
-        needs=memory_needs(file, card_of(device), limits, demand.num_slots),
+        needs=memory_needs(file, card_of(device), limits, demand.num_slots, compiler),
         budget_bytes=memory_budget(device.free_bytes(), config.gpu_memory_bytes),
     )
     plan.check()
-    compiler = Compiler(device.arch, kernel_cache_folder())
     return CudaBackend(device, compiler, limits, shape.rms_eps, plan)
 
 

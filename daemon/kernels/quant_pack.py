@@ -182,6 +182,7 @@ class Packer:
         row_bytes = blocks * format.file_bytes
         run = self._uploader.buffer_bytes // row_bytes // STRIPE_ROWS * STRIPE_ROWS
         assert run > 0
+        kernel = self._kernel(format)
         for start in range(0, part.rows, run):
             rows = part.rows_between(start, min(start + run, part.rows))
             first_stripe = start * (1 if pairing < 0 else 2) // STRIPE_ROWS
@@ -189,12 +190,12 @@ class Packer:
             self._uploader.send(
                 rows.rows * row_bytes,
                 partial(write_readable, rows),
-                partial(self._repack, format, target, rows.rows, blocks, pairing),
+                partial(self._repack, kernel, target, rows.rows, blocks, pairing),
             )
 
     def _repack(
         self,
-        format: FileFormat,
+        kernel: Kernel,
         target: DeviceArray,
         rows: int,
         blocks: int,
@@ -203,7 +204,7 @@ class Packer:
     ) -> None:
         grid = (-(-rows // 8), blocks, 1)
         arguments = (raw, target, rows, blocks, pairing)
-        self._kernel(format).launch(self._device.stream, grid, (256, 1, 1), *arguments)
+        kernel.launch(self._device.stream, grid, (256, 1, 1), *arguments)
 
     def _kernel(self, format: FileFormat) -> Kernel:
         key = (format.kept_as.code, format.source)

@@ -20,6 +20,8 @@ from daemon.kernels.runtime.driver import checked
 
 Dim = tuple[int, int, int]
 TENSOR_MAP_BYTES = 128
+NO_STREAM = 0
+"""The stream of a device that computes nothing; no real one has this handle."""
 Kind = str | int
 """Of a parameter: a name of `_FIELDS`, or the bytes of a struct that is passed by value."""
 
@@ -108,6 +110,8 @@ class Kernel:
         Raises:
             DeviceError: the launch was refused, or an earlier kernel failed.
         """
+        if stream == NO_STREAM:
+            return
         self._pack(arguments)
         key = (stream, grid, block, shared_bytes, cluster, dependent)
         config = self._configs.get(key)

@@ -1,7 +1,8 @@
 """A card on paper: it hands out addresses and counts bytes, and computes nothing.
 
-Loading a model onto it tells what the model would take, by the very code that takes it. Needs no
-GPU. Owns the cards that are assumed where none is at hand.
+Loading a model onto it tells what the model would take, and running it there which kernels it
+launches, by the very code that does so in earnest. Needs no GPU. Owns the card that is assumed
+where none is at hand.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import DTypeLike
 from daemon.kernels.runtime.compiler import Compiler, Cubin
 from daemon.kernels.runtime.device import CopyStream, Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
+from daemon.kernels.runtime.kernel import NO_STREAM
 from daemon.kernels.runtime.reservation import aligned
 
 
@@ -47,7 +49,7 @@ class PaperDevice(Device):
         self.index = -1
         self.name, self.arch, self.num_sms, self.shared_bytes_per_block = card
         self.total_bytes = 0
-        self.stream = 0
+        self.stream = NO_STREAM
         self.peak_bytes: Counter[str] = Counter()
         self._used_bytes: Counter[str] = Counter()
         self._regions = {}
@@ -83,6 +85,9 @@ class PaperDevice(Device):
         return self.allocate(values.shape, dtype or ElementType.of(values.dtype))
 
     def write(self, array: DeviceArray, values: np.ndarray[Any, Any]) -> None:
+        """Nothing is copied."""
+
+    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
         """Nothing is copied."""
 
     def fill(self, array: DeviceArray, byte: int) -> None:
