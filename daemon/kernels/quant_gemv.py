@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from itertools import groupby, pairwise
 from operator import or_
 from pathlib import Path
@@ -16,10 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from daemon.kernels.quant_pack import BLOCK_COLUMNS, STRIPE_ROWS, PackedMatrix
+from daemon.kernels.quant_pack import (
+    BLOCK_COLUMNS,
+    STRIPE_ROWS,
+    PackedMatrix,
+    QuantType,
+    Segment,
+)
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
-from daemon.kernels.runtime.device_array import DeviceArray
+from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.kernel import Kernel, Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -60,6 +66,10 @@ SEAM = np.dtype([(name, np.int32) for name in _INTS.split()])
 """struct Seam of quant_gemv.cu."""
 
 Table = np.ndarray[Any, np.dtype[Any]]
+
+
+SPACING = 2**40
+"""Between segments whose addresses do not matter yet."""
 
 
 class Stripe(NamedTuple):
@@ -285,7 +295,32 @@ class _Run(NamedTuple):
 
 
 def deal(matrix: PackedMatrix, num_blocks: int, num_teams: int) -> Dealt:
-    """Cut the units of all stripes, in order, into shares of equal bytes for blocks and teams."""
+    """Cut the units of all stripes, in order, into shares of equal bytes for blocks and teams.
+
+    Matrices of one shape are dealt alike, so that a model's few shapes are worked out once each.
+    """
+    shapes = tuple((kind, row, rows, tiles.shape) for kind, row, rows, tiles in matrix.segments)
+    dealt = _deal_shape(shapes, matrix.columns, num_blocks, num_teams)
+    pieces = dealt.pieces.copy()
+    number, offset = np.divmod(pieces["units"], np.uint64(SPACING))
+    bases = np.array([segment.tiles.pointer for segment in matrix.segments], np.uint64)
+    pieces["units"] = np.where(pieces["num_units"] > 0, bases[number] + offset, 0)
+    return dealt._replace(pieces=pieces)
+
+
+@lru_cache(maxsize=256)
+def _deal_shape(
+    shapes: tuple[tuple[QuantType, int, int, tuple[int, ...]], ...],
+    columns: int,
+    num_blocks: int,
+    num_teams: int,
+) -> Dealt:
+    """As if the segments' tiles lay SPACING apart, from address 0 on."""
+    segments = tuple(
+        Segment(kind, row, rows, DeviceArray(number * SPACING, shape, ElementType.U8, None))
+        for number, (kind, row, rows, shape) in enumerate(shapes)
+    )
+    matrix = PackedMatrix(0, columns, segments, paired=False)
     stripes = stripes_of(matrix)
     units = matrix.columns // BLOCK_COLUMNS
     ends = np.cumsum(np.repeat([stripe.tile_bytes for stripe in stripes], units))

@@ -66,6 +66,17 @@ def test_every_unit_is_dealt_once_in_equal_shares(
     assert (dealt.seams["num_sums"][:, -1] == 0).all()
 
 
+def test_pieces_point_into_their_own_segment() -> None:
+    matrix = fake_matrix(1536, [(Q4_K, 1000), (Q6_K, 330), (F16, 20)])
+    [first, second, third] = matrix.segments
+    pieces = deal(matrix, 7, 4).pieces
+    for piece in pieces[pieces["num_units"] > 0]:
+        segment = next(s for s in (third, second, first) if piece["row"] >= s.first_row)
+        stripe = (piece["row"] - segment.first_row) // 64
+        unit = stripe * 1536 // 256 + piece["first_block"]
+        assert piece["units"] == segment.tiles.pointer + unit * 4 * segment.kind.tile_bytes
+
+
 @pytest.mark.parametrize("num_blocks", [1, 7, 132])
 @pytest.mark.parametrize("columns", [256, 1536, 17408])
 def test_every_cut_stripe_is_joined_once_in_order(num_blocks: int, columns: int) -> None:
