@@ -65,11 +65,12 @@ class _Entry:
     def __init__(self, past: PastPrompt, shape: "FrameShape") -> None:
         self.past = past
         self.hashes = page_hashes(past.tokens)
-        self.frames = frozenset(shape.sizes(past.tokens))
+        self.frames = frozenset(shape.spans(past.tokens))
 
 
 class _Match(Struct, frozen=True):
-    """How much a timeline has in common with a prompt: tokens they begin with, and of frames."""
+    """How much a timeline has in common with a prompt: tokens they begin with, and tokens of
+    frames behind these."""
 
     past: PastPrompt
     num_common: int
@@ -87,15 +88,15 @@ class FrameShape(Struct, frozen=True):
         found: list[int] = np.flatnonzero(tokens == self.start).tolist()
         return found
 
-    def sizes(self, tokens: Tokens) -> dict[int, int]:
-        """Tokens of each frame, by a hash that is the same whether or not it has its end."""
+    def spans(self, tokens: Tokens) -> dict[int, range]:
+        """The tokens of each frame, by a hash that is the same whether or not it has its end."""
         starts = self.starts(tokens)
         content = tokens.tobytes()
-        sizes = {}
+        spans = {}
         for start, stop in pairwise([*starts, len(tokens)] if starts else []):
             end = self._stripped(tokens, start, stop)
-            sizes[xxhash.xxh3_64_intdigest(content[start * 4 : end * 4])] = stop - start
-        return sizes
+            spans[xxhash.xxh3_64_intdigest(content[start * 4 : end * 4])] = range(start, stop)
+        return spans
 
     def _stripped(self, tokens: Tokens, start: int, stop: int) -> int:
         size = len(self.end)
@@ -139,14 +140,15 @@ class PromptHistory:
         prompt = np.asarray(tokens, np.uint32)
         with self._lock:
             entries = list(self._entries.values())
-        sizes = self.shape.sizes(prompt)
-        if sizes:
-            sizes.popitem()  # the generation prompt, which all have
+        spans = self.shape.spans(prompt)
+        if spans:
+            spans.popitem()  # the generation prompt, which all have
         hashes = page_hashes(prompt)
         matches = []
-        for entry in _finalists(entries, hashes, sizes.keys()):
+        for entry in _finalists(entries, hashes, spans.keys()):
             num_common = common_length(prompt, entry.past.tokens)
-            shared = sum(sizes[frame] for frame in entry.frames & sizes.keys())
+            frames = (spans[frame] for frame in entry.frames & spans.keys())
+            shared = sum(len(frame) for frame in frames if frame.start >= num_common)
             if num_common >= PAGE_TOKENS or shared or entry.past.session == session:
                 matches.append(_Match(entry.past, num_common, shared))
         if not matches:
@@ -243,7 +245,7 @@ def _best(matches: Sequence[_Match]) -> _Match:
         return longest
     return max(
         reversed(matches),
-        key=lambda match: (max(match.num_common, match.num_shared), match.num_common),
+        key=lambda match: (match.num_common + match.num_shared, match.num_common),
     )
 
 

@@ -148,3 +148,15 @@ def test_a_conversation_that_goes_on_is_nearest_to_itself() -> None:
     nearest = history.nearest([*own, *frame(8)[1:], *file, *GENERATION], "a")
     assert nearest is not None
     assert nearest.past.id == "own"
+
+
+def test_of_equal_beginnings_the_one_with_the_same_messages_behind_is_nearest() -> None:
+    history = PromptHistory(SHAPE)
+    system, file = frame(*words(1000)), frame(*words(5000, 100))
+    whole = [*system, *file, *GENERATION]
+    history.add(past("whole", whole, state="ended"))
+    history.add(past("cut", [*system, *frame(*words(5000, 40)), *GENERATION], state="ended"))
+    changed = [*system[:150], 77, *system[151:], *file, *GENERATION]
+    nearest = history.nearest(changed, "s")
+    assert nearest is not None
+    assert (nearest.past.id, nearest.num_common, nearest.num_new) == ("whole", 150, 1)
