@@ -181,6 +181,7 @@ def plan_of(draft: Draft, found: Found | None, status: Status, token_s: float) -
     cause = _cause(draft, restored, num_lost)
     if cause == "never_seen":
         num_new, num_lost = num_evaluated, 0
+        cause = None if restored else cause
     plan = CachePlan(
         request=draft.id,
         session=draft.session,
@@ -226,7 +227,8 @@ def _cause(draft: Draft, restored: int, num_lost: int) -> Cause | None:
     if draft.nearest is None:
         return "never_seen" if restored == 0 else None
     if num_lost == 0:
-        return None
+        is_strange = draft.nearest.num_common < PAGE_TOKENS < draft.num_prompt
+        return "never_seen" if is_strange and restored == 0 else None
     gap = draft.nearest.num_common - restored
     if gap > _unavoidable(draft) and 2 * gap >= num_lost:
         return _store_cause(draft, restored)
@@ -291,7 +293,6 @@ _SAYINGS: dict[str, str] = {
     "client_edit": "the client changed it",
     "system_changed": "the system prompt changed",
     "tools_changed": "the tools changed",
-    "never_seen": "nothing like it was seen before",
 }
 
 
@@ -301,7 +302,7 @@ def _summary(plan: CachePlan, draft: Draft) -> str:
     said = f"{plan.restored.tokens:,} of {plan.prompt_tokens:,} tokens reused{place}."
     if plan.cause is None:
         return said
-    if plan.nearest is None:
+    if plan.cause == "never_seen":
         return f"{said} Nothing like it was seen before."
     where = ""
     if draft.difference is not None and plan.cause == draft.difference.change:

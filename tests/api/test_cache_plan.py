@@ -69,6 +69,13 @@ def test_the_date_changed_in_the_system_prompt(make_api: MakeApi) -> None:
     assert "message 0 (system, system)" in told["summary"]
 
 
+def test_another_prompt_of_the_session_is_new_however_it_begins(make_api: MakeApi) -> None:
+    api = make_api()
+    for text in ("Make a title. " * 20, "Answer the question. " * 20):
+        answer = post(api, messages=[{"role": "user", "content": text}], prompt_cache_key="one")
+        assert "cause=never_seen" in answer.headers["x-cache-plan"]
+
+
 def test_the_header_is_one_line_without_text(make_api: MakeApi) -> None:
     api = make_api()
     first = (post(api, messages=[SYSTEM, *USER])).headers["x-cache-plan"]
