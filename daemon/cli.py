@@ -18,6 +18,7 @@ COMMANDS = (serve, generate, check, logits)
 
 CLIENT_COMMANDS = {
     "chat": ("qwend_clients.chat", "chat with a server"),
+    "connect": ("qwend_clients.connect", "point a coding agent at a server"),
     "inspect": ("qwend_clients.inspect_cache", "show what the store holds"),
 }
 """Commands that live in clients/ and read their own flags, with their help."""

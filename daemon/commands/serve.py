@@ -63,4 +63,5 @@ def _announce(url: str, model: str, backend: str, config: Config) -> None:
     header = "-H 'Authorization: Bearer KEY' " if keyed else ""
     json_type = "-H 'Content-Type: application/json'"
     print(f"Try: curl {url}/v1/chat/completions {header}{json_type} -d '{body}'")
+    print(f"Or:  qwend connect AGENT --url {url}, for codex, claude-code, opencode and others")
     print(f"Or:  qwend chat --url {url}{' --api-key KEY' if keyed else ''}", flush=True)

@@ -83,3 +83,22 @@ def test_help(command: tuple[str, ...]) -> None:
 def test_the_version_is_the_package_s() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert qwend("--version").stdout == f"qwend {project['version']}\n"
+
+
+def test_connect_asks_the_daemon(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    with start_daemon("--ctx", "4096", "--api-key", "k") as daemon:
+        flags = ("--url", daemon.url, "--api-key", "k", "--home", tmp_path)
+        done = qwend("connect", "codex", "--write", *flags)
+        refused = qwend("connect", "codex", "--url", daemon.url, "--home", tmp_path)
+    assert done.returncode == 0, done.stderr
+    content = tomllib.loads((tmp_path / ".codex/config.toml").read_text())
+    assert content["model_context_window"] == 4096
+    assert content["model_providers"]["qwend"]["base_url"] == f"{daemon.url}/v1"
+    assert refused.returncode == 1
+    assert "API key" in refused.stderr
+
+
+def test_connect_without_a_server(tmp_path: Path) -> None:
+    done = qwend("connect", "aider", "--url", "http://127.0.0.1:9", "--home", tmp_path)
+    assert done.returncode == 1
+    assert "qwend serve" in done.stderr
