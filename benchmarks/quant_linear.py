@@ -16,17 +16,7 @@ import numpy as np
 
 from daemon.kernels.quant_activations import CHUNKS, PANELS, ActivationKernels
 from daemon.kernels.quant_gemm import GemmKernels
-from daemon.kernels.quant_gemv import (
-    ADD,
-    STORE,
-    SWIGLU,
-    GemvKernels,
-    GemvShape,
-    Link,
-    Norm,
-    Plan,
-    Product,
-)
+from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU, GemvKernels, GemvShape, Plan
 from daemon.kernels.quant_pack import FORMATS, PackedMatrix, Packer, RawMatrix
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
@@ -85,7 +75,6 @@ class Products:
         return matrix._replace(segments=tuple(segments))
 
     def median_ms(self, launches: Callable[[], None], repeats: int = 11) -> float:
-        launches()  # what is made at first use must not be recorded
         graph = Graph(self.device, launches)
         until = time.monotonic() + WARM_UP_S
         while time.monotonic() < until:
@@ -185,8 +174,9 @@ def decode(products: Products) -> list[dict[str, object]]:
     device.fill(out, 0)
     middle = products.activations.operand(16, FFN)
 
-    def run(plan: Plan, epilogue: int, tokens: int) -> None:
-        gemv.multiply(plan, panels, tokens, middle if epilogue == SWIGLU else out, epilogue)
+    def run(plan: Plan, epilogue: int, tokens: int, upcoming: Plan | None = None) -> None:
+        target = middle if epilogue == SWIGLU else out
+        gemv.multiply(plan, panels, tokens, target, epilogue, upcoming)
 
     results: list[dict[str, object]] = []
     for name, (matrix, epilogue) in shapes.items():
@@ -234,19 +224,14 @@ def whole_token(products: Products, gemv: GemvKernels, layers: Layers) -> list[d
     results: list[dict[str, object]] = []
     for tokens in (1, 8, 16):
         hidden = x.view((tokens, HIDDEN))
-        links: list[Link] = []
+        jobs: list[Callable[[], None]] = []
         for number, (plan, epilogue) in enumerate(plans):
             if number % 2 == 0:
-                links.append(Norm(hidden, norm, panels))
+                convert = products.activations.convert
+                jobs.append(partial(convert, hidden, panels, PANELS, norm))
             target = middle if epilogue == SWIGLU else out
-            links.append(Product(plan, panels, target, epilogue))
-        # A mixer ends a chain: it stands between its projections and the output projection.
-        chains = [links[:2], *(links[at : at + 6] for at in range(2, len(links), 6))]
-        firsts = [plan for plan, _ in (plans[0], *plans[1::4])]
-        jobs = [
-            partial(gemv.run, chain, tokens, firsts[(number + 1) % len(chains)])
-            for number, chain in enumerate(chains)
-        ]
+            upcoming = plans[(number + 1) % len(plans)][0]
+            jobs.append(partial(gemv.multiply, plan, panels, tokens, target, epilogue, upcoming))
         ms = products.median_ms(partial(run_all, jobs))
         rate = num_bytes / ms / 1e6
         print(f"all linear m={tokens:2} {num_bytes / 1e9:.2f} GB {ms:.3f} ms {rate:.0f} GB/s")

@@ -1,29 +1,96 @@
-// A chain of products of a few rows with quantized matrices, y[token, row] = sum over k of
-// W[row, k] x[token, k], and of the norms between them, in one launch.
+// A few rows times quantized matrices: y[token, row] = sum over k of W[row, k] x[token, k].
 //
-// The host deals the stripes' units (64 rows x 256 columns) of each product in order, in equal
-// bytes, to the blocks and within them to teams of four warps, so a stripe may be cut. A warp takes
-// one of a unit's four tiles, takes its tiles from a ring of its own in shared memory, adds 16
-// steps of m16n8k16 a tile, and waits for no other warp before the product's end. (Where there is a
-// copy engine, one more warp feeds all rings, a lane each.) Then cut stripes are joined: within a
-// block through shared memory, between blocks by the last of them, which awaits the others' sums.
-// The order of all sums depends on the matrices and the card alone: a token's bits are the same
-// whatever the other tokens are.
-// Between steps all blocks meet; the rings fill with the next product's tiles meanwhile. At the end
-// a warp brings the beginning of the next chain's weights into the L2 cache.
+// One launch takes a group of matrices that share their input. The host deals the stripes' units
+// (64 rows x 256 columns) in order, in equal bytes, to the blocks and within them to teams of four
+// warps, so a stripe may be cut. A warp takes one of a unit's four tiles, streams its tiles through
+// a ring of its own in shared memory, adds 16 steps of m16n8k16 a tile, and waits for no other warp
+// before the end. Then cut stripes are joined: within a block through shared memory, between blocks
+// by the last of them, which awaits the others' sums. The order of all sums depends on the matrices
+// and the card alone: a token's bits are the same whatever the other tokens are.
+// A warp that has used its last tile brings the beginning of the next launch's weights into the L2
+// cache: memory goes on working while this launch ends and the small ones between run.
 // Bound: bytes of the weights, each read once.
 //
-// Macros: TYPES (bit mask of QuantTypes), NUM_PANELS (1: up to 8 tokens, 2: up to 16), RING_BYTES
-// (of a warp), WARPS (a multiple of 4), BLOCKS_PER_SM, BULK_COPIES (1: the copy engine fills the
-// rings, sm_90 on; 0: cp.async)
-#include "gemv_rings.cuh"
+// Macros: TYPES (bit mask of QuantTypes), NUM_PANELS (1: up to 8 tokens, 2: up to 16), SLOTS and
+// SLOT_BYTES (a warp's ring), WARPS (a multiple of 4), BLOCKS_PER_SM, EPILOGUE (0 store, 1 add to a
+// residual, 2 SwiGLU of paired rows), BULK_COPIES (1: the copy engine fills the rings, sm_90 on;
+// 0: cp.async)
 #include "operand.cuh"
 #include "quant_blocks.cuh"
 #include "warp.cuh"
+#if BULK_COPIES
+#include "pipeline.cuh"
+#endif
 
-// The beginning of the next chain's weights: `bytes` of each team's, from what it is dealt.
+constexpr int TEAM_WARPS = 4;
+constexpr int TEAMS = WARPS / TEAM_WARPS;
+constexpr int THREADS = 32 * WARPS;
+
+// A run of units of one stripe, for one team.
+struct Piece {
+    const u8* units;  // the first unit
+    int type, tile_bytes, first_block, num_units;  // num_units 0 ends a team's list
+    int row, num_rows;                             // of the output; num_rows up to 64
+    int sums, unused;  // where its sums go in shared memory; -1 if it is a whole stripe
+};
+
+// What a block has of a stripe that is cut.
+struct Seam {
+    int first_sums, num_sums;    // of its pieces, in order; num_sums 0 ends a block's list
+    int row, num_rows;           // of the output
+    int first_slot, num_before;  // what the blocks before have of it, in order
+    int own_slot, unused;        // where this block's goes; -1 for the last block, which finishes
+};
+
+struct Ring {
+    u8* slots;  // of this warp
+    u64* full;  // one barrier a slot, sm_90 on
+    int slot, phase;
+};
+
+#if BULK_COPIES
+__device__ __forceinline__ void issue_copy(
+    Ring& ring, int slot, const u8* from, int bytes, int lane) {
+    if (lane != 0) return;
+    barrier_expect(ring.full + slot, bytes);
+    copy_bulk(ring.slots + slot * SLOT_BYTES, from, bytes, ring.full + slot);
+}
+
+__device__ __forceinline__ void issue_nothing() {}
+
+__device__ __forceinline__ void prefetch(const u8* from, int bytes) { prefetch_bulk(from, bytes); }
+
+__device__ __forceinline__ void wait_for_slot(Ring& ring) {
+    barrier_wait(ring.full + ring.slot, ring.phase);
+}
+#else
+__device__ __forceinline__ void issue_copy(
+    Ring& ring, int slot, const u8* from, int bytes, int lane) {
+    const u32 to = shared_address(ring.slots + slot * SLOT_BYTES);
+    for (int at = lane * 16; at < bytes; at += 512) copy_async_16(to + at, from + at);
+    copy_async_commit();
+}
+
+__device__ __forceinline__ void issue_nothing() { copy_async_commit(); }
+
+__device__ __forceinline__ void prefetch(const u8*, int) {}
+
+__device__ __forceinline__ void wait_for_slot(Ring&) {
+    copy_async_wait<SLOTS - 1>();
+    __syncwarp();
+}
+#endif
+
+// What a block is dealt: Piece [TEAMS, max_pieces], then Seam [MAX_SEAMS].
+constexpr int MAX_SEAMS = TEAMS + 2;
+
+__device__ __forceinline__ int deal_bytes(int max_pieces) {
+    return TEAMS * max_pieces * int(sizeof(Piece)) + MAX_SEAMS * int(sizeof(Seam));
+}
+
+// The beginning of the next launch's weights: `bytes` of each team's, from what it is dealt.
 struct Upcoming {
-    const u8* deals;  // of all blocks; null: nothing is known of the next chain
+    const u8* deals;  // of all blocks; null: nothing is known of the next launch
     int max_pieces, bytes;
 };
 
@@ -42,7 +109,32 @@ __device__ void prefetch_upcoming(const Upcoming& u, int team, int part, int lan
     }
 }
 
-// x of a product.
+// The tiles that a warp has yet to ask for.
+struct Ahead {
+    const Piece* piece;
+    const u8* tile;
+    int units_left;  // of the piece
+
+    __device__ __forceinline__ void enter(int part) {
+        units_left = piece->num_units;
+        tile = piece->units + part * piece->tile_bytes;
+    }
+};
+
+// Asks for the next tile, if there is one.
+__device__ __forceinline__ void issue_next(Ring& ring, int slot, Ahead& a, int part, int lane) {
+    if (a.units_left == 0) {
+        if (a.piece->num_units != 0) a.piece++;
+        if (a.piece->num_units == 0) return issue_nothing();
+        a.enter(part);
+    }
+    const int bytes = a.piece->tile_bytes;
+    issue_copy(ring, slot, a.tile, bytes, lane);
+    a.tile += TEAM_WARPS * bytes;
+    a.units_left--;
+}
+
+// x of a product: fp16 panels [NUM_PANELS, num_chunks, 32 lanes, 8], eight chunks a unit.
 struct Input {
     const u8* panels;
     int num_chunks, num_tokens;
@@ -67,11 +159,10 @@ __device__ __forceinline__ void load_part(Part& x, const Input& in, int chunk, i
 
 typedef float Sums[NUM_PANELS][2][4];  // even and odd steps apart, to shorten the chain of products
 
-// Where the result of a product goes.
 struct Output {
-    float* rows;
-    u8* panels;
-    int epilogue, stride, num_tokens;
+    float* rows;  // EPILOGUE 0, 1: float32 [tokens, stride]
+    u8* panels;   // EPILOGUE 2: fp16 panels of the product, stride / 256 blocks
+    int stride, num_tokens;
 };
 
 // Of a panel: rows g, g, g + 8, g + 8 of the warp's tile, tokens 2t, 2t + 1, 2t, 2t + 1.
@@ -81,7 +172,7 @@ __device__ __forceinline__ void write_row(
     const Output& out, int row, int token, float first, float second) {
     float* at = out.rows + (long long)token * out.stride + row;
     const bool has_first = token < out.num_tokens, has_second = token + 1 < out.num_tokens;
-    if (out.epilogue == ADD) {
+    if (EPILOGUE == 1) {
         const float a = has_first ? at[0] : 0.0f, b = has_second ? at[out.stride] : 0.0f;
         first = a + first / ACTIVATION_SCALE, second = b + second / ACTIVATION_SCALE;
     } else {
@@ -106,7 +197,7 @@ __device__ __forceinline__ void finish(
 #pragma unroll
     for (int n = 0; n < NUM_PANELS; n++) {
         const int token = 8 * n + (lane & 3) * 2;
-        if (out.epilogue == SWIGLU) {
+        if (EPILOGUE == 2) {
             const int k = row / 2 + 8 * part + (lane >> 2);
             write_product(out, k, token, total[n].x, total[n].z);
             write_product(out, k, token + 1, total[n].y, total[n].w);
@@ -168,6 +259,20 @@ __device__ __forceinline__ void close_seam(
     if (s.own_slot < 0) finish(out, s.row, s.num_rows, total, part, lane);
 }
 
+// Where a warp is in its work.
+struct Worker {
+    Ring ring;
+    Ahead ahead;
+    int part, lane;
+};
+
+// A tile has been read from its slot.
+__device__ __forceinline__ void release_slot(Worker& w) {
+    __syncwarp();
+    issue_next(w.ring, w.ring.slot, w.ahead, w.part, w.lane);
+    if (++w.ring.slot == SLOTS) w.ring.slot = 0, w.ring.phase ^= 1;
+}
+
 template <int type>
 __device__ __forceinline__ void multiply_part(
     Sums& sum, const Part& x, const HalfTile& h, const u8* tile, int part, int lane) {
@@ -189,186 +294,102 @@ __device__ __forceinline__ void multiply_part(
 // Begins with the tile's first part of x in x[0], ends with that of the tile at `next_chunk`.
 template <int type>
 __device__ __forceinline__ void multiply_tile(
-    Sums& sum, Part (&x)[2], const Input& in, int chunk, int next_chunk, Worker& w,
-    const Deals& deals) {
-    const u8* tile = w.front();
-    // Both halves at once, where registers reach: the sooner the next tile can come.
-    constexpr int HALVES = NUM_PANELS == 1 ? 2 : 1;
-    HalfTile h[HALVES];
+    Sums& sum, Part (&x)[2], const Input& in, int chunk, int next_chunk, Worker& w) {
+    wait_for_slot(w.ring);
+    const u8* tile = w.ring.slots + w.ring.slot * SLOT_BYTES;
+    HalfTile h[2];
     load_half<type>(h[0], tile, w.lane, 0);
-    if (HALVES == 2) load_half<type>(h[HALVES - 1], tile, w.lane, 1);
-    if (HALVES == 2 && type != F16) w.release(deals);
+    load_half<type>(h[1], tile, w.lane, 1);
+    if (type != F16) release_slot(w);
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
-        if (HALVES == 1 && part == PARTS / 2) {
-            load_half<type>(h[0], tile, w.lane, 1);
-            if (type != F16) w.release(deals);
-        }
         const int later = part + 1 < PARTS ? chunk + (part + 1) * PART_CHUNKS : next_chunk;
         load_part(x[(part + 1) % 2], in, later, w.lane);
-        multiply_part<type>(sum, x[part % 2], h[part * HALVES / PARTS], tile, part, w.lane);
+        multiply_part<type>(sum, x[part % 2], h[part * 2 / PARTS], tile, part, w.lane);
     }
-    if (type == F16) w.release(deals);
+    if (type == F16) release_slot(w);
 }
 
 // A team's later pieces begin with a stripe, at chunk 0.
 template <int type>
 __device__ __forceinline__ void multiply_piece(
-    Sums& sum, Part (&x)[2], const Piece& p, const Input& in, Worker& w, const Deals& deals) {
+    Sums& sum, Part (&x)[2], const Piece& p, const Input& in, Worker& w) {
     const int end = (p.first_block + p.num_units) * 8;
     for (int chunk = p.first_block * 8; chunk < end; chunk += 8)
-        multiply_tile<type>(sum, x, in, chunk, chunk + 8 < end ? chunk + 8 : 0, w, deals);
+        multiply_tile<type>(sum, x, in, chunk, chunk + 8 < end ? chunk + 8 : 0, w);
 }
 
 template <int type>
 __device__ __forceinline__ void dispatch(
-    Sums& sum, Part (&x)[2], const Piece& p, const Input& in, Worker& w, const Deals& deals) {
+    Sums& sum, Part (&x)[2], const Piece& p, const Input& in, Worker& w) {
     if constexpr (type < 7) {
         if constexpr ((TYPES >> type) & 1) {
-            if (p.type == type) return multiply_piece<type>(sum, x, p, in, w, deals);
+            if (p.type == type) return multiply_piece<type>(sum, x, p, in, w);
         }
-        dispatch<type + 1>(sum, x, p, in, w, deals);
+        dispatch<type + 1>(sum, x, p, in, w);
     }
 }
 
-__device__ __forceinline__ void run_product(
-    const Step& step, const Piece* pieces, const Seam* seams, float4* sums, float4* partial,
-    int num_tokens, Worker& w, const Deals& deals) {
-    const Output out = {step.rows, step.out_panels, step.epilogue, step.stride, num_tokens};
-    const Input in = {step.panels, step.num_blocks * 8, num_tokens};
+__device__ __forceinline__ void start_ring(Worker& w) {
+#if BULK_COPIES
+    if (w.lane == 0) {
+        for (int s = 0; s < SLOTS; s++) barrier_init(w.ring.full + s, 1);
+        barrier_init_done();
+    }
+    __syncwarp();
+#endif
+    for (int s = 0; s < SLOTS; s++) issue_next(w.ring, s, w.ahead, w.part, w.lane);
+}
+
+// deals: u8 [blocks, deal_bytes(max_pieces)]; upcoming: the next launch's or null; panels: fp16
+// panels of x, [NUM_PANELS, num_blocks * 8, 32 lanes, 8]; rows: float32 [num_tokens, stride] or
+// null; out_panels: fp16 panels or null; partial: float4 [slots, SUMS], all words AWAITED.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) quant_gemv(
+    const u8* deals, const u8* upcoming, const u8* panels, float* rows, u8* out_panels,
+    float4* partial, int max_pieces, int upcoming_max_pieces, int upcoming_bytes, int num_blocks,
+    int num_tokens, int stride) {
+    extern __shared__ __align__(128) u8 memory[];
+    __shared__ u64 full[WARPS * SLOTS];
+    allow_next_kernel();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float4* sums = (float4*)(memory + WARPS * SLOTS * SLOT_BYTES);
+    u8* dealt = (u8*)(sums + 2 * TEAMS * SUMS);
+    const int bytes = deal_bytes(max_pieces);
+    for (int i = threadIdx.x * 8; i < bytes; i += THREADS * 8)
+        *(uint2*)(dealt + i) = *(const uint2*)(deals + (long long)blockIdx.x * bytes + i);
+    __syncthreads();
+
+    const Piece* pieces = (const Piece*)dealt + warp / TEAM_WARPS * max_pieces;
+    const Seam* seams = (const Seam*)((const Piece*)dealt + TEAMS * max_pieces);
+    Worker w = {{memory + warp * SLOTS * SLOT_BYTES, full + warp * SLOTS, 0, 0},
+                {pieces, nullptr, 0},
+                warp % TEAM_WARPS,
+                lane};
+    w.ahead.enter(w.part);
+    start_ring(w);
+    wait_for_previous_kernel();
+    const Output out = {rows, out_panels, stride, num_tokens};
+    const Input in = {panels, num_blocks * 8, num_tokens};
     Part x[2];
-    load_part(x[0], in, pieces->first_block * 8, w.lane);
+    load_part(x[0], in, pieces->first_block * 8, lane);
     for (const Piece* p = pieces; p->num_units > 0; p++) {
         Sums sum = {};
-        dispatch<0>(sum, x, *p, in, w, deals);
+        dispatch<0>(sum, x, *p, in, w);
         Totals total;
 #pragma unroll
         for (int n = 0; n < NUM_PANELS; n++) {
             total[n] = make_float4(
                 sum[n][0][0] + sum[n][1][0], sum[n][0][1] + sum[n][1][1],
                 sum[n][0][2] + sum[n][1][2], sum[n][0][3] + sum[n][1][3]);
-            const int at = (w.part * NUM_PANELS + n) * 32 + w.lane;
-            if (p->sums >= 0) sums[p->sums * SUMS + at] = total[n];
+            if (p->sums >= 0)
+                sums[p->sums * SUMS + (w.part * NUM_PANELS + n) * 32 + lane] = total[n];
         }
-        if (p->sums < 0) finish(out, p->row, p->num_rows, total, w.part, w.lane);
+        if (p->sums < 0) finish(out, p->row, p->num_rows, total, w.part, lane);
     }
-    sync_warps();
-    // The last first: what goes to another block must not wait for what comes from one.
-    for (int s = MAX_SEAMS - 1 - w.team; s >= 0; s -= TEAMS)
-        if (seams[s].num_sums > 0) close_seam(seams[s], sums, partial, out, w.part, w.lane);
-}
-
-__device__ __forceinline__ float square(float4 v) {
-    return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-}
-
-// One block's token to panels: x / sqrt(mean(x^2) + eps) times the weight.
-__device__ void run_norm(const Step& step, int token, float eps, float* of_warp) {
-    const float* row = step.rows + (long long)token * step.stride;
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int c = threadIdx.x * 4; c < step.stride; c += THREADS * 4)
-        sum += square(*(const float4*)(row + c));
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
-    sync_warps();
-    float total = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) total += of_warp[w];
-    const float scale = rsqrtf(total / step.stride + eps);
-#pragma unroll 4
-    for (int c = threadIdx.x * 4; c < step.stride; c += THREADS * 4) {
-        const float4 v = *(const float4*)(row + c), w = *(const float4*)(step.weight + c);
-        *(uint2*)panel_place(step.out_panels, token, c, step.stride) =
-            make_uint2(operand_pair(v.x * w.x * scale, v.y * w.y * scale),
-                       operand_pair(v.z * w.z * scale, v.w * w.w * scale));
-    }
-}
-
-// Waits until all blocks have come here, and sees what they wrote. `arrivals` only grows.
-__device__ __forceinline__ void meet(u64* arrivals) {
-    sync_warps();
-    if (threadIdx.x == 0) {
-        u64 mine, seen;
-        asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], 1;"
-                     : "=l"(mine) : "l"(arrivals) : "memory");
-        const u64 wanted = (mine / gridDim.x + 1) * gridDim.x;
-        do {
-            asm volatile("ld.acquire.gpu.global.u64 %0, [%1];"
-                         : "=l"(seen) : "l"(arrivals) : "memory");
-        } while (seen < wanted);
-    }
-    sync_warps();
-}
-
-// Copies a block's deals to shared memory; weights of norms come nearer for those who will norm.
-__device__ __forceinline__ void load_deals(u8* to, const Chain& chain, int num_steps, int tokens) {
-    for (int s = 0; s < num_steps; s++) {
-        const Step& step = chain.steps[s];
-        if (step.epilogue == NORM) {
-            const int end = blockIdx.x < tokens ? step.stride : 0;
-            for (int c = threadIdx.x * 32; c < end; c += ALL_THREADS * 32)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(step.weight + c));
-            continue;
-        }
-        const int bytes = deal_bytes(step.max_pieces);
-        for (int i = threadIdx.x * 8; i < bytes; i += ALL_THREADS * 8)
-            *(uint2*)(to + i) = *(const uint2*)(step.deals + (long long)blockIdx.x * bytes + i);
-        to += bytes;
-    }
-}
-
-__device__ __forceinline__ void init_barriers(u64* full, u64* empty) {
-#if BULK_COPIES
-    for (int i = threadIdx.x; i < WARPS * MAX_TILES; i += ALL_THREADS) {
-        barrier_init(full + i, 1);
-        barrier_init(empty + i, 1);
-    }
-    barrier_init_done();
-#endif
-}
-
-// partial: float4 [blocks, SUMS], sums on their way between blocks, all words AWAITED; arrivals:
-// u64, 0 at first. All chains share both.
-extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS_PER_SM) quant_gemv(
-    const __grid_constant__ Chain chain, float4* partial, u64* arrivals, const u8* upcoming,
-    int upcoming_max_pieces, int upcoming_bytes, int num_steps, int num_tokens, float eps) {
-    extern __shared__ __align__(128) u8 memory[];
-    __shared__ u64 full[WARPS * MAX_TILES], empty[WARPS * MAX_TILES];
-    __shared__ Note notes[WARPS * MAX_TILES];
-    __shared__ float of_warp[WARPS];
-    allow_next_kernel();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float4* sums = (float4*)(memory + WARPS * RING_BYTES);
-    u8* dealt = (u8*)(sums + 2 * TEAMS * SUMS);
-    load_deals(dealt, chain, num_steps, num_tokens);
-    init_barriers(full, empty);
-    __syncthreads();
-
-    const Deals deals = {dealt, chain, num_steps};
-    const int fed = warp < WARPS ? warp : min(lane, WARPS - 1);
-    const Ring ring = {memory + fed * RING_BYTES, notes + fed * MAX_TILES, full + fed * MAX_TILES,
-                       empty + fed * MAX_TILES};
-    const int own_team = fed / TEAM_WARPS, part = fed % TEAM_WARPS;
-    const Feeder feeder = {ring, 0, RING_BYTES, 0, 0, -1, nullptr, nullptr, 0, own_team, part};
-#if BULK_COPIES
-    if (warp == WARPS) return feed_rings(feeder, deals, lane < WARPS);
-    Worker w = {ring, 0, own_team, part, lane};
-#else
-    Worker w = {ring, 0, own_team, part, lane, feeder};
-    fill_ring(w, deals);
-#endif
-    wait_for_previous_kernel();
-    for (int s = 0; s < num_steps; s++) {
-        const Step& step = chain.steps[s];
-        if (s > 0) meet(arrivals);
-        if (step.epilogue == NORM) {
-            if (blockIdx.x < num_tokens) run_norm(step, blockIdx.x, eps, of_warp);
-        } else {
-            run_product(step, deals.pieces(s, w.team), deals.seams(s), sums, partial, num_tokens,
-                        w, deals);
-        }
-    }
-    const int team = blockIdx.x * TEAMS + w.team;
+    const int team = blockIdx.x * TEAMS + warp / TEAM_WARPS;
     prefetch_upcoming({upcoming, upcoming_max_pieces, upcoming_bytes}, team, w.part, lane);
+    __syncthreads();
+    // The last first: what goes to another block must not wait for what comes from one.
+    for (int s = MAX_SEAMS - 1 - warp / TEAM_WARPS; s >= 0; s -= TEAMS)
+        if (seams[s].num_sums > 0) close_seam(seams[s], sums, partial, out, w.part, lane);
 }

@@ -1,4 +1,4 @@
-"""Launches quant_gemv: up to 16 rows through a chain of products and norms, at memory speed.
+"""Launches quant_gemv: up to 16 rows times a packed matrix, weights read once at memory speed.
 
 Owns how the units of a matrix are dealt to teams of four warps. That depends on the matrix and the
 card only, never on the number of tokens, so that sums keep their order. The device's thread.
@@ -7,10 +7,8 @@ card only, never on the number of tokens, so that sums keep their order. The dev
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from functools import cached_property, lru_cache, reduce
+from functools import cached_property, lru_cache
 from itertools import groupby, pairwise
-from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +27,18 @@ from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.kernel import Kernel, Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
+PARAMETERS = ("pointer",) * 6 + ("int32",) * 6
 ROOMY_SHARED_BYTES = 160 * 1024
-"""Cards with more have four teams a multiprocessor, others two."""
+"""Cards with as much have four teams a multiprocessor, others two."""
+
+MAX_RING_BYTES = 144 * 1024
+LISTS_BYTES = 8 * 1024
+"""Room for what a block is dealt."""
 
 MAX_TOKENS = 16
 PANEL_TOKENS = 8
 TEAM_WARPS = 4
-STATIC_SHARED_BYTES = 4096
+STATIC_SHARED_BYTES = 3072
 """Barriers, and what the driver keeps of a block."""
 
 WITHOUT_COPY_ENGINE = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
@@ -46,16 +49,6 @@ AWAITED_BYTE = 0xFF
 
 STORE, ADD, SWIGLU = 0, 1, 2
 """What happens to the sums; SWIGLU needs a paired matrix and gives panels for the next product."""
-
-NORM = 3
-MAX_STEPS = 8
-_POINTERS, _INTS = "deals panels rows out_panels weight", "epilogue max_pieces num_blocks stride"
-STEP = np.dtype(
-    [(name, np.uint64) for name in _POINTERS.split()] + [(name, np.int32) for name in _INTS.split()]
-)
-"""struct Step of quant_gemv.cu."""
-
-PARAMETERS = (MAX_STEPS * STEP.itemsize, *("pointer",) * 3, *("int32",) * 4, "float32")
 
 _INTS = "type tile_bytes first_block num_units row num_rows sums unused"
 PIECE = np.dtype([("units", np.uint64), *((name, np.int32) for name in _INTS.split())])
@@ -90,35 +83,11 @@ class Plan(NamedTuple):
     max_pieces: int
 
 
-class Product(NamedTuple):
-    """A link of a chain: rows times a matrix.
-
-    `panels`: the rows as fp16 panels, from quant_activations or an earlier link. `out`: float32
-    `[num_tokens, rows]` for STORE and ADD; panels for SWIGLU.
-    """
-
-    plan: Plan
-    panels: DeviceArray
-    out: DeviceArray
-    epilogue: int
-
-
-class Norm(NamedTuple):
-    """A link of a chain: the RMS norm of float32 `rows` `[num_tokens, columns]`, to panels."""
-
-    rows: DeviceArray
-    weight: DeviceArray
-    panels: DeviceArray
-
-
-Link = Product | Norm
-
-
 class GemvShape(NamedTuple):
     """How a launch fills the card.
 
     `ring_bytes` of a block are in flight; `prefetch_bytes` of each team's share of the next
-    chain are brought into the L2 cache.
+    matrix are brought into the L2 cache.
     """
 
     warps: int
@@ -131,17 +100,13 @@ class GemvShape(NamedTuple):
         """Teams of a block."""
         return self.warps // TEAM_WARPS
 
-    @property
-    def warp_ring_bytes(self) -> int:
-        """Of one warp, in whole lines of 128 bytes."""
-        return self.ring_bytes // self.warps // 128 * 128
-
 
 def choose_shape(shared_bytes_per_block: int) -> GemvShape:
     """Four teams a multiprocessor where its shared memory keeps a ring for each."""
-    if shared_bytes_per_block > ROOMY_SHARED_BYTES:
-        return GemvShape(12, 1, 192 * 1024, 0)
-    return GemvShape(8, 1, 68 * 1024, 0)
+    warps = 16 if shared_bytes_per_block >= ROOMY_SHARED_BYTES else 8
+    sums = _sums_bytes(warps // TEAM_WARPS, MAX_TOKENS)
+    room = shared_bytes_per_block - STATIC_SHARED_BYTES - LISTS_BYTES - sums
+    return GemvShape(warps, 1, min(MAX_RING_BYTES, room), 0)
 
 
 class GemvKernels:
@@ -160,42 +125,44 @@ class GemvKernels:
         assert dealt.num_slots <= self._partial.shape[0]
         return Plan(matrix, self._device.to_device(dealt.bytes()), dealt.pieces.shape[2])
 
-    def run(
+    def multiply(
         self,
-        links: Sequence[Link],
+        plan: Plan,
+        panels: DeviceArray,
         num_tokens: int,
+        out: DeviceArray,
+        epilogue: int,
         upcoming: Plan | None = None,
-        eps: float = 1e-6,
     ) -> None:
-        """Run a chain over `num_tokens` (1 to 16) rows; each link may read what earlier ones wrote.
+        """Multiply `num_tokens` (1 to 16) rows.
 
         Args:
-            upcoming: what the next launch will multiply by first, if that is known.
-            eps: of all norms.
+            panels: the rows as fp16 panels (quant_activations), or an earlier SWIGLU's output.
+            out: float32 `[num_tokens, rows]` for STORE and ADD; panels for SWIGLU.
+            upcoming: what the next launch will multiply by, if that is known.
         """
         assert 0 < num_tokens <= MAX_TOKENS
-        assert 0 < len(links) <= MAX_STEPS
-        shape, steps = self._shape, np.zeros(MAX_STEPS, STEP)
-        for number, link in enumerate(links):
-            steps[number] = _step(link, num_tokens)
-        products = [link.plan for link in links if isinstance(link, Product)]
         num_panels = -(-num_tokens // PANEL_TOKENS)
-        next_chain = (upcoming.deals, upcoming.max_pieces) if upcoming else (0, 0)
-        self._kernel(_types(products), num_panels).launch(
+        matrix = plan.matrix
+        shape, (types, slot_bytes) = self._shape, _types_and_slot(matrix)
+        slots = max(1, shape.ring_bytes // (shape.warps * slot_bytes))
+        kernel = self._kernel((types, num_panels, slots, slot_bytes), epilogue)
+        stride = matrix.rows // 2 if epilogue == SWIGLU else matrix.rows
+        rows, out_panels = (0, out) if epilogue == SWIGLU else (out, 0)
+        assert matrix.paired == (epilogue == SWIGLU)
+        assert out.num_bytes >= num_tokens * stride * (2 if epilogue == SWIGLU else 4)
+        deals = (plan.deals, upcoming.deals if upcoming else 0)
+        lengths = (plan.max_pieces, upcoming.max_pieces if upcoming else 0)
+        kernel.launch(
             self._device.stream,
             (self._num_blocks, 1, 1),
-            (32 * (shape.warps + (self._compiler.arch not in WITHOUT_COPY_ENGINE)), 1, 1),
-            *(steps, self._partial, self._arrivals, *next_chain, shape.prefetch_bytes),
-            *(len(links), num_tokens, eps),
-            shared_bytes=shared_bytes(shape, num_panels, [p.max_pieces for p in products]),
+            (32 * shape.warps, 1, 1),
+            *(*deals, panels, rows, out_panels, self._partial),
+            *(*lengths, shape.prefetch_bytes),
+            *(matrix.columns // BLOCK_COLUMNS, num_tokens, stride),
+            shared_bytes=shared_bytes(shape, slots, slot_bytes, num_panels, plan.max_pieces),
             dependent=True,
         )
-
-    def multiply(
-        self, plan: Plan, panels: DeviceArray, num_tokens: int, out: DeviceArray, epilogue: int
-    ) -> None:
-        """A chain of one product."""
-        self.run([Product(plan, panels, out, epilogue)], num_tokens)
 
     @cached_property
     def _partial(self) -> DeviceArray:
@@ -207,65 +174,56 @@ class GemvKernels:
         self._device.fill(partial, AWAITED_BYTE)
         return partial
 
-    @cached_property
-    def _arrivals(self) -> DeviceArray:
-        """How often blocks have met."""
-        arrivals = self._device.allocate((1,), np.uint64)
-        self._device.fill(arrivals, 0)
-        return arrivals
-
-    def _kernel(self, types: int, num_panels: int) -> Kernel:
-        key = (types, num_panels)
+    def _kernel(self, variant: tuple[int, int, int, int], epilogue: int) -> Kernel:
+        key = (*variant, epilogue)
         if key not in self._kernels:
-            macros = defines(self._shape, types, num_panels, self._compiler.arch)
+            macros = defines(self._shape, *variant, epilogue, self._compiler.arch)
             cubin = self._compiler.cubin(SOURCE, macros)
             most = self._device.shared_bytes_per_block - STATIC_SHARED_BYTES
             self._kernels[key] = Module(cubin).kernel("quant_gemv", PARAMETERS, most)
         return self._kernels[key]
 
 
-def defines(shape: GemvShape, types: int, num_panels: int, arch: str) -> dict[str, int]:
+def defines(
+    shape: GemvShape,
+    types: int,
+    num_panels: int,
+    slots: int,
+    slot_bytes: int,
+    epilogue: int,
+    arch: str,
+) -> dict[str, int]:
     """The macros of a variant."""
     return {
         "WARPS": shape.warps,
         "BLOCKS_PER_SM": shape.blocks_per_sm,
-        "RING_BYTES": shape.warp_ring_bytes,
         "TYPES": types,
         "NUM_PANELS": num_panels,
+        "SLOTS": slots,
+        "SLOT_BYTES": slot_bytes,
+        "EPILOGUE": epilogue,
         "BULK_COPIES": int(arch not in WITHOUT_COPY_ENGINE),
     }
 
 
-def shared_bytes(shape: GemvShape, num_panels: int, max_pieces: Sequence[int]) -> int:
+def shared_bytes(
+    shape: GemvShape, slots: int, slot_bytes: int, num_panels: int, max_pieces: int
+) -> int:
     """Rings of all warps, sums of two pieces of each team, and what the block is dealt."""
-    sums = 2 * shape.teams * num_panels * PANEL_TOKENS * STRIPE_ROWS * 4
-    lists = sum(
-        shape.teams * most * PIECE.itemsize + _max_seams(shape.teams) * SEAM.itemsize
-        for most in max_pieces
-    )
-    return shape.warps * shape.warp_ring_bytes + sums + lists
+    sums = _sums_bytes(shape.teams, num_panels * PANEL_TOKENS)
+    lists = shape.teams * max_pieces * PIECE.itemsize + _max_seams(shape.teams) * SEAM.itemsize
+    return shape.warps * slots * slot_bytes + sums + lists
 
 
-def _step(link: Link, num_tokens: int) -> tuple[int, ...]:
-    if isinstance(link, Norm):
-        columns = link.rows.shape[1]
-        assert columns % BLOCK_COLUMNS == 0
-        assert link.panels.num_bytes >= -(-num_tokens // PANEL_TOKENS) * PANEL_TOKENS * columns * 2
-        places = (0, 0, link.rows.pointer, link.panels.pointer, link.weight.pointer)
-        return (*places, NORM, 0, 0, columns)
-    plan, panels, out, epilogue = link
-    matrix, is_gated = plan.matrix, epilogue == SWIGLU
-    stride = matrix.rows // 2 if is_gated else matrix.rows
-    assert matrix.paired == is_gated
-    assert out.num_bytes >= num_tokens * stride * (2 if is_gated else 4)
-    rows, out_panels = (0, out.pointer) if is_gated else (out.pointer, 0)
-    places = (plan.deals.pointer, panels.pointer, rows, out_panels, 0)
-    return (*places, epilogue, plan.max_pieces, matrix.columns // BLOCK_COLUMNS, stride)
+def _sums_bytes(teams: int, tokens: int) -> int:
+    """Of two pieces of each team."""
+    return 2 * teams * tokens * STRIPE_ROWS * 4
 
 
-def _types(plans: Sequence[Plan]) -> int:
-    """Bit mask of the types of all segments."""
-    return reduce(or_, (1 << s.kind.code for plan in plans for s in plan.matrix.segments), 0)
+def _types_and_slot(matrix: PackedMatrix) -> tuple[int, int]:
+    kinds = {segment.kind for segment in matrix.segments}
+    types = sum(1 << kind.code for kind in kinds)
+    return types, max(kind.tile_bytes for kind in kinds)
 
 
 class Dealt(NamedTuple):

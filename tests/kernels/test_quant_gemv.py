@@ -2,23 +2,23 @@
 
 import numpy as np
 import pytest
-from quant_reference import BLOCK_BYTES, file_values, panel_values, random_matrix
+from quant_reference import BLOCK_BYTES, file_values, random_matrix
 
 pytest.importorskip("cuda.core")
 
 from daemon.kernels import quant_activations, quant_gemv
 from daemon.kernels.quant_activations import PANELS, ActivationKernels
-from daemon.kernels.quant_gemv import (
-    ADD,
-    STORE,
-    SWIGLU,
-    GemvKernels,
-    Norm,
-    Product,
-    choose_shape,
-    deal,
+from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU, GemvKernels, choose_shape, deal
+from daemon.kernels.quant_pack import (
+    F16,
+    Q4_K,
+    Q6_K,
+    PackedMatrix,
+    Packer,
+    QuantType,
+    RawMatrix,
+    Segment,
 )
-from daemon.kernels.quant_pack import F16, Q4_K, Q6_K, PackedMatrix, Packer, RawMatrix, Segment
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
@@ -109,11 +109,21 @@ def test_every_cut_stripe_is_joined_once_in_order(num_blocks: int, columns: int)
     )
 
 
+@pytest.mark.parametrize("limit", [99 * 1024, 163 * 1024, 227 * 1024])
+@pytest.mark.parametrize("kind", [Q4_K, Q6_K, F16], ids=["q4_k", "q6_k", "f16"])
+def test_a_block_fits_the_shared_memory_of_every_card(limit: int, kind: QuantType) -> None:
+    shape = choose_shape(limit)
+    head = deal(fake_matrix(2048, [(kind, 248_320)]), 82, shape.teams)
+    slots = max(1, shape.ring_bytes // (shape.warps * kind.tile_bytes))
+    needed = quant_gemv.shared_bytes(shape, slots, kind.tile_bytes, 2, head.pieces.shape[2])
+    assert needed + quant_gemv.STATIC_SHARED_BYTES <= limit
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_with_few_spills(arch: str) -> None:
     shape = choose_shape(227 * 1024 if arch == "sm_90a" else 99 * 1024)
-    for num_panels, types in ((1, 7), (2, 127)):
-        defines = quant_gemv.defines(shape, types, num_panels, arch)
+    for num_panels, types, slot in ((1, 7, 3360), (2, 127, 8192)):
+        defines = quant_gemv.defines(shape, types, num_panels, 2, slot, ADD, arch)
         report = Compiler(arch, None).report(quant_gemv.SOURCE, defines)
         assert report.kernels["quant_gemv"].spill_bytes <= 96
 
@@ -221,65 +231,3 @@ def test_norm_in_front(bench: Bench) -> None:
     bench.gemv.multiply(bench.gemv.plan(bench.packer.pack([part])), panels, 2, out, STORE)
     scale = np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6)
     assert relative_error(device.to_host(out), x / scale * weight @ values.T) < TOLERANCE
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 5, 8, 11, 16])
-def test_a_chain_equals_its_links(bench: Bench, num_tokens: int) -> None:
-    """The second half of a layer and the first product of the next, with sizes of no tidy shape."""
-    rng = np.random.default_rng(12)
-    hidden, wide = 1024, 1792
-    parts = {
-        "out": matrix("Q6_K", hidden, 768, 13),
-        "gate": matrix("Q4_K", wide, hidden, 14),
-        "up": matrix("Q4_K", wide, hidden, 15),
-        "down": matrix("Q5_K", hidden, wide, 16),
-        "mixer": matrix("Q8_0", 333, hidden, 17),
-    }
-    device, gemv, pack = bench.device, bench.gemv, bench.packer
-    plans = {name: gemv.plan(pack.pack([parts[name][0]])) for name in ("out", "down", "mixer")}
-    plans["gate_up"] = gemv.plan(pack.pack_paired(parts["gate"][0], parts["up"][0]))
-    residual = rng.normal(size=(num_tokens, hidden)).astype(np.float32)
-    weights = rng.normal(size=(2, hidden)).astype(np.float32)
-    norms = [device.to_device(weight) for weight in weights]
-    x = bench.panels(rng.normal(size=(num_tokens, 768)).astype(np.float32))
-
-    def links(rows: DeviceArray, out: DeviceArray) -> list[Norm | Product]:
-        normed, middle, again = (
-            bench.activations.operand(num_tokens, size) for size in (hidden, wide, hidden)
-        )
-        return [
-            Product(plans["out"], x, rows, ADD),
-            Norm(rows, norms[0], normed),
-            Product(plans["gate_up"], normed, middle, SWIGLU),
-            Product(plans["down"], middle, rows, ADD),
-            Norm(rows, norms[1], again),
-            Product(plans["mixer"], again, out, STORE),
-        ]
-
-    results = []
-    for together in (True, False, True):
-        rows = device.to_device(residual)
-        out = device.allocate((num_tokens, 333), np.float32)
-        device.fill(out, 0xFF)
-        chain = links(rows, out)
-        for part in [chain] if together else [[link] for link in chain]:
-            gemv.run(part, num_tokens, upcoming=plans["gate_up"])
-        results.append(np.concatenate([device.to_host(rows), device.to_host(out)], axis=1))
-    np.testing.assert_array_equal(results[0], results[1])
-    np.testing.assert_array_equal(results[0], results[2])
-    values = {name: value for name, (_, value) in parts.items()}
-    row = residual + bench_values(bench, x, num_tokens, 768) @ values["out"].T
-    gate, up = (normed_rows(row, weights[0]) @ values[name].T for name in ("gate", "up"))
-    row = row + (gate / (1 + np.exp(-gate)) * up) @ values["down"].T
-    expected = np.concatenate([row, normed_rows(row, weights[1]) @ values["mixer"].T], axis=1)
-    assert relative_error(results[0], expected) < 3 * TOLERANCE
-
-
-def normed_rows(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-    return rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6) * weight
-
-
-def bench_values(bench: Bench, panels: DeviceArray, tokens: int, columns: int) -> np.ndarray:  # type: ignore[type-arg]
-    raw = bench.device.to_host(panels).view(np.uint8)
-    return panel_values(raw, tokens, columns).astype(np.float64)

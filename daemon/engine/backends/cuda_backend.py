@@ -13,7 +13,6 @@ import numpy as np
 
 from daemon.checkpoint import HostBytes
 from daemon.engine.backends.backend import Sampled, SamplingRow
-from daemon.engine.backends.cuda_chain import DecodeChain
 from daemon.engine.backends.cuda_experts import ExpertMixer
 from daemon.engine.backends.cuda_memory import (
     BUCKETS,
@@ -25,6 +24,7 @@ from daemon.engine.backends.cuda_run import (
     DecodeRun,
     DecodeTables,
     PrefillRun,
+    ProductOrder,
     prefill_run,
 )
 from daemon.engine.backends.cuda_weights import CudaMatrix, CudaTable, WeightLoader
@@ -44,14 +44,7 @@ from daemon.kernels.kv_format import HEAD_DIM
 from daemon.kernels.moe_pack import ExpertMatrix, GatedExperts
 from daemon.kernels.quant_activations import CHUNKS, PANELS, ActivationKernels, padded_tokens
 from daemon.kernels.quant_gemm import GemmKernels
-from daemon.kernels.quant_gemv import (
-    ADD,
-    STORE,
-    SWIGLU,
-    GemvKernels,
-    Norm,
-    Product,
-)
+from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU, GemvKernels
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
@@ -99,7 +92,8 @@ class CudaBackend:
         self._pool = PinnedPool(device, limits.pinned_bytes)
         self._graphs: dict[int, Graph] = {}
         self._warm: set[int] = set()
-        self._chain = DecodeChain(self._gemv, rms_eps)
+        self._order = ProductOrder()
+        self._is_decoding = False
         self._mixer: ExpertMixer | None = None
         self._operand_layout = PANELS
 
@@ -112,7 +106,7 @@ class CudaBackend:
     def numerics(self) -> str:
         """The card's architecture, how work is dealt to it, and the formats of keys and values."""
         formats = f"{self._limits.k_format.name}/{self._limits.v_format.name}"
-        return f"cuda {self._device.arch}; {self._device.num_sms} SMs; KV {formats}; kernels 3"
+        return f"cuda {self._device.arch}; {self._device.num_sms} SMs; KV {formats}; kernels 2"
 
     def attach(self) -> None:
         """Make the GPU current in the engine's thread."""
@@ -198,10 +192,11 @@ class CudaBackend:
 
     def evaluate(self, batch: Batch, forward: Callable[[Run], Logits]) -> Logits:
         """Prefill calls the operations; decode records them per bucket and replays."""
-        self._operand_layout = PANELS if batch.kind == "decode" else CHUNKS
-        self._chain.begin_step(batch.kind == "decode")
+        self._is_decoding = batch.kind == "decode"
+        self._operand_layout = PANELS if self._is_decoding else CHUNKS
         if batch.kind == "prefill":
             return forward(prefill_run(self._device, batch, self._limits.max_pages))
+        self._order.begin()
         bucket = next(size for size in BUCKETS if size >= len(batch.spans))
         self._decode_tables.fill(batch.spans)
         run = self._decode_tables.run(bucket)
@@ -223,11 +218,7 @@ class CudaBackend:
 
     def rms_norm(self, x: DeviceArray, weight: DeviceArray) -> Operand:
         """The norm, rounded to fp16 for the product that follows."""
-        if self._operand_layout == PANELS:
-            return self._chained_norm(x, weight)
-        array = self._space.narrow.view((padded_tokens(x.shape[0]), x.shape[1]))
-        self._convert.convert(x, array, CHUNKS, weight, self._eps)
-        return Operand(array, x.shape[0], CHUNKS)
+        return self._operand(x, self._space.narrow, self._operand_layout, weight)
 
     def project(self, matrix: CudaMatrix, x: Operand) -> DeviceArray:
         """Float32 `[rows, matrix rows]`."""
@@ -246,14 +237,11 @@ class CudaBackend:
         if matrix.is_paired:
             self._multiply(matrix, x, out, SWIGLU)
         else:
-            both = self.project(matrix, x)
-            self._chain.launch()
-            self._convert.gate(both, out, x.layout)
+            self._convert.gate(self.project(matrix, x), out, x.layout)
         return Operand(out, x.num_rows, x.layout)
 
     def delta_net(self, run: Run, layer: int, weights: DeltaNetWeights, x: DeviceArray) -> Operand:
         """One fused kernel in decode; prepare, scan and gate in prefill."""
-        self._chain.launch()
         slots = self._memory.slots
         inputs = DeltaInputs.of_rows(x, slots.sizes)
         constants = DeltaConstants(weights.conv, weights.decay, weights.dt_bias, weights.gated_norm)
@@ -267,7 +255,6 @@ class CudaBackend:
 
     def attention(self, run: Run, layer: int, weights: AttentionWeights, x: DeviceArray) -> Operand:
         """Append, then attend: split over keys in decode, over query tiles in prefill."""
-        self._chain.launch()
         heads = (run.num_rows, self.shape.attention.num_heads, HEAD_DIM)
         queries = self._space.queries.view(heads)
         self._kv_append(
@@ -286,7 +273,6 @@ class CudaBackend:
     def mix_experts(self, weights: ExpertWeights, residual: DeviceArray) -> DeviceArray:
         """In the residual's place."""
         assert self._mixer is not None
-        self._chain.launch()
         is_decoding = self._operand_layout == PANELS
         mix = self._mixer.mix_few if is_decoding else self._mixer.mix_many
         mix(weights, residual)
@@ -346,17 +332,21 @@ class CudaBackend:
     # ── the parts of it ───────────────────────────────────────────────────────────────────────
 
     def _head(self, norm: DeviceArray, head: CudaMatrix, x: DeviceArray, out: DeviceArray) -> None:
-        self._multiply(head, self._chained_norm(x, norm), out, STORE)
-        self._chain.launch()
+        operand = self._operand(x, self._space.narrow, PANELS, norm)
+        self._multiply(head, operand, out, STORE)
 
-    def _chained_norm(self, x: DeviceArray, weight: DeviceArray) -> Operand:
-        array = self._space.narrow.view((padded_tokens(x.shape[0]), x.shape[1]))
-        self._chain.add(Norm(x, weight, array), x.shape[0])
-        return Operand(array, x.shape[0], PANELS)
+    def _operand(
+        self, x: DeviceArray, memory: DeviceArray, layout: int, norm: DeviceArray | None = None
+    ) -> Operand:
+        array = memory.view((padded_tokens(x.shape[0]), x.shape[1]))
+        self._convert.convert(x, array, layout, norm, self._eps)
+        return Operand(array, x.shape[0], layout)
 
     def _multiply(self, matrix: CudaMatrix, x: Operand, out: DeviceArray, epilogue: int) -> None:
         if x.layout == PANELS:
-            self._chain.add(Product(matrix.gemv, x.array, out, epilogue), x.num_rows)
+            # A prompt's head is the only product of few rows outside a decode step.
+            upcoming = self._order.successor(matrix.gemv) if self._is_decoding else None
+            self._gemv.multiply(matrix.gemv, x.array, x.num_rows, out, epilogue, upcoming)
         else:
             self._gemm.multiply(matrix.gemm, x.array, x.num_rows, out, epilogue)
 

@@ -36,17 +36,6 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
         : "memory");
 }
 
-// Whether the phase of the given parity has completed.
-__device__ __forceinline__ bool barrier_test(u64* barrier, u32 parity) {
-    u32 done;
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, done;\n}"
-        : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
-    return done;
-}
-
 // Copies contiguous bytes (a multiple of 16) and counts them on the barrier.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) {
     asm volatile(

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from cuda.bindings import driver
 
 from daemon.kernels.runtime.compiler import Cubin
@@ -22,8 +21,6 @@ Dim = tuple[int, int, int]
 TENSOR_MAP_BYTES = 128
 NO_STREAM = 0
 """The stream of a device that computes nothing; no real one has this handle."""
-Kind = str | int
-"""Of a parameter: a name of `_FIELDS`, or the bytes of a struct that is passed by value."""
 
 _FIELDS: dict[str, Any] = {
     "pointer": ctypes.c_uint64,
@@ -40,12 +37,12 @@ class Module:
     def __init__(self, cubin: Cubin) -> None:
         self._cubin = cubin
 
-    def kernel(self, name: str, parameters: Sequence[Kind], shared_bytes: int = 0) -> Kernel:
+    def kernel(self, name: str, parameters: Sequence[str], shared_bytes: int = 0) -> Kernel:
         """One `extern "C"` kernel.
 
         Args:
             parameters: the kind of each parameter in order: "pointer", "int32", "int64", "float32",
-                or "tensor_map" (a `const __grid_constant__` CUtensorMap), or the size of a struct.
+                or "tensor_map" (a `const __grid_constant__` CUtensorMap).
             shared_bytes: the most dynamic shared memory that a launch will ask for.
         """
         return Kernel(name, parameters, shared_bytes, self)
@@ -65,15 +62,13 @@ class Kernel:
     """A function on the device with a declared parameter list."""
 
     def __init__(
-        self, name: str, parameters: Sequence[Kind], shared_bytes: int, module: Module
+        self, name: str, parameters: Sequence[str], shared_bytes: int, module: Module
     ) -> None:
         self.name = name
         self._shared_bytes = shared_bytes
         self._module = module
-        self._fields = [
-            (ctypes.c_byte * kind)() if isinstance(kind, int) else _FIELDS[kind]()
-            for kind in parameters
-        ]
+        self._fields = [_FIELDS[kind]() for kind in parameters]
+        self._tensor_maps = [kind == "tensor_map" for kind in parameters]
         addresses = [ctypes.addressof(field) for field in self._fields]
         self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
         self._configs: dict[tuple[Any, ...], driver.CUlaunchConfig] = {}
@@ -102,7 +97,7 @@ class Kernel:
 
         Args:
             arguments: DeviceArray (or an address) for "pointer", numbers for the others, an encoded
-                CUtensorMap for "tensor_map", a NumPy array for a struct.
+                CUtensorMap for "tensor_map".
             cluster: blocks per cluster, on Hopper and later.
             dependent: may start before the previous kernel has ended; it must then wait with
                 griddepcontrol before it reads what that kernel wrote.
@@ -132,13 +127,10 @@ class Kernel:
 
     def _pack(self, arguments: tuple[Any, ...]) -> None:
         assert len(arguments) == len(self._fields), self.name
-        for argument, field in zip(arguments, self._fields, strict=True):
+        for argument, field, is_map in zip(arguments, self._fields, self._tensor_maps, strict=True):
             if type(argument) is DeviceArray:
                 field.value = argument.pointer
-            elif isinstance(argument, np.ndarray):
-                assert argument.nbytes == ctypes.sizeof(field), self.name
-                ctypes.memmove(field, argument.ctypes.data, argument.nbytes)
-            elif isinstance(field, ctypes.Array):
+            elif is_map:
                 ctypes.memmove(field, argument.getPtr(), TENSOR_MAP_BYTES)
             else:
                 field.value = argument
