@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import msgspec
+import pytest
 from fakes import Script
 from http_harness import USER, ApiHarness, events
 
@@ -172,3 +173,23 @@ def test_a_cancelled_request_says_so_to_the_next(make_api: MakeApi) -> None:
     assert told.nearest is not None
     assert (told.cause, told.nearest.state) == ("cancelled", "cancelled")
     assert generations.plans.find(first_id).status == "cancelled"
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "chat": {"messages": [SYSTEM, *USER]},
+    "messages": {"system": SYSTEM["content"], "messages": USER, "max_tokens": 9, "model": ""},
+    "responses": {"instructions": SYSTEM["content"], "input": USER},
+    "completions": {"prompt": "def add(a, b):\n" * 20},
+}
+
+
+@pytest.mark.parametrize("dialect", BODIES)
+def test_a_dry_run_of_every_dialect(make_api: MakeApi, dialect: str) -> None:
+    api = make_api()
+    body = BODIES[dialect]
+    told = plan(api, f"/v1/cache/plan?dialect={dialect}", **body)
+    assert told.status_code == 200, told.text
+    assert (told.json()["status"], told.json()["cause"]) == ("dry_run", "never_seen")
+    if dialect != "messages":
+        assert plan(api, **body).json()["prompt_tokens"] == told.json()["prompt_tokens"]
+    assert api.engine.requests == []

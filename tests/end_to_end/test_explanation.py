@@ -1,8 +1,13 @@
 """A user asks the daemon why a request reused no more: over HTTP, with the real engine."""
 
+from pathlib import Path
 from typing import Any
 
-from daemon_process import DaemonProcess, StartDaemon
+from daemon_process import ROOT, DaemonProcess, StartDaemon
+
+from daemon.engine.weights.gguf import open_gguf
+
+MODEL = ROOT / "daemon" / "embedded" / "tiny-coder-Q4_K_M.gguf"
 
 TOOLS = [
     {
@@ -88,3 +93,17 @@ def test_a_shared_beginning_that_has_no_checkpoint(start_daemon: StartDaemon) ->
         explain(daemon, SYSTEM)
         plan = explain(daemon, SYSTEM)
         assert (plan["cause"], plan["restored"]["tokens"]) == ("no_checkpoint", 0)
+
+
+def test_another_model_had_evaluated_it(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """Another template makes another model of the same weights."""
+    template = str(open_gguf(MODEL).metadata["tokenizer.chat_template"])
+    other = tmp_path / "other.jinja"
+    other.write_text(template + "{# the same, but not the same #}")
+    with start_daemon() as daemon:
+        explain(daemon, SYSTEM)
+        assert daemon.stop() == 0
+    with start_daemon("--chat-template-file", other) as daemon:
+        plan = explain(daemon, SYSTEM)
+        assert (plan["cause"], plan["restored"]["tokens"]) == ("other_model", 0)
+        assert plan["nearest"]["model"]
