@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from daemon.api.answer import WholeAnswer, answer
 from daemon.api.anthropic_messages_request import MessagesAsk, read_ask
-from daemon.api.anthropic_messages_response import MessageWriter
+from daemon.api.anthropic_messages_response import InputTokens, MessageWriter
 from daemon.api.generation import Conversation, Generations
 from daemon.api.parameters import ignored_header
 from daemon.api.reply_pieces import Outcome, Piece
@@ -55,7 +55,7 @@ class Messages:
         ask = await self._ask(request, counting=True)
         num_tokens = await self._generations.count_tokens(ask.conversation)
         return Response(
-            msgspec.json.encode({"input_tokens": num_tokens}),
+            msgspec.json.encode(InputTokens(num_tokens)),
             headers=ignored_header(ask.ignored),
             media_type="application/json",
         )

@@ -93,6 +93,13 @@ class MessageOut(Struct, kw_only=True):
     diagnostics: DiagnosticsOut | None | UnsetType = UNSET
 
 
+class InputTokens(Struct):
+    """The length of a prompt."""
+
+    input_tokens: int
+    object: str | UnsetType = UNSET
+
+
 class MessageWriter:
     """Spells one reply.
 

@@ -22,6 +22,7 @@ from daemon.api.models import Models
 from daemon.api.openai_chat import ChatCompletions
 from daemon.api.openai_completions import Completions
 from daemon.api.openai_responses import Responses
+from daemon.api.openapi import openapi
 from daemon.api.prometheus import Prometheus
 from daemon.api.refused_routes import refused_routes
 from daemon.api.service import Service
@@ -125,6 +126,7 @@ def _facts(service: Service, generations: Generations) -> Iterator[Route]:
     yield Route("/metrics", prometheus.metrics)
     yield Route("/", status.root)
     yield Route("/api/hello", status.root)
+    yield Route("/openapi.json", openapi)
     yield Route("/health", status.health)
     yield Route("/v1/health", status.health)
     yield Route("/v1/models", models.models)

@@ -4,7 +4,7 @@
 Owns their shapes. Shows no text of any prompt. Event loop; text is encoded on the prompt thread.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -41,7 +41,7 @@ class TokenPiece(Struct):
 class Tokens(Struct):
     """The answer of /tokenize."""
 
-    tokens: list[int] | list[TokenPiece]
+    tokens: Sequence[int | TokenPiece]
 
 
 class Detokenize(Struct):
