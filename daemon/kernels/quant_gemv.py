@@ -28,7 +28,7 @@ from daemon.kernels.runtime.kernel import Kernel, Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
 PARAMETERS = ("pointer",) * 6 + ("int32",) * 6
-ROOMY_SHARED_BYTES = 160 * 1024
+ROOMY_SHARED_BYTES = 200 * 1024
 """Cards with as much have four teams a multiprocessor, others two."""
 
 MAX_RING_BYTES = 144 * 1024
