@@ -70,10 +70,11 @@ def find_difference(
     tokenizer: Tokenizer, shape: FrameShape, prompt: Prompt, nearest: Nearest, session: str
 ) -> Difference | None:
     """None where nothing that the client sent before has changed: the prompt goes on from the
-    earlier one, repeats it, or branches off at its end."""
+    earlier one, repeats it, or branches off at its end. None too where the earlier one is another
+    model's, whose vocabulary may be another."""
     position = nearest.num_common
     past = nearest.past
-    if position in (len(past.tokens), len(prompt.tokens)) or not prompt.frames:
+    if position in (len(past.tokens), len(prompt.tokens)) or not prompt.frames or past.model:
         return None
     frame = _frame_at(prompt.frames, position)
     if _is_branch(shape, nearest, frame):

@@ -5,6 +5,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from conversations import conversations, texts
+from hypothesis import given
+from hypothesis import strategies as st
 
 from daemon.text.messages import Message, ToolCall, ToolSpec
 from daemon.text.prompt import Prompt, PromptBuilder
@@ -82,6 +85,26 @@ class Eyes:
 @pytest.fixture(scope="module")
 def eyes(tiny: Tokenizer, official: ChatTemplate) -> Eyes:
     return Eyes(tiny, official)
+
+
+@given(earlier=conversations, messages=conversations, reply=texts, cut=st.floats(0, 1))
+def test_any_two_conversations(
+    eyes: Eyes, earlier: list[Message], messages: list[Message], reply: str, cut: float
+) -> None:
+    """Whatever clients write: the tokens before the place are equal, those at it are not."""
+    shared = earlier[: int(cut * len(earlier))]
+    first, second = eyes.build(earlier), eyes.build([*shared, *messages])
+    difference = eyes.compare(first, second, reply)
+    if difference is not None:
+        position = difference.position
+        timeline = (*first.tokens, *eyes.tokenizer.encode(reply))
+        assert second.tokens[:position] == timeline[:position]
+        assert second.tokens[position] != timeline[position]
+        message = difference.message
+        assert message is None or 0 <= message < len(shared) + len(messages)
+    else:
+        size = min(len(first.tokens) - len(first.generation), len(second.tokens))
+        assert second.tokens[:size] == first.tokens[:size]
 
 
 def told(difference: Difference | None) -> tuple[str, str, int | None, str]:
