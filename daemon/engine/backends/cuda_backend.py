@@ -23,9 +23,9 @@ from daemon.engine.backends.cuda_memory import (
 from daemon.engine.backends.cuda_run import (
     DecodeRun,
     DecodeTables,
+    PrefillArrays,
     PrefillRun,
     ProductOrder,
-    prefill_run,
 )
 from daemon.engine.backends.cuda_weights import CudaMatrix, CudaTable, WeightLoader
 from daemon.engine.batch import Batch
@@ -166,6 +166,9 @@ class CudaBackend:
         with device.region(WORKSPACE):
             self._space = Workspace(device, shape, limits, self._loader.stacked_columns)
             self._decode_tables = DecodeTables(device, limits.decode_rows, limits.max_pages)
+            self._prefill_arrays = PrefillArrays(
+                device, limits.max_rows, limits.max_sequences, limits.max_pages
+            )
             frequencies = np.asarray(shape.rope.frequencies)
             self._frequencies = device.to_device(frequencies.view(np.uint64))
             self._make_kernels(shape)
@@ -195,7 +198,7 @@ class CudaBackend:
         self._is_decoding = batch.kind == "decode"
         self._operand_layout = PANELS if self._is_decoding else CHUNKS
         if batch.kind == "prefill":
-            return forward(prefill_run(self._device, batch, self._limits.max_pages))
+            return forward(self._prefill_arrays.run(batch))
         self._order.begin()
         bucket = next(size for size in BUCKETS if size >= len(batch.spans))
         self._decode_tables.fill(batch.spans)

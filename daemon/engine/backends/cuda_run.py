@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from daemon.checkpoint import PAGE_TOKENS
 from daemon.engine.batch import Batch, Span
 from daemon.kernels.attention_tiles import query_tiles
 from daemon.kernels.delta_prefill import PrefillSpan, PrefillTables, chunk_tables
@@ -17,6 +18,10 @@ from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray
 
 Int32 = np.ndarray[Any, np.dtype[np.int32]]
+NUM_PARTS = 7
+ALIGNED_INTS = 64
+"""Of the arrays of a prefill batch: each begins on 256 bytes."""
+
 NOWHERE = -1
 """Slot and position of padding rows, which kernels pass over."""
 
@@ -104,35 +109,60 @@ class ProductOrder:
         return self._plans[self._next % len(self._plans)]
 
 
-def prefill_run(device: Device, batch: Batch, max_pages: int) -> PrefillRun:
-    """Upload what the kernels need to know of a prefill batch."""
-    spans = batch.spans
-    counts = [len(span.tokens) for span in spans]
-    first_rows = np.cumsum([0, *counts])
-    positions = np.concatenate([np.arange(span.start, span.end) for span in spans])
-    tiles = query_tiles(
-        (int(row), span.start, count, index)
-        for index, (row, span, count) in enumerate(zip(first_rows, spans, counts, strict=False))
-    )
-    chunks, lines = chunk_tables(
-        [
-            PrefillSpan(int(row), count, span.slot, _captures(span))
-            for row, span, count in zip(first_rows, spans, counts, strict=False)
-        ]
-    )
-    upload = device.to_device
-    return PrefillRun(
-        num_rows=int(first_rows[-1]),
-        tokens=upload(np.concatenate([span.tokens for span in spans]).astype(np.int32)),
-        positions=upload(positions.astype(np.int32)),
-        sequences=upload(np.repeat(np.arange(len(spans), dtype=np.int32), counts)),
-        page_table=upload(page_table(spans, max_pages)),
-        tiles=upload(tiles),
-        tables=PrefillTables(upload(chunks), upload(lines)),
-        last_rows=tuple(
-            int(end) - 1 for end, span in zip(first_rows[1:], spans, strict=True) if span.samples
-        ),
-    )
+class PrefillArrays:
+    """The arrays of prefill batches: one stretch of memory, written by one copy a batch.
+
+    The copy is from pinned memory and nothing waits for it, so that a batch is made ready while
+    the one before still runs.
+    """
+
+    def __init__(self, device: Device, max_rows: int, max_spans: int, max_pages: int) -> None:
+        self._device = device
+        self._max_pages = max_pages
+        max_chunks = max_rows // PAGE_TOKENS + max_spans
+        sizes = (3 * max_rows, max_spans * max_pages, 8 * max_chunks, 4 * max_spans)
+        size = sum(sizes) + NUM_PARTS * ALIGNED_INTS
+        self._memory = device.allocate((size,), np.int32)
+        self._pinned = device.allocate_pinned(2 * size * 4).view(np.int32).reshape(2, size)
+        self._copied = [device.new_event() for _ in self._pinned]
+        self._turn = 0
+
+    def run(self, batch: Batch) -> PrefillRun:
+        """Write a batch; its arrays are valid until the next."""
+        spans = batch.spans
+        counts = [len(span.tokens) for span in spans]
+        first_rows = np.cumsum([0, *counts])
+        placed = list(zip(first_rows.tolist(), spans, counts, strict=False))
+        chunks, lines = chunk_tables(
+            [PrefillSpan(row, count, span.slot, _captures(span)) for row, span, count in placed]
+        )
+        tokens, positions, sequences, table, tiles, *tables = self._upload(
+            np.concatenate([span.tokens for span in spans]),
+            np.concatenate([np.arange(span.start, span.end) for span in spans]),
+            np.repeat(np.arange(len(spans)), counts),
+            page_table(spans, self._max_pages),
+            query_tiles((row, span.start, n, i) for i, (row, span, n) in enumerate(placed)),
+            chunks,
+            lines,
+        )
+        ends = zip(first_rows[1:].tolist(), spans, strict=True)
+        return PrefillRun(
+            int(first_rows[-1]), tokens, positions, sequences, table, tiles,
+            PrefillTables(*tables), tuple(end - 1 for end, span in ends if span.samples),
+        )  # fmt: skip
+
+    def _upload(self, *parts: np.ndarray[Any, np.dtype[Any]]) -> list[DeviceArray]:
+        self._turn ^= 1
+        pinned, copied = self._pinned[self._turn], self._copied[self._turn]
+        self._device.wait_for(copied)
+        arrays, start = [], 0
+        for part in parts:
+            pinned[start : start + part.size] = part.reshape(-1)
+            arrays.append(self._memory.view(part.shape, offset_bytes=start * 4))
+            start += -(-part.size // ALIGNED_INTS) * ALIGNED_INTS
+        self._device.write(self._memory.rows(0, start), pinned[:start])
+        self._device.mark(copied)
+        return arrays
 
 
 def page_table(spans: Sequence[Span], max_pages: int) -> Int32:

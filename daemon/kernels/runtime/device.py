@@ -283,6 +283,18 @@ class Device:
         """
         checked(driver.cuStreamSynchronize(self.stream), "finish work on the GPU")
 
+    def new_event(self) -> driver.CUevent:
+        """A mark that the stream can be given, and waited for; it has passed already."""
+        return _new_event()
+
+    def mark(self, event: driver.CUevent) -> None:
+        """Have the event pass once the stream has done what it was given so far."""
+        checked(driver.cuEventRecord(event, self.stream), "record an event")
+
+    def wait_for(self, event: driver.CUevent) -> None:
+        """Wait until an event has passed."""
+        checked(driver.cuEventSynchronize(event), "wait for an event")
+
     def record(self) -> driver.CUevent:
         """A mark in the stream, for `elapsed_ms`."""
         event = checked(driver.cuEventCreate(0), "create an event")

@@ -96,6 +96,15 @@ class PaperDevice(Device):
     def synchronize(self) -> None:
         """Nothing runs."""
 
+    def new_event(self) -> None:
+        """Nothing to wait for."""
+
+    def mark(self, event: object) -> None:
+        """Nothing to wait for."""
+
+    def wait_for(self, event: object) -> None:
+        """Nothing to wait for."""
+
 
 class PaperStream(CopyStream):
     """Where no copy ever is under way."""
