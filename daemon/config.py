@@ -45,13 +45,14 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 
 
 class CacheConfig(Struct, frozen=True, kw_only=True):
-    """The checkpoint store. `interval_tokens` is the spacing inside a long prompt, `audit_share`
-    the share of resumed requests that are evaluated again, cold, when the device is idle."""
+    """The checkpoint store. `interval_tokens` is the spacing inside a long prompt, None: by
+    what a state takes; `audit_share` the share of resumed requests that are evaluated again, cold,
+    when the device is idle."""
 
     enabled: bool = True
     folder: Path
     budget_bytes: int = 20 * 2**30
-    interval_tokens: int = 1024
+    interval_tokens: int | None = None
     audit_share: float = 0.0
 
 

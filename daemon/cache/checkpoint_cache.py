@@ -10,11 +10,12 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from daemon.cache.policy import Sizes
 from daemon.cache.prefix_hash import PrefixChain
 from daemon.cache.sampled_text import SampledText
 from daemon.cache.session_catalogue import SessionCatalogue
 from daemon.cache.session_records import clipped
-from daemon.cache.store import MIN_MAP_BYTES, Store
+from daemon.cache.store import MIN_MAP_BYTES, Store, footprint
 from daemon.cache.stored_prompts import StoredPrompt, read_prompts
 from daemon.cache.timeline import StoredTimeline
 from daemon.cache.transfer import Transfer, now_us
@@ -32,12 +33,13 @@ class CacheLimits(Struct, frozen=True, kw_only=True):
     Args:
         budget_bytes: of disk; the data file never grows beyond it.
         queue_bytes: of payloads that wait in memory to be written.
-        interval_tokens: between checkpoints inside a long prompt, a multiple of 64.
+        interval_tokens: between checkpoints inside a long prompt, a multiple of 64; None: by what
+            a state takes, see `policy.Sizes`.
     """
 
     budget_bytes: int
     queue_bytes: int
-    interval_tokens: int
+    interval_tokens: int | None
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -92,6 +94,7 @@ class CheckpointCache:
         self._limits = limits
         self._fingerprint = fingerprint
         self._now_us = now_us
+        self.expect(1, 1)
         with store.reading() as reader:
             sampled = list(reader.headers("sampled"))
             sessions = list(reader.headers("sessions"))
@@ -126,7 +129,7 @@ class CheckpointCache:
         fingerprint: bytes,
         model_name: str,
         budget_bytes: int,
-        interval_tokens: int,
+        interval_tokens: int | None,
         queue_bytes: int = QUEUE_BYTES,
     ) -> "CheckpointCache":
         """Open or make the store in folder `path`; see `CacheLimits`.
@@ -142,7 +145,7 @@ class CheckpointCache:
                 f"A checkpoint budget of {budget_bytes:,} bytes is too small; "
                 f"give at least {MIN_BUDGET_BYTES:,}."
             )
-        if interval_tokens <= 0 or interval_tokens % PAGE_TOKENS:
+        if interval_tokens is not None and (interval_tokens <= 0 or interval_tokens % PAGE_TOKENS):
             raise ConfigError(
                 f"The interval of checkpoints must be a multiple of {PAGE_TOKENS} tokens, "
                 f"not {interval_tokens}."
@@ -157,6 +160,15 @@ class CheckpointCache:
             store.close()
             raise
 
+    def expect(self, state_bytes: int, page_bytes: int) -> None:
+        """Say what states and pages take in memory, on which depends how many are worth it."""
+        self._sizes = Sizes(
+            state_bytes=footprint(state_bytes),
+            page_bytes=footprint(page_bytes),
+            budget_bytes=self._limits.checkpoint_bytes,
+            interval_tokens=self._limits.interval_tokens,
+        )
+
     def timeline(self, tokens: Sequence[int], session: str) -> StoredTimeline:
         """Begin with a prompt; `session` groups checkpoints for people, not for look-up."""
         return StoredTimeline(
@@ -164,7 +176,7 @@ class CheckpointCache:
             self._fingerprint,
             tokens,
             session=clipped(session),
-            interval_tokens=self._limits.interval_tokens,
+            sizes=self._sizes,
             now_us=self._now_us,
         )
 

@@ -7,7 +7,7 @@ stranded states and pages that nothing needs are named for deletion. Runs on the
 from msgspec import Struct
 
 from daemon.cache.prefix_index import PageRow, PrefixIndex
-from daemon.cache.records import DamagedRecord, decode_page, decode_state
+from daemon.cache.records import DamagedRecord, Use, decode_page, decode_state
 from daemon.cache.store import Reader
 
 
@@ -49,14 +49,16 @@ def _add_pages(index: PrefixIndex, reader: Reader) -> tuple[list[bytes], int]:
 
 def _add_states(index: PrefixIndex, reader: Reader) -> tuple[list[bytes], int]:
     uses = reader.uses()
-    stale, num_damaged = [], 0
+    stale, found = [], []
     for key, record in reader.headers("states"):
         try:
             header = decode_state(key, record)
         except DamagedRecord:
             stale.append(key)
-            num_damaged += 1
         else:
-            if not index.add_state(header, uses.get(key, header.created_us)):
-                stale.append(key)
+            found.append((uses.get(key) or Use(used_us=header.created_us), header))
+    num_damaged = len(stale)
+    for use, header in sorted(found, key=lambda pair: pair[0].used_us):
+        if not index.add_state(header, use):
+            stale.append(header.key)
     return stale, num_damaged

@@ -5,6 +5,7 @@ Owns what is to be deleted and put beside a checkpoint. Not thread-safe: `transf
 
 from msgspec import Struct, field
 
+from daemon.cache.records import Use
 from daemon.cache.store import WriteBatch
 from daemon.cache.write_queue import Job
 
@@ -15,13 +16,19 @@ class PendingChanges(Struct):
 
     doomed_pages: set[bytes] = field(default_factory=set)
     doomed_states: set[bytes] = field(default_factory=set)
-    touched: dict[bytes, int] = field(default_factory=dict)
+    touched: dict[bytes, Use] = field(default_factory=dict)
     sampled: dict[bytes, bytes | None] = field(default_factory=dict)
     sessions: dict[bytes, bytes | None] = field(default_factory=dict)
     models: dict[bytes, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in self.__struct_fields__)
+
+    def retry(self, failed: "PendingChanges") -> None:
+        """Keep what must not be lost of changes that were not written."""
+        self.doomed_pages |= failed.doomed_pages
+        self.doomed_states |= failed.doomed_states
+        self.sessions = failed.sessions | self.sessions
 
     def batch(self, job: Job | None) -> WriteBatch:
         """One transaction: these changes, and a checkpoint."""

@@ -5,11 +5,14 @@ and a page goes with the last that needs it. Knows keys and sizes, no payloads a
 thread-safe: `transfer` guards it.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 
 from msgspec import Struct
 
-from daemon.cache.records import HASH_BYTES, NO_PARENT, StateHeader, state_key
+from daemon.cache.policy import Candidate, heat_after_use
+from daemon.cache.records import HASH_BYTES, NO_PARENT, StateHeader, Use, state_key
+from daemon.cache.state_tree import StateTree
 from daemon.cache.store import footprint
 from daemon.checkpoint import PAGE_TOKENS, Birth
 
@@ -35,6 +38,10 @@ class Page:
         self.num_needing = 0
 
 
+SHARED_REASONS = frozenset({"system", "mark", "junction"})
+"""Checkpoints that other conversations are expected to use: never superseded by one of them."""
+
+
 class Removed(Struct, frozen=True):
     """Keys that are no longer in the index."""
 
@@ -50,7 +57,11 @@ class PrefixIndex:
         self._pages: dict[bytes, Page] = {}
         self._states: dict[bytes, StateHeader] = {}
         self._births: dict[bytes, set[Birth]] = {}
-        self._used_us: dict[bytes, int] = {}
+        self._uses: dict[bytes, Use] = {}
+        self._spared: dict[bytes, bytes] = {}
+        self._sparing: dict[bytes, set[bytes]] = {}
+        self._twins: dict[bytes, set[bytes]] = {}
+        self._tree = StateTree(self._pages)
 
     # ── looking up ────────────────────────────────────────────────────────────────────────────
 
@@ -58,6 +69,11 @@ class PrefixIndex:
     def num_pages(self) -> int:
         """Pages held."""
         return len(self._pages)
+
+    @property
+    def num_states(self) -> int:
+        """States held."""
+        return len(self._states)
 
     @property
     def states(self) -> Iterable[StateHeader]:
@@ -85,9 +101,50 @@ class PrefixIndex:
         """A state by its key."""
         return self._states.get(key)
 
+    def use(self, key: bytes) -> Use:
+        """When and how much a state was saved and restored."""
+        return self._uses[key]
+
     def used_us(self, key: bytes) -> int:
         """When a state was last saved or restored."""
-        return self._used_us[key]
+        return self._uses[key].used_us
+
+    def num_known(self, hashes: Sequence[bytes]) -> int:
+        """How many of a chain's first pages are here, whoever computed them."""
+        # All pages before a page are here, so those of a chain end once: search for the end.
+        return bisect_left(hashes, True, key=lambda hash: hash not in self._twins)
+
+    def least_recently_used(self) -> Iterator[bytes]:
+        """Keys of all states, that used longest ago first; the index must not change meanwhile."""
+        return iter(self._uses)
+
+    def candidate(self, key: bytes) -> Candidate | None:
+        """What is weighed of a state; None when it is not here."""
+        state = self._states.get(key)
+        if state is None:
+            return None
+        node, use = self._tree.node(state.hash), self._uses[key]
+        return Candidate(
+            reason=state.reason,
+            position=state.position,
+            before=node.before.depth * PAGE_TOKENS if node.before else 0,
+            num_bytes=footprint(state.payload_bytes) + self._own_page_bytes(state.tip),
+            heat=use.heat,
+            used_us=use.used_us,
+            is_superseded=len(node.after) == 1 and state.reason not in SHARED_REASONS,
+        )
+
+    def spared_by(self, key: bytes) -> bytes | None:
+        """The state that may not go before this one does, if it is still here."""
+        spared = self._spared.get(key)
+        return spared if spared in self._states else None
+
+    def sparing(self, key: bytes) -> frozenset[bytes]:
+        """States that must go before this one: side requests made them while its conversation
+        waited. None, once the conversation has gone on."""
+        if key not in self._sparing or self._tree.node(key[:HASH_BYTES]).after:
+            return frozenset()
+        return frozenset(self._sparing[key])
 
     def page(self, key: bytes) -> Page | None:
         """A page by its key. While it is here, all pages before it are."""
@@ -130,41 +187,56 @@ class PrefixIndex:
         if above is not None:
             above.num_needing += 1
         self._pages[row.key] = Page(row.parent, footprint(row.payload_bytes), above)
+        self._twins.setdefault(row.key[:HASH_BYTES], set()).add(row.key)
         self.num_bytes += self._pages[row.key].num_bytes
         return True
 
-    def add_state(self, state: StateHeader, used_us: int) -> bool:
-        """Add a state; False when it is stranded: its last page is absent or at another depth."""
+    def add_state(self, state: StateHeader, use: Use, spares: bytes | None = None) -> bool:
+        """Add a state; False when it is stranded: its last page is absent or at another depth.
+
+        `spares` is the key of a state that may not be evicted before this one.
+        """
         assert state.key not in self._states
         tip = self._pages.get(state.tip)
         if tip is None or tip.depth != state.num_pages:
             return False
+        self._tree.add(state.tip, self._is_passed(state.hash))
         tip.num_needing += 1
         self._states[state.key] = state
-        self._used_us[state.key] = used_us
+        self._uses[state.key] = use
         self._births.setdefault(state.hash, set()).add(state.born)
         self.num_bytes += footprint(state.payload_bytes)
+        if spares in self._states and spares != state.key:
+            self._spared[state.key] = spares
+            self._sparing.setdefault(spares, set()).add(state.key)
         return True
 
-    def touch(self, key: bytes, used_us: int) -> bool:
-        """Record a use; False when the state has gone."""
-        if key not in self._states:
-            return False
-        self._used_us[key] = used_us
-        return True
+    def touch(self, key: bytes, now_us: int) -> Use | None:
+        """Record one more use; None when the state has gone."""
+        use = self._uses.pop(key, None)
+        if use is None:
+            return None
+        heat = heat_after_use(use.heat, use.used_us, now_us)
+        self._uses[key] = use = Use(used_us=max(now_us, use.used_us), heat=heat)
+        return use
 
     def remove_state(self, key: bytes) -> Removed:
         """Remove a state, if it is here, and the pages that nothing needs any more."""
         state = self._states.pop(key, None)
         if state is None:
             return Removed((), ())
-        del self._used_us[key]
+        del self._uses[key]
+        self._sparing.pop(key, None)
+        spared = self._spared.pop(key, None)
+        if spared in self._sparing:
+            self._sparing[spared].remove(key)
         births = self._births[state.hash]
         births.remove(state.born)
         if not births:
             del self._births[state.hash]
         self.num_bytes -= footprint(state.payload_bytes)
         self._pages[state.tip].num_needing -= 1
+        self._tree.remove(state.tip)
         return Removed((key,), tuple(self.prune(state.tip)))
 
     def prune(self, tip: bytes) -> list[bytes]:
@@ -172,6 +244,7 @@ class PrefixIndex:
         removed = []
         while tip in self._pages and self._pages[tip].num_needing == 0:
             page = self._pages.pop(tip)
+            self._forget_twin(tip)
             self.num_bytes -= page.num_bytes
             removed.append(tip)
             tip = page.parent
@@ -193,6 +266,25 @@ class PrefixIndex:
         """Remove every page that no state needs."""
         idle = [key for key, page in self._pages.items() if page.num_needing == 0]
         return [removed for key in idle for removed in self.prune(key)]
+
+    def _own_page_bytes(self, tip: bytes) -> int:
+        """Bytes of the pages that nothing but the state on `tip` needs."""
+        num_bytes = 0
+        while tip != NO_PARENT and self._pages[tip].num_needing == 1:
+            num_bytes += self._pages[tip].num_bytes
+            tip = self._pages[tip].parent
+        return num_bytes
+
+    def _is_passed(self, hash: bytes) -> bool:
+        """Whether any page follows on this prefix."""
+        on_it = [self._states[state_key(hash, born)].tip for born in self._births.get(hash, ())]
+        return any(self._pages[k].num_needing > on_it.count(k) for k in self._twins[hash])
+
+    def _forget_twin(self, key: bytes) -> None:
+        twins = self._twins[key[:HASH_BYTES]]
+        twins.remove(key)
+        if not twins:
+            del self._twins[key[:HASH_BYTES]]
 
     def _standing_on(self, key: bytes) -> set[bytes]:
         """`key` and all pages after it. Visits every page, as damage is rare."""

@@ -41,6 +41,7 @@ NO_PARENT = bytes(PAGE_KEY_BYTES)
 _PAGE = struct.Struct("<4sHH16s8s16s8s16sIIQQQ256s")
 _STATE = struct.Struct("<4sHBB16s8s16sQIIQQQ")
 _SAMPLED = struct.Struct("<4sHH16s16sQQQII")
+_USE = struct.Struct("<Qd")
 _SUM = struct.Struct("<Q")
 _BIRTH_CODES: dict[Birth, int] = {"prompt": 0, "decode": 1}
 _REASON_CODES: dict[Reason, int] = {
@@ -49,6 +50,10 @@ _REASON_CODES: dict[Reason, int] = {
 }  # fmt: skip
 _BIRTHS = {code: birth for birth, code in _BIRTH_CODES.items()}
 _REASONS = {code: reason for reason, code in _REASON_CODES.items()}
+
+
+MAX_HEAT = 1e9
+"""More uses than this are none that were counted."""
 
 
 class DamagedRecord(Exception):
@@ -114,6 +119,13 @@ class SampledReply(Struct, frozen=True, kw_only=True):
     text_sum: int
     created_us: int
     tokens: tuple[int, ...]
+
+
+class Use(Struct, frozen=True, kw_only=True):
+    """When a state was last saved or restored, and how often, older uses counting for less."""
+
+    used_us: int
+    heat: float = 1.0
 
 
 Header = TypeVar("Header", PageHeader, StateHeader)
@@ -276,6 +288,19 @@ def decode_sampled(key: bytes, record: HostBytes) -> SampledReply:
 def sampled_bytes(record: bytes) -> bytes:
     """The token ids of a sampled reply's record, little-endian u32."""
     return record[_SAMPLED.size : -_SUM.size]
+
+
+def encode_use(use: Use) -> bytes:
+    """A use as bytes."""
+    return _USE.pack(use.used_us, use.heat)
+
+
+def decode_use(record: HostBytes) -> Use | None:
+    """Read a use; None when it makes no sense, which costs nothing but the order of eviction."""
+    if len(record) != _USE.size:
+        return None
+    used_us, heat = _USE.unpack(record)
+    return Use(used_us=used_us, heat=heat) if 0.0 < heat < MAX_HEAT else None
 
 
 def sealed(content: bytes) -> bytes:

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from daemon.cache.departures import Departures
-from daemon.cache.prefix_index import PrefixIndex
+from daemon.cache.holdings import Holdings
 from daemon.cache.records import StateHeader
-from daemon.cache.write_queue import WriteQueue
 from daemon.checkpoint import Found, Reach
 
 
@@ -36,12 +34,14 @@ class Branch(Struct, frozen=True):
     chain: tuple[bytes, ...]
 
 
-class Shelf(Struct, frozen=True):
+class Shelf:
     """The index, what waits to be written, and what has gone."""
 
-    index: PrefixIndex
-    queue: WriteQueue
-    departures: Departures
+    def __init__(self, holdings: Holdings) -> None:
+        self.index = holdings.index
+        self.queue = holdings.queue
+        self.departures = holdings.departures
+        self.waiting_conversation = holdings.waiting_conversation
 
     def found(self, state: StateHeader) -> Found:
         """A state as the engine sees it."""

@@ -14,7 +14,7 @@ from typing import Any
 import lmdb
 from msgspec import Struct
 
-from daemon.cache.records import FORMAT_VERSION, DamagedRecord
+from daemon.cache.records import FORMAT_VERSION, DamagedRecord, Use, decode_use, encode_use
 from daemon.cache.writer_lock import WriterLock
 from daemon.checkpoint import HostBytes
 from daemon.errors import ConfigError, StoreError, StoreFull, StoreVersionError
@@ -42,7 +42,7 @@ class WriteBatch(Struct, frozen=True, kw_only=True):
     """What one transaction does: deletions first, then records. Keys and headers are bytes.
 
     `pages` and `states` are deleted with their payloads; `put_*` are (key, header, payload).
-    `uses` are times of last use by state key; an absent reply in `put_sampled` is deleted,
+    `uses` are by state key; an absent reply in `put_sampled` is deleted,
     and so is a session in `put_sessions`;
     `models` are names by fingerprint.
     """
@@ -51,7 +51,7 @@ class WriteBatch(Struct, frozen=True, kw_only=True):
     delete_states: Sequence[bytes] = ()
     put_pages: Sequence[tuple[bytes, bytes, HostBytes]] = ()
     put_state: tuple[bytes, bytes, HostBytes] | None = None
-    uses: Mapping[bytes, int] = {}
+    uses: Mapping[bytes, Use] = {}
     put_sampled: Mapping[bytes, bytes | None] = {}
     put_sessions: Mapping[bytes, bytes | None] = {}
     models: Mapping[bytes, str] = {}
@@ -77,10 +77,11 @@ class Reader:
         for key, value in self._txn.cursor(self._tables[table]):
             yield bytes(key), bytes(value)
 
-    def uses(self) -> dict[bytes, int]:
-        """Times of last use in microseconds, by state key; entries of a wrong size are left out."""
+    def uses(self) -> dict[bytes, Use]:
+        """Uses by state key; damaged entries are left out."""
         pairs = self._txn.cursor(self._tables["uses"])
-        return {bytes(k): int.from_bytes(v, "little") for k, v in pairs if len(v) == 8}
+        uses = ((bytes(key), decode_use(record)) for key, record in pairs)
+        return {key: use for key, use in uses if use is not None}
 
     def models(self) -> dict[bytes, str]:
         """Names of models by their fingerprints."""
@@ -178,8 +179,8 @@ class Store:
                 self._put(txn, "pages", page)
             if batch.put_state is not None:
                 self._put(txn, "states", batch.put_state)
-            for key, used_us in batch.uses.items():
-                txn.put(key, used_us.to_bytes(8, "little"), db=self._tables["uses"])
+            for key, use in batch.uses.items():
+                txn.put(key, encode_use(use), db=self._tables["uses"])
             self._put_or_delete(txn, "sampled", batch.put_sampled)
             self._put_or_delete(txn, "sessions", batch.put_sessions)
             for fingerprint, name in batch.models.items():

@@ -26,7 +26,7 @@ class StoredTimeline:
 
     Args:
         session: a hint for people, at most 256 bytes of utf-8.
-        interval_tokens: the distance of interval checkpoints.
+        sizes: what a checkpoint of this model takes, and may take.
         now_us: the clock, microseconds since 1970.
     """
 
@@ -37,14 +37,15 @@ class StoredTimeline:
         tokens: Sequence[int],
         *,
         session: str,
-        interval_tokens: int,
+        sizes: policy.Sizes,
         now_us: Callable[[], int],
     ) -> None:
         self._transfer = transfer
         self._fingerprint = fingerprint
         self._chain = PrefixChain(fingerprint, tokens)
         self._session = session
-        self._interval_tokens = interval_tokens
+        self._sizes = sizes
+        self._spares: bytes | None = None
         self._now_us = now_us
         self._start_run(0, ON_GRID, "prompt")
 
@@ -56,6 +57,7 @@ class StoredTimeline:
         """The longest usable checkpoint at a position <= limit; memory only."""
         with self._transfer.looking() as shelf:
             state = shelf.index.find(self._chain.hashes, limit, strict)
+            self._spares = shelf.waiting_conversation(len(self._chain.hashes), state)
             return None if state is None else shelf.found(state)
 
     def load(self, found: Found) -> "Future[Snapshot | None]":
@@ -72,7 +74,17 @@ class StoredTimeline:
 
         A sequence that goes on from a decoded state makes none that is better than another such.
         """
-        wanted = policy.positions(self._chain.num_tokens, boundaries, start, self._interval_tokens)
+        with self._transfer.looking() as shelf:
+            num_shared = shelf.index.num_known(self._chain.hashes)
+        wanted = policy.positions(
+            policy.Prompt(
+                num_tokens=self._chain.num_tokens,
+                boundaries=boundaries,
+                start=start,
+                num_shared=num_shared * PAGE_TOKENS,
+            ),
+            self._sizes,
+        )
         births = self._transfer.births(self._hash_at(position) for position in wanted)
         worse: frozenset[Birth] = frozenset(() if self._born == "decode" else ("decode",))
         return {
@@ -110,7 +122,7 @@ class StoredTimeline:
             self._queued_page(index, header, payload)
             for index, payload in sorted(snapshot.pages.items())
         ]
-        self._transfer.save(QueuedState(header, snapshot.state), pages)
+        self._transfer.save(QueuedState(header, snapshot.state), pages, self._spares)
 
     def _queued_page(self, index: int, state: StateHeader, payload: HostBytes) -> QueuedPage:
         num_grid_pages = state.num_grid_pages

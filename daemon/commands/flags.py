@@ -103,8 +103,8 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache-dir", type=Path, help=f"the store ({default_cache_folder()})")
     group.add_argument("--cache-size", default="20G", help="its budget on disk (%(default)s)")
     group.add_argument(
-        "--checkpoint-interval", type=positive, default=1024, metavar="TOKENS",
-        help="spacing of checkpoints inside a long prompt (%(default)s)",
+        "--checkpoint-interval", type=positive, metavar="TOKENS",
+        help="spacing of checkpoints inside a long prompt (default: by the size of a state)",
     )  # fmt: skip
     group.add_argument(
         "--audit-share", type=share, default=0.0, metavar="SHARE",

@@ -49,6 +49,10 @@ class Timeline(Protocol):
 class CheckpointStore(Protocol):
     """Where checkpoints live."""
 
+    def expect(self, state_bytes: int, page_bytes: int) -> None:
+        """Called once, first: how large states and pages will be."""
+        ...
+
     def timeline(self, tokens: Sequence[int], session: str) -> Timeline:
         """Begin with a prompt; `session` groups checkpoints for people, not for look-up."""
         ...
@@ -56,6 +60,9 @@ class CheckpointStore(Protocol):
 
 class NoCheckpoints:
     """A store that keeps nothing, for those who ask for none."""
+
+    def expect(self, state_bytes: int, page_bytes: int) -> None:
+        """Nothing to prepare."""
 
     def timeline(self, tokens: Sequence[int], session: str) -> "NoTimeline":
         """The same for every prompt."""

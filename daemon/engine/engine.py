@@ -65,6 +65,7 @@ class StepEngine:
         self.canonical = canonical
         self.wake = wake
         self.sequences: dict[str, Sequence] = {}
+        store.expect(*self.backend.snapshot_sizes)
 
     # ── commands ──────────────────────────────────────────────────────────────────────────────
 

@@ -17,7 +17,7 @@ from daemon.text.replay import ReplayEntry, SampledTokens, is_faithful, replay_e
 from daemon.text.template import ChatTemplate, Frame, FrameKind
 from daemon.text.tokenizer import Tokenizer
 
-BoundaryReason = Literal["system", "user", "prompt", "mark"]
+BoundaryReason = Literal["system", "user", "tool", "prompt", "mark"]
 
 
 class PromptFrame(Struct, frozen=True):
@@ -32,7 +32,7 @@ class Prompt(Struct, frozen=True, kw_only=True):
     """What to generate from.
 
     `boundaries` are (position, reason) in rising order, one a position and none at 0: "system" is
-    the end of system prompt and tools, "user" the start of a user message (tool results are none),
+    the end of system prompt and tools, "user" the start of a user message, "tool" of tool results,
     "prompt" the start of the generation prompt, "mark" where a client marked a message.
     `generation` are the generation prompt's tokens, the last of `tokens`; with `thinking_open` it
     ends inside `<think>`. `frames` say which tokens show which messages.
@@ -150,9 +150,9 @@ def _boundaries(
         dropwhile(lambda pair: pair[0].kind == "system", zip(frames, starts, strict=True))
     )
     reasons: dict[int, BoundaryReason] = dict.fromkeys(marks, "mark")
-    reasons |= {
-        start: "user" for frame, start in zip(frames, starts, strict=True) if frame.kind == "user"
-    }
+    for frame, start in zip(frames, starts, strict=True):
+        if frame.kind == "user" or frame.kind == "tool":
+            reasons[start] = frame.kind
     reasons |= {after_system[1]: "system", starts[-1]: "prompt"}
     reasons.pop(0, None)
     return tuple(sorted(reasons.items()))

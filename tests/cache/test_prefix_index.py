@@ -6,11 +6,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from daemon.cache.prefix_hash import PrefixChain
 from daemon.cache.prefix_index import PageRow, PrefixIndex
-from daemon.cache.records import NO_PARENT, ON_GRID, StateHeader
+from daemon.cache.records import NO_PARENT, ON_GRID, StateHeader, Use
 from daemon.cache.store import footprint
 from daemon.checkpoint import Birth
 
 MODEL = bytes(16)
+USE = Use(used_us=1)
 PAGE_SIZES = (0, 100, 5000)
 PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=5)
 """A prompt of up to five pages, each of one token repeated: many share a beginning."""
@@ -51,7 +52,7 @@ class IndexAgainstLists(RuleBasedStateMachine):
             if self.index.page(hash + ON_GRID) is None:
                 assert self.index.add_page(PageRow(hash + ON_GRID, parent, 100), number)
             parent = hash + ON_GRID
-        assert self.index.add_state(state, used_us=1)
+        assert self.index.add_state(state, USE)
         self.saved[state.key] = (prompt, state)
 
     @rule(data=st.data())
@@ -89,6 +90,27 @@ class IndexAgainstLists(RuleBasedStateMachine):
         size = len(needed) * footprint(100) + len(self.saved) * footprint(300)
         assert self.index.num_bytes == size
 
+    @invariant()
+    def neighbours_are_those_of_the_prompts(self) -> None:
+        prompts = {tuple(prompt) for prompt, _ in self.saved.values()}
+        for key, (prompt, _) in self.saved.items():
+            before = [p for p in prompts if len(p) < len(prompt) and p == tuple(prompt[: len(p)])]
+            weighed = self.index.candidate(key)
+            assert weighed is not None
+            assert weighed.before == 64 * max(map(len, before), default=0)
+            after = [p for p in prompts if p[: len(prompt)] == tuple(prompt) != p]
+            nearest = [p for p in after if not any(p != q and p[: len(q)] == q for q in after)]
+            assert weighed.is_superseded is (len(nearest) == 1)
+
+    @rule(prompt=PROMPTS)
+    def num_known(self, prompt: list[int]) -> None:
+        shared = [
+            next((i for i, (a, b) in enumerate(zip(p, prompt, strict=False)) if a != b),
+                 min(len(p), len(prompt)))
+            for p, _ in self.saved.values()
+        ]  # fmt: skip
+        assert self.index.num_known(chain_of(prompt).hashes) == max(shared, default=0)
+
     def chain(self, state: StateHeader) -> list[bytes]:
         return chain_of(self.saved[state.key][0]).hashes
 
@@ -116,7 +138,7 @@ def test_a_state_of_another_depth_is_stranded(num_pages: int, depth: int) -> Non
         index.add_page(PageRow(hash + ON_GRID, parent, 1), number)
         parent = hash + ON_GRID
     state = state_of([0] * depth, "prompt")
-    assert index.add_state(state, 1) is (depth <= num_pages)
+    assert index.add_state(state, USE) is (depth <= num_pages)
 
 
 def test_a_page_chain_knows_its_bytes() -> None:

@@ -93,15 +93,14 @@ def test_a_pinned_session_is_never_evicted(tmp_path: Path) -> None:
         talk(cache, f"other {number}", first=number, **sizes)
         cache.flush()
     assert cache.stats().num_evicted > 20
-    again = Simulated(cache, [*pinned.tokens, 1], **sizes)
-    found = again.resume()
+    found = cache.reach(pinned.tokens, 256, strict=False).found
     assert found is not None
     assert found.position == 256
     cache.catalogue.change("pinned", is_pinned=False)
     for number in range(100, 160):
         talk(cache, f"other {number}", first=number, **sizes)
         cache.flush()
-    assert Simulated(cache, [*pinned.tokens, 1], **sizes).resume() is None
+    assert cache.reach(pinned.tokens, 256, strict=False).found is None
     cache.close()
 
 

@@ -5,7 +5,7 @@ import lmdb
 import pytest
 
 from daemon.cache import store as store_module
-from daemon.cache.records import FORMAT_VERSION, DamagedRecord
+from daemon.cache.records import FORMAT_VERSION, DamagedRecord, Use
 from daemon.cache.store import CHUNK_BYTES, DATA_FILE, Store, WriteBatch, footprint
 from daemon.errors import ConfigError, StoreError, StoreFull, StoreInUse, StoreVersionError
 
@@ -40,16 +40,19 @@ def test_a_payload_of_numpys_shape_is_taken(tmp_path: Path) -> None:
     store.close()
 
 
+USE = Use(used_us=7, heat=1.5)
+
+
 def test_deleting_takes_payload_and_use_along_and_no_neighbour(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     neighbour = STATE[:-1] + b"t"
     for key in (STATE, neighbour):
         payload = bytes(2 * CHUNK_BYTES)
-        store.write(WriteBatch(put_state=(key, b"header", payload), uses={key: 7}))
+        store.write(WriteBatch(put_state=(key, b"header", payload), uses={key: USE}))
     store.write(WriteBatch(delete_states=[STATE]))
     with store.reading() as reader:
         assert [key for key, _ in reader.headers("states")] == [neighbour]
-        assert reader.uses() == {neighbour: 7}
+        assert reader.uses() == {neighbour: USE}
         assert reader.payload("states", neighbour, 2 * CHUNK_BYTES) == bytes(2 * CHUNK_BYTES)
         with pytest.raises(DamagedRecord):
             reader.payload("states", STATE, 1)

@@ -288,9 +288,9 @@ def test_a_record_dropped_while_it_is_written_is_deleted_after(rig: Rig) -> None
     rig.hold()
     save(cache, 1, num_pages=2)
     assert rig.store.is_writing.wait(20)
-    page = next(iter(cache._transfer._index._pages))
-    with cache._transfer._lock:
-        cache._transfer._forget(cache._transfer._index.remove_page(page), "evicted")
+    with cache._transfer.looking() as shelf:
+        page = next(shelf.index.walk_up(next(iter(shelf.index.states)).tip))
+        cache._transfer._holdings.forget(shelf.index.remove_page(page), "evicted")
     rig.store.gate.set()
     cache.flush()
     with rig.store.reading() as reader:
@@ -303,13 +303,10 @@ def test_what_loads_is_not_evicted(rig: Rig) -> None:
     save(cache, 2)
     cache.flush()
     key = next(s.header.key for s in cache._transfer.states() if s.used_us < rig.time_us - 1)
-    with cache._transfer._lock:
-        cache._transfer._pins[key] += 1
-    save(cache, 3)
-    cache.flush()
-    assert key in {state.header.key for state in cache._transfer.states()}
-    with cache._transfer._lock:
-        cache._transfer._unpin(key)
+    with cache._transfer.holding([key]):
+        save(cache, 3)
+        cache.flush()
+        assert key in {state.header.key for state in cache._transfer.states()}
 
 
 def test_lmdb_that_cannot_read_is_a_miss(

@@ -39,6 +39,10 @@ class TapeModel:
         self.before_batch: Callable[[Batch], None] = lambda batch: None
         self.batches: list[Batch] = []
 
+    @property
+    def snapshot_sizes(self) -> tuple[int, int]:
+        return 4, 4 * PAGE_TOKENS
+
     # ── Model ─────────────────────────────────────────────────────────────────────────────────
 
     def logits(self, batch: Batch) -> list[int]:

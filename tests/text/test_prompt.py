@@ -68,7 +68,7 @@ def test_boundaries_of_an_agent_loop(qwen: Tokenizer, template: ChatTemplate) ->
     frames = _frames(qwen, prompt)
     reasons = dict(prompt.boundaries)
     assert [reasons.get(start) for start in frames] == [
-        *(None, "system", None, None, None, "user", "prompt")
+        *(None, "system", None, "tool", None, "user", "prompt")
     ]
 
 

@@ -128,6 +128,11 @@ class Backend(Protocol):
         """How many of `wanted` pages fit beside the weights, which are loaded already."""
         ...
 
+    @property
+    def snapshot_sizes(self) -> tuple[int, int]:
+        """Bytes of a state and of a page, as they are read and written; after `allocate`."""
+        ...
+
     def clear_slot(self, slot: int) -> None:
         """The state before the first token."""
         ...

@@ -175,6 +175,11 @@ class CudaBackend:
         if device.computes:
             self._compiler.finish()
 
+    @property
+    def snapshot_sizes(self) -> tuple[int, int]:
+        """As they lie in device memory."""
+        return self._memory.slots.memory.shape[1], self._memory.layout.page_bytes
+
     def clear_slot(self, slot: int) -> None:
         """The state before the first token is zero."""
         self._memory.clear_slot(slot)

@@ -131,6 +131,11 @@ class NumpyBackend:
         """All of them: pages that are never touched take no memory."""
         return wanted
 
+    @property
+    def snapshot_sizes(self) -> tuple[int, int]:
+        """Float32 both."""
+        return self.rules[0].nbytes + self.convs[0].nbytes, self.pool.content[:, :, 0].nbytes
+
     def clear_slot(self, slot: int) -> None:
         """The state before the first token is zero."""
         self.rules[slot] = 0

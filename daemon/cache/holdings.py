@@ -1,0 +1,241 @@
+"""What is stored and what waits to be stored, and who has to go: everything that needs no I/O.
+
+Owns index, queue, pins and pending changes, and keeps them in step: what is on disk is always in
+the index or among the doomed, which the next transaction deletes. Not thread-safe: `transfer`
+calls with its lock held, mostly on the engine's thread, so everything here must be quick.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from msgspec import Struct
+
+from daemon.cache.checkpoint_reader import Wanted
+from daemon.cache.departures import Departures
+from daemon.cache.eviction import EvictionRound
+from daemon.cache.index_loader import LoadedIndex
+from daemon.cache.pending_changes import PendingChanges
+from daemon.cache.prefix_index import PageRow, Removed
+from daemon.cache.records import HASH_BYTES, StateHeader, Use, state_key
+from daemon.cache.store import footprint
+from daemon.cache.write_queue import Job, QueuedPage, QueuedState, WriteQueue
+from daemon.checkpoint import Departure, HostBytes
+
+SHRINK = 0.9
+"""When the disk proves full, this share of what is stored stays."""
+
+MANY_STATES = 256
+"""From so many on, making room goes 1/32 further than it must, to be rare: it weighs them all."""
+
+SIDE_REQUEST_US = 10 * 60 * 1_000_000
+"""So long after a conversation's last use, a shorter prompt is taken for a side request of it."""
+
+
+class Limits(Struct, frozen=True):
+    """Bytes: of all that is stored, on disk; and of payloads that wait in memory for the disk."""
+
+    max_bytes: int
+    queue_bytes: int
+
+
+class Holdings:
+    """See the module's docstring.
+
+    Attributes:
+        counts: of events since the store was opened, by name.
+        is_protected: states that are never evicted.
+    """
+
+    def __init__(self, loaded: LoadedIndex, limits: Limits, now_us: Callable[[], int]) -> None:
+        self.index = loaded.index
+        self.queue = WriteQueue()
+        self.departures = Departures()
+        self.pending = PendingChanges(set(loaded.stale_pages), set(loaded.stale_states))
+        self.counts: Counter[str] = Counter(damaged=loaded.num_damaged)
+        self.is_protected: Callable[[StateHeader], bool] = lambda _: False
+        self._limits = limits
+        self._now_us = now_us
+        self._pins: Counter[bytes] = Counter()
+        self._latest = b""
+
+    # ── coming ────────────────────────────────────────────────────────────────────────────────
+
+    def save(self, state: QueuedState, pages: Sequence[QueuedPage], spares: bytes | None) -> bool:
+        """Queue a checkpoint, unless one as good is here; False when it was given up.
+
+        `spares` is the key of a state that must not be evicted before this one.
+        """
+        stored = self._as_good(state.header)
+        if stored is not None:
+            self.touch(stored)
+        elif not self._admit(state, pages, spares):
+            self.counts["dropped"] += 1
+            return False
+        self._relieve_queue()
+        return self._as_good(state.header) is not None
+
+    def waiting_conversation(self, num_pages: int, found: StateHeader | None) -> bytes | None:
+        """The state of the conversation that a prompt of so many pages interrupts, if it does.
+
+        A title, a summary or a sub-agent comes in between and is shorter. `found` is the state from
+        which the prompt goes on: a later request of the same sub-agent interrupts the same one.
+        """
+        inherited = self.index.spared_by(found.key) if found else None
+        state = self.index.state(inherited or self._latest)
+        if state is None or state.num_pages <= num_pages:
+            return None
+        age_us = self._now_us() - self.index.use(state.key).used_us
+        return state.key if inherited or age_us < SIDE_REQUEST_US else None
+
+    def touch(self, key: bytes) -> None:
+        """Record one more use of a state, if it is here."""
+        use = self.index.touch(key, self._now_us())
+        if use is not None:
+            self._latest = key
+            if self.queue.state(key) is None:
+                self.pending.touched[key] = use
+
+    def _as_good(self, state: StateHeader) -> bytes | None:
+        """The key of a state that makes saving this one needless: itself, or its better twin."""
+        twins = (state_key(state.hash, "prompt"), state.key)
+        return next((key for key in twins if self.index.state(key) is not None), None)
+
+    def _admit(self, state: QueuedState, pages: Sequence[QueuedPage], spares: bytes | None) -> bool:
+        """Put a checkpoint into index and queue, or leave both as they were."""
+        added: list[QueuedPage] = []
+        for page in pages:
+            header = page.header
+            if self.index.page(header.key) is not None:
+                continue
+            row = PageRow(header.key, header.parent, header.payload_bytes)
+            if not self.index.add_page(row, header.index):
+                break
+            added.append(page)
+        tip = self.index.page(state.header.tip)
+        fits = tip is not None and self._limits.max_bytes >= tip.num_chain_bytes + footprint(
+            state.header.payload_bytes
+        )
+        if fits and self.index.add_state(state.header, Use(used_us=self._now_us()), spares):
+            self._latest = state.header.key
+            self.queue.add(state, added)
+            self.departures.discard(state.header.hash)
+            self._retire_twin(state.header)
+            return True
+        for page in reversed(added):
+            self.index.prune(page.header.key)
+        return False
+
+    def _retire_twin(self, state: StateHeader) -> None:
+        """A state born by prompt evaluation takes the place of the one that decoding made."""
+        twin = state_key(state.hash, "decode")
+        if state.born == "prompt" and not self._pins[twin]:
+            self.forget(self.index.remove_state(twin), None)
+
+    # ── going ─────────────────────────────────────────────────────────────────────────────────
+
+    def make_room(self, max_bytes: int | None = None) -> None:
+        """Evict what is least worth until no more than `max_bytes`, or the limit, is left."""
+        max_bytes = self._limits.max_bytes if max_bytes is None else max_bytes
+        if self.index.num_bytes <= max_bytes:
+            return
+        if self.index.num_states > MANY_STATES:
+            max_bytes -= max_bytes // 32
+        self._remove_least_worth(self._may_go, lambda: self.index.num_bytes - max_bytes)
+
+    def forget(self, removed: Removed, cause: Departure | None) -> None:
+        """Take what left the index out of the queue too, or doom it if it is on disk.
+
+        `cause` None: what went has a better one in its place.
+        """
+        if cause is not None:
+            self.departures.add((key[:HASH_BYTES] for key in removed.states), cause)
+        self.pending.doomed_states.update(k for k in removed.states if not self.queue.state(k))
+        self.pending.doomed_pages.update(k for k in removed.pages if not self.queue.page(k))
+        self.queue.remove(removed.states, removed.pages)
+        for key in removed.states:
+            self.pending.touched.pop(key, None)
+
+    def pin(self, key: bytes) -> None:
+        """The state is being read or written: it is not evicted meanwhile."""
+        self._pins[key] += 1
+
+    def unpin(self, key: bytes) -> None:
+        """The inverse of `pin`."""
+        self._pins[key] -= 1
+        if not self._pins[key]:
+            del self._pins[key]
+
+    def _relieve_queue(self) -> None:
+        """Give up waiting checkpoints, the least worth first, until the queue is in its bounds."""
+
+        def excess() -> int:
+            lone = len(self.queue) <= 1
+            return 0 if lone else self.queue.num_bytes - self._limits.queue_bytes
+
+        if excess() > 0:
+            self._remove_least_worth(
+                lambda key: self.queue.state(key) is not None and self._may_go(key), excess
+            )
+
+    def _remove_least_worth(
+        self, may_go: Callable[[bytes], bool], excess: Callable[[], int]
+    ) -> None:
+        order = EvictionRound(self.index, self._now_us(), may_go)
+        while (need_bytes := excess()) > 0:
+            victim = order.next_victim(need_bytes)
+            if victim is None:
+                return
+            is_queued = self.queue.state(victim) is not None
+            cause: Departure = "dropped" if is_queued else "evicted"
+            self.forget(self.index.remove_state(victim), cause)
+            self.counts[cause] += 1
+
+    def _may_go(self, key: bytes) -> bool:
+        state = self.index.state(key)
+        return state is not None and not self._pins[key] and not self.is_protected(state)
+
+    # ── on their way to the disk and back ─────────────────────────────────────────────────────
+
+    def next_job(self) -> Job | None:
+        """The oldest waiting checkpoint, pinned until `settle` or `give_up`."""
+        state = self.queue.oldest()
+        if state is None:
+            return None
+        self.pin(state.header.key)
+        return self.queue.job(state, self.index.walk_up(state.header.tip))
+
+    def settle(self, job: Job) -> None:
+        """Take what is on disk now out of the queue; doom what was dropped while it was written."""
+        key = job.state.header.key
+        self.unpin(key)
+        self.counts["written"] += 1
+        self.counts["written_bytes"] += job.num_bytes
+        if self.queue.state(key) is job.state:
+            self.queue.remove([key], ())
+        elif self.index.state(key) is None:
+            self.pending.doomed_states.add(key)
+        for page in job.pages:
+            self.queue.remove((), [page.header.key])
+            if self.index.page(page.header.key) is None:
+                self.pending.doomed_pages.add(page.header.key)
+
+    def give_up(self, job: Job) -> None:
+        """A checkpoint that cannot be written."""
+        key = job.state.header.key
+        self.unpin(key)
+        self.counts["dropped"] += 1
+        if self.queue.state(key) is job.state:
+            self.forget(self.index.remove_state(key), "dropped")
+
+    def wanted(self, state: StateHeader, tokens: bytes) -> Wanted | None:
+        """What a reader needs to know; None when the state has gone."""
+        if self.index.state(state.key) is not state:
+            return None
+        chain = self.index.chain(state.tip)
+        queued: dict[bytes, HostBytes] = {
+            key: page.payload for key in chain if (page := self.queue.page(key)) is not None
+        }
+        waiting = self.queue.state(state.key)
+        if waiting is not None:
+            queued[state.key] = waiting.payload
+        return Wanted(state, tuple(chain), tokens, queued)
