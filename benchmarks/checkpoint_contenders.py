@@ -122,7 +122,8 @@ class UniformGrid(LeastRecentlyUsed):
 
 
 class LlamaPlacement(LeastRecentlyUsed):
-    """A checkpoint every 8,192 tokens and at the end of the prompt, as llama-server places them."""
+    """A checkpoint every 8,192 tokens and at a prompt's end, where llama-server has them, in a
+    store like ours."""
 
     def place(self, request: TraceRequest, start: int) -> dict[int, Reason]:
         end = request.num_tokens // PAGE_TOKENS * PAGE_TOKENS
@@ -192,5 +193,6 @@ CONTENDERS: dict[str, type[Contender]] = {
     "qwend": Qwend,
     "our placement, LRU": LeastRecentlyUsed,
     "grid of 1,600, LRU": UniformGrid,
-    "llama-server": LlamaServer,
+    "llama.cpp's places, LRU": LlamaPlacement,
+    "llama-server, slot free": LlamaServer,
 }

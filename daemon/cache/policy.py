@@ -165,6 +165,11 @@ def positions(prompt: Prompt, sizes: Sizes) -> dict[int, Reason]:
     split = prompt.num_shared
     if prompt.start < split < prompt.num_tokens // PAGE_TOKENS * PAGE_TOKENS:
         _want(wanted, split, "junction")
+    for boundary in prompt.boundaries:
+        # What goes back before a prompt's end goes back by a page, more often than not.
+        one_before = boundary.position // PAGE_TOKENS * PAGE_TOKENS - PAGE_TOKENS
+        if boundary.reason == "prompt" and one_before > 0:
+            _want(wanted, one_before, "interval")
     wanted |= dict.fromkeys(_cover(prompt, sizes.cover_tokens, sorted(wanted)), "interval")
     possible = [p for p in wanted if max(prompt.start, 0) < p <= sizes.max_position]
     kept = sorted(possible, key=lambda position: (WORTH[wanted[position]], position))

@@ -49,7 +49,12 @@ def test_boundaries_are_aligned_down_and_the_first_page_has_none() -> None:
 
 
 def test_the_worthier_reason_is_recorded() -> None:
-    assert placed(500, (130, "user"), (140, "system"), (150, "prompt")) == {128: "system"}
+    wanted = placed(500, (130, "user"), (140, "system"), (150, "prompt"))
+    assert wanted == {64: "interval", 128: "system"}
+
+
+def test_a_page_before_a_prompts_end_is_kept_too() -> None:
+    assert placed(900, (890, "prompt")) == {768: "interval", 832: "prompt"}
 
 
 def test_cover_lies_where_boundaries_leave_room() -> None:
@@ -58,8 +63,8 @@ def test_cover_lies_where_boundaries_leave_room() -> None:
 
 
 def test_a_junction_lies_where_an_earlier_prompt_is_left() -> None:
-    assert placed(900, (890, "prompt"), num_shared=640) == {640: "junction", 832: "prompt"}
-    assert placed(900, (890, "prompt"), start=640, num_shared=640) == {832: "prompt"}
+    assert placed(900, (890, "user"), num_shared=640) == {640: "junction", 832: "user"}
+    assert placed(900, (890, "user"), start=640, num_shared=640) == {832: "user"}
     assert placed(900, (640, "user"), num_shared=640) == {640: "user"}
     assert placed(900, num_shared=896) == {}, "the whole prompt is an earlier one's beginning"
 
