@@ -156,6 +156,7 @@ def test_positions_leave_out_what_is_stored(tmp_path: Path) -> None:
         640: "user",
         768: "interval",
         1024: "interval",
+        1152: "interval",
         1216: "prompt",
     }
     sequence.prefill()
