@@ -33,7 +33,13 @@ from daemon.engine.requests import (
     Started,
     TokenSampled,
 )
-from daemon.errors import EngineStopped, Overloaded, PromptTooLong, QwendError, TimedOut
+from daemon.errors import (
+    EngineStopped,
+    Overloaded,
+    PromptTooLong,
+    QwendError,
+    TimedOut,
+)
 from daemon.logs import log_request, log_text
 from daemon.metrics import RequestRecord
 from daemon.text.constrainer import Thinking
@@ -169,6 +175,8 @@ class Generations:
         return prompt, self._planner.draft(uuid.uuid4().hex, prompt, asked.session)
 
     def _build(self, conversation: Conversation) -> Prompt:
+        tools = (*conversation.tools, *conversation.deferred_tools)
+        self._service.limits.check(len(conversation.messages), len(tools))
         options = {**self._service.defaults.template_options, **conversation.template_options}
         return self._service.prompts.build(conversation.messages, conversation.tools, options)
 

@@ -94,7 +94,12 @@ class Reply:
         self._parser: Parser = (
             PlainText()
             if rules.plain
-            else ReplyParser(tools, thinking_open=prompt.thinking_open, new_call_id=_new_call_id)
+            else ReplyParser(
+                tools,
+                thinking_open=prompt.thinking_open,
+                new_call_id=_new_call_id,
+                has_form=rules.guide is not None and rules.guide.content is not None,
+            )
         )
         self._thinking = prompt.thinking_open
         self._think_tags = (tokenizer.encode("<think>"), tokenizer.encode("</think>"))

@@ -13,7 +13,7 @@ from daemon.api.access import AccessRules
 from daemon.api.cache_plan import AskReach
 from daemon.checkpoint import Reach
 from daemon.engine.requests import Engine, SamplingParams
-from daemon.errors import UnknownModel
+from daemon.errors import InvalidRequest, UnknownModel
 from daemon.metrics import Metrics
 from daemon.text.constrainer import Constrainer
 from daemon.text.prompt import PromptBuilder
@@ -36,10 +36,25 @@ class Limits(Struct, frozen=True, kw_only=True):
     """
 
     max_body_bytes: int = 64 * 2**20
+    max_messages: int = 50_000
+    max_tools: int = 1024
     max_pending_events: int = 16_384
     sign_of_life_s: float = 5.0
     queue_timeout_s: float | None = 600.0
     request_timeout_s: float | None = None
+
+    def check(self, num_messages: int, num_tools: int) -> None:
+        """Count a conversation.
+
+        Raises:
+            InvalidRequest: it has too many messages or tools.
+        """
+        for param, count, most in (
+            ("messages", num_messages, self.max_messages),
+            ("tools", num_tools, self.max_tools),
+        ):
+            if count > most:
+                raise InvalidRequest(f"{param}: {count} are more than the {most} allowed.", param)
 
 
 class StoredSessions(Protocol):

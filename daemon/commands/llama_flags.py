@@ -56,6 +56,7 @@ WITHOUT_EFFECT = (
     Flag(("--cache-reuse",), 1, "prefixes are found by their hash, wherever they came from"),
     Flag(("--slot-save-path",), 1, "every session is kept in --cache-dir, and resumes from there"),
     Flag(("-sps", "--slot-prompt-similarity"), 1, "prefixes are found by their hash"),
+    Flag(("--metrics",), 0, "/metrics is always there"),
     Flag(("--slots",), 0, "/slots is always there, and shows no text"),
     Flag(("--no-slots",), 0, "/slots shows no text"),
     Flag(("--no-context-shift",), 0, ALWAYS),

@@ -39,6 +39,7 @@ OUT_OF_THOUGHT = (
 """How thinking is ended early: the words that Qwen's documentation gives for a thinking budget."""
 
 NUM_THREADS = 2
+MAX_GRAMMAR_CHARACTERS = 2**21
 MAX_READY = 64
 """Grammars kept ready, since an agent sends the same tools again and again."""
 
@@ -159,6 +160,8 @@ class Constrainer:
             InvalidRequest: the library refuses it, or no text at all fulfils it.
         """
         grammar = write()
+        if len(grammar) > MAX_GRAMMAR_CHARACTERS:
+            raise InvalidRequest(f"it makes a grammar of {len(grammar)} characters, too many")
         with self._lock:
             if ready := self._ready.get(grammar):
                 self._ready.move_to_end(grammar)

@@ -76,7 +76,8 @@ class ReplyParser:
     The newline before `</think>`, the two after it and those around calls are the template's and
     belong to no delta. A malformed call is content. `<think>` opens reasoning on a line of its
     own; within a line it is a mention. A call that ends a reply whose thinking was never closed
-    is a call.
+    is a call. Content that `has_form` is what it is, whatever it spells, unless it begins with a
+    call.
 
     Args:
         thinking_open: the generation prompt ended inside `<think>`.
@@ -84,10 +85,16 @@ class ReplyParser:
     """
 
     def __init__(
-        self, tools: Sequence[ToolSpec], *, thinking_open: bool, new_call_id: Callable[[], str]
+        self,
+        tools: Sequence[ToolSpec],
+        *,
+        thinking_open: bool,
+        new_call_id: Callable[[], str],
+        has_form: bool = False,
     ) -> None:
         self._tools = {tool.name: tool for tool in tools}
         self._new_call_id = new_call_id
+        self._has_form = has_form
         self._mode = Mode.REASONING if thinking_open else Mode.CONTENT
         self._buffer = ""
         self._deltas: list[Delta] = []
@@ -137,6 +144,9 @@ class ReplyParser:
 
     def _read_content(self, final: bool) -> bool:
         self._skip_newlines()
+        if self._has_form and not self._num_calls and not self._may_begin_a_call():
+            self._emit_content(self._take(len(self._buffer)))
+            return False
         tag = (FIRST_TAG if self._at_start else LATER_TAG).search(self._buffer)
         cut = len(self._buffer) if final and not tag else self._held_from(tag)
         if not self._at_start or self._buffer[:cut].strip():
@@ -144,6 +154,10 @@ class ReplyParser:
         if tag:
             self._open(tag[0])
         return tag is not None
+
+    def _may_begin_a_call(self) -> bool:
+        head = self._buffer[: len(OPENING)]
+        return not self._has_content and OPENING.startswith(head)
 
     def _read_call(self, final: bool) -> bool:
         scan = scan_call(self._buffer, self._scanned, self._tools, final)

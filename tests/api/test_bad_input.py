@@ -261,3 +261,18 @@ KEYS = ["messages", "tools", "stop", "logit_bias", "tool_choice", "chat_template
 def test_no_body_is_a_server_error(make_api: MakeApi, body: dict[str, Any]) -> None:
     response = asyncio.run(make_api().post(**body))
     assert response.status_code in (200, 400), response.text
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": message(content="a") * 4}, "messages"),
+        ({"tools": [one for i in range(3) for one in tool(name=f"f{i}")]}, "tools"),
+    ],
+)
+def test_more_than_is_allowed(make_api: MakeApi, body: dict[str, Any], param: str) -> None:
+    api = make_api(limits=Limits(max_messages=3, max_tools=2))
+    response = asyncio.run(api.post(**body))
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert api.engine.requests == []

@@ -191,3 +191,31 @@ def test_several_calls_come_one_by_one() -> None:
     reader = parser()
     assert reader.feed(CALL) == [T(0)]
     assert reader.feed("\n" + CALL) == [T(1)]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"a": "<tool_call>\n<function=read>\n</function>\n</tool_call>"}',
+        "<think>not a thought</think>",
+        "\n<tool_call>\n<function=read>",
+        "<tool",
+    ],
+)
+def test_content_that_has_a_form_is_what_it_is(content: str, size: int) -> None:
+    parser = ReplyParser([READ], thinking_open=True, new_call_id=lambda: "call", has_form=True)
+    text = f"Hm.\n</think>\n\n{content}"
+    deltas = [d for i in range(0, len(text), size) for d in parser.feed(text[i : i + size])]
+    deltas += parser.finish()
+    assert "".join(d.text for d in deltas if isinstance(d, ReasoningDelta)) == "Hm."
+    assert "".join(d.text for d in deltas if isinstance(d, ContentDelta)) == content
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_calls_where_content_would_have_a_form(size: int) -> None:
+    parser = ReplyParser([READ], thinking_open=False, new_call_id=lambda: "call", has_form=True)
+    text = f"{CALL}\n{CALL}"
+    deltas = [d for i in range(0, len(text), size) for d in parser.feed(text[i : i + size])]
+    deltas += parser.finish()
+    assert [type(delta) for delta in deltas] == [ToolCallDelta, ToolCallDelta]
