@@ -268,7 +268,7 @@ def _open_cache(config: CacheConfig, identity: bytes, model_name: str) -> Checkp
     )
 
 
-def _ignore_title(session: str, title: str) -> None:
+def _ignore_title(session: str, title: str, is_final: bool) -> None:
     """Without a store there are no sessions to name."""
 
 

@@ -119,7 +119,7 @@ class Generations:
         generation.submit(constraint)
         self._live.add(generation)
         if isinstance(asked, Conversation):
-            self._service.suggest_title(asked.session, title_of(asked.messages))
+            self._service.suggest_title(asked.session, title_of(asked.messages), bool(asked.tools))
         self.soon_on_prompt_thread(self._planner.remember, draft, prompt)
         return generation
 

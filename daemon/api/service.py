@@ -20,6 +20,9 @@ from daemon.text.prompt import PromptBuilder
 from daemon.text.prompt_history import PromptHistory
 from daemon.text.tokenizer import Tokenizer
 
+SuggestTitle = Callable[[str, str, bool], None]
+"""Names a session that has no name; one that is not final gives way to the next."""
+
 EngineState = Literal["loading", "ok", "stopped"]
 
 Remember = Callable[[Sequence[tuple[str, tuple[int, ...]]]], None]
@@ -135,7 +138,7 @@ class Service(Struct, frozen=True, kw_only=True):
     metrics: Metrics
     history: PromptHistory
     sessions: StoredSessions | None = None
-    suggest_title: Callable[[str, str], None] = lambda session, title: None
+    suggest_title: SuggestTitle = lambda session, title, is_final: None
     reach: AskReach = lambda _: Reach(None)
     sampling: SamplingParams = SamplingParams()
     defaults: ReplyDefaults = ReplyDefaults()

@@ -35,14 +35,19 @@ def session_of(headers: Mapping[str, str], hint: str | None, messages: Sequence[
 
 
 def title_of(messages: Sequence[Message]) -> str:
-    """What a session is about, for people: the first question's first line.
+    """What a session is about, for people: the first line that the user wrote.
 
-    Agents put blocks of their own, in tags, before what the user wrote; these are passed over.
+    Agents put blocks of their own, in tags, before it or into messages of their own; these are
+    passed over, unless there is nothing else.
     """
-    question = next((m.content for m in messages if m.role == "user"), "")
-    lines = _BLOCK.sub("", question).split("\n") + question.split("\n")
+    said = [message.content for message in messages if message.role == "user"]
+    lines = [line for text in (*map(_without_blocks, said), *said) for line in text.split("\n")]
     first = next((line.strip() for line in lines if line.strip()), "")
     return first if len(first) <= MAX_TITLE else first[: MAX_TITLE - 1] + "…"
+
+
+def _without_blocks(text: str) -> str:
+    return _BLOCK.sub("", text)
 
 
 def _derived(messages: Sequence[Message]) -> str:

@@ -221,9 +221,10 @@ class CheckpointCache:
         with self._transfer.reading() as reader:
             return list(read_prompts(reader, branches))
 
-    def suggest_title(self, session: str, title: str) -> None:
-        """Give a session of the served model a title unless it has one; memory only."""
-        self.catalogue.suggest_title(self._fingerprint, session, title)
+    def suggest_title(self, session: str, title: str, is_final: bool = True) -> None:
+        """Give a session of the served model a title unless it has one; memory only. One that is
+        not final, as of a side request without tools, gives way to the next."""
+        self.catalogue.suggest_title(self._fingerprint, session, title, is_final)
 
     def flush(self) -> None:
         """Wait until all that was saved before is on disk or given up."""

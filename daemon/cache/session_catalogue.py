@@ -76,6 +76,7 @@ class SessionCatalogue:
         self._names = names
         self._lock = threading.Lock()
         self._records = read_records(records)
+        self._provisional: set[bytes] = set()
         self._protect()
 
     # ── looking ───────────────────────────────────────────────────────────────────────────────
@@ -100,14 +101,19 @@ class SessionCatalogue:
 
     # ── naming, pinning, forking ──────────────────────────────────────────────────────────────
 
-    def suggest_title(self, fingerprint: bytes, session: str, title: str) -> None:
-        """Give a session a title unless it has one; memory only."""
+    def suggest_title(self, fingerprint: bytes, session: str, title: str, is_final: bool) -> None:
+        """Give a session a title unless it has one, or one that was not final; memory only."""
         key = session_key(fingerprint, clipped(session))
         with self._lock:
             known = self._records.get(key)
-        if title and (known is None or not known.title):
-            record = known or self._new(fingerprint, session)
-            self._put(msgspec.structs.replace(record, title=clipped(title)))
+            is_open = known is None or not known.title or (is_final and key in self._provisional)
+            if not is_open or not title:
+                return
+            self._provisional.discard(key)
+            if not is_final:
+                self._provisional.add(key)
+        record = known or self._new(fingerprint, session)
+        self._put(msgspec.structs.replace(record, title=clipped(title)))
 
     def change(
         self, name: str, *, title: str | None = None, is_pinned: bool | None = None
@@ -124,6 +130,8 @@ class SessionCatalogue:
         changes: dict[str, object] = {}
         if title is not None:
             changes["title"] = clipped(title)
+            with self._lock:
+                self._provisional.discard(record.key)
         if is_pinned is not None:
             changes["is_pinned"] = is_pinned
         self._put(msgspec.structs.replace(record, **changes))
@@ -318,6 +326,7 @@ class SessionCatalogue:
         changes: dict[bytes, bytes | None] = {}
         with self._lock:
             self._records.pop(record.key, None)
+            self._provisional.intersection_update({*self._records, record.key})
             if delete:
                 changes[record.key] = None
             else:

@@ -64,9 +64,13 @@ def test_list_and_look(api: ApiHarness) -> None:
 
 
 def test_the_first_question_is_the_title(api: ApiHarness) -> None:
-    question = "<environment>\na tree\n</environment>\nFix the parser, please.\nAnd hurry."
-    messages = [{"role": "user", "content": question}]
-    asyncio.run(api.post(messages=messages, prompt_cache_key="side"))
+    side = [{"role": "user", "content": "Generate a title for this."}]
+    tree = {"role": "user", "content": "<environment>\na tree\n</environment>"}
+    question = {"role": "user", "content": "<note>x</note>\nFix the parser, please.\nAnd hurry."}
+    tool = {"type": "function", "function": {"name": "look"}}
+    asyncio.run(api.post(messages=side, prompt_cache_key="side"))
+    assert call(api, "GET", "/side").json()["title"] == "Generate a title for this."
+    asyncio.run(api.post(messages=[tree, question], tools=[tool], prompt_cache_key="side"))
     assert call(api, "GET", "/side").json()["title"] == "Fix the parser, please."
 
 

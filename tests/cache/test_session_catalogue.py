@@ -61,6 +61,7 @@ def test_a_record_comes_back(
 def test_titles_and_pins_outlive_the_daemon(tmp_path: Path) -> None:
     cache = open_cache(tmp_path)
     talk(cache, "one")
+    cache.suggest_title("one", "Generate a title", is_final=False)
     cache.suggest_title("one", "Fix the parser")
     cache.suggest_title("one", "A later question")
     row = cache.catalogue.change("one", is_pinned=True)
