@@ -58,7 +58,7 @@ def test_pairs_of_two_formats_are_stacked_and_planned_for(
         "weights in IQ4_NL are kept, value for value, as Q8_0 (tensors: 1)",
         "weights in Q2_K are rounded to Q8_0 (tensors: 1)",
         "weights in Q3_K are rounded to Q8_0 (tensors: 1)",
-        "weights in Q5_0 are kept, value for value, as Q8_0 (tensors: 3)",
+        "weights in Q5_0 are kept, value for value, as Q8_0 (tensors: 2)",
     ]
 
 

@@ -90,11 +90,14 @@ class Backend(Protocol):
         ...
 
     def table(self, tensor: Tensor) -> Handle:
-        """`[rows, columns]`, for `embed`, and through `tied_head` for `logits`."""
+        """`[rows, columns]`, for `embed`."""
         ...
 
-    def tied_head(self, table: Handle) -> Handle:
-        """The embedding as the output matrix, sharing its memory."""
+    def tied_table(self, tensor: Tensor) -> tuple[Handle, Handle]:
+        """An embedding that is the output matrix as well: for `embed` and for `logits`.
+
+        The two share memory where their forms allow it.
+        """
         ...
 
     def vector(self, tensor: Tensor) -> Handle:

@@ -126,9 +126,9 @@ class CudaBackend:
         """See `WeightLoader.table`."""
         return self._loader.table(tensor)
 
-    def tied_head(self, table: CudaTable) -> CudaMatrix:
-        """The same values packed for products; the table itself stays for look-ups."""
-        return self._loader.matrix([table.tensor])
+    def tied_table(self, tensor: Tensor) -> tuple[CudaTable, CudaMatrix]:
+        """See `WeightLoader.tied_table`."""
+        return self._loader.tied_table(tensor)
 
     def vector(self, tensor: Tensor) -> DeviceArray:
         """See `WeightLoader.vector`."""

@@ -15,6 +15,7 @@ from daemon.engine.memory.memory_plan import WEIGHTS, WORKSPACE
 from daemon.engine.weights.gguf import Tensor
 from daemon.engine.weights.quant_formats import dequantize
 from daemon.kernels.embed_rows import EmbedRows
+from daemon.kernels.embed_tiles import EmbedTiles
 from daemon.kernels.moe_pack import (
     ExpertMatrix,
     GatedExperts,
@@ -54,11 +55,10 @@ class CudaMatrix(NamedTuple):
 
 
 class CudaTable(NamedTuple):
-    """An embedding: `rows` u8 `[rows, bytes of a row]` as in the file, and what reads it."""
+    """An embedding: `rows` u8, as in the file or as a matrix's tiles, and what reads that."""
 
-    tensor: Tensor
     rows: DeviceArray
-    kernel: EmbedRows
+    kernel: EmbedRows | EmbedTiles
 
 
 class WeightLoader:
@@ -108,7 +108,16 @@ class WeightLoader:
         name = "Q8_0" if raw.format in CONVERTED else raw.format
         with self._device.region(WEIGHTS):
             rows = self._packer.copy_rows(raw)
-        return CudaTable(tensor, rows, EmbedRows(self._device, self._compiler, name))
+        return CudaTable(rows, EmbedRows(self._device, self._compiler, name))
+
+    def tied_table(self, tensor: Tensor) -> tuple[CudaTable, CudaMatrix]:
+        """The output matrix, whose tiles are looked up too, unless packing has rounded them."""
+        head = self.matrix([tensor])
+        if tensor.format.name in ("F32", "BF16"):
+            return self.table(tensor), head
+        [segment] = head.gemv.matrix.segments
+        kernel = EmbedTiles(self._device, self._compiler, segment.kind)
+        return CudaTable(segment.tiles, kernel), head
 
     def vector(self, tensor: Tensor) -> DeviceArray:
         """Float32, in the tensor's own shape."""

@@ -87,9 +87,10 @@ class NumpyBackend:
         """`[rows, columns]`."""
         return dequantize(tensor.data, tensor.format, tensor.shape)
 
-    def tied_head(self, table: Float32) -> Float32:
-        """`[columns, rows]`, a view."""
-        return table.T
+    def tied_table(self, tensor: Tensor) -> tuple[Float32, Float32]:
+        """A table, and a view of it."""
+        table = self.table(tensor)
+        return table, table.T
 
     def vector(self, tensor: Tensor) -> Float32:
         """As it is in the file."""

@@ -68,11 +68,12 @@ class _Loader:
 
     def model_weights(self) -> ModelWeights:
         hidden, vocab = self.shape.hidden, self.shape.vocab_size
-        embedding = self.backend.table(self.tensor("token_embd.weight", vocab, hidden))
+        table = self.tensor("token_embd.weight", vocab, hidden)
         if "output.weight" in self.file.tensors:
+            embedding = self.backend.table(table)
             head = self.backend.matrix([self.tensor("output.weight", vocab, hidden)])
         else:
-            head = self.backend.tied_head(embedding)
+            embedding, head = self.backend.tied_table(table)
         return ModelWeights(
             embedding=embedding,
             layers=tuple(self.layer(i) for i in range(len(self.shape.layers))),
