@@ -1,0 +1,151 @@
+"""Draws what was measured beside its limit and its peer, as shares of the limit, to an SVG file.
+
+    python -m benchmarks.plot DECODE.json… PREFILL.json… --peers PEERS.json --out FILE.svg
+
+Takes the results of `decode` and `prefill` by model, and one file of a peer on the same card.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BANDWIDTH_GBPS = 3005.0
+TFLOPS = 700.0
+"""An H100's copy rate and cuBLAS's fp16 rate on it."""
+
+BAR, GAP, LEFT, WIDTH, TOP = 13, 14, 250, 470, 64
+OURS, PEER, LIMIT, INK = "#0b7285", "#adb5bd", "#f1f3f5", "#212529"
+
+
+class Model(NamedTuple):
+    """What bounds a model: bytes of weights and of a sequence's state a step, work of a token."""
+
+    label: str
+    weight_gb: float
+    state_gb: float
+    gflop: float
+
+
+MODELS = {
+    "27b": Model("27B", 15.82, 0.314, 48.71),
+    "9b": Model("9B", 5.05, 0.105, 13.84),
+    "35b-a3b": Model("35B-A3B", 1.975, 0.132, 4.88),
+}
+"""Q4_K_M; states are read and written."""
+
+CASES = {
+    "decode": "decode",
+    "decode_8": "decode, 8 sequences",
+    "decode_24k": "decode after 24K tokens",
+    "prefill_4096": "prompt of 4,096 tokens",
+    "prefill_512_24k": "512 tokens after 24K",
+}
+
+
+class Measured(NamedTuple):
+    """Tokens a second of one case of one model."""
+
+    label: str
+    ours: float
+    peer: float | None
+    limit: float
+
+
+def rates(record: dict[str, Any]) -> dict[str, float]:
+    """Our cases of one results file."""
+    found = {}
+    for row in record["rows"]:
+        if record["benchmark"] == "decode":
+            names = {(1, 100): "decode", (8, 100): "decode_8", (1, 24_576): "decode_24k"}
+            name = names.get((row["sequences"], row["position"]))
+        else:
+            names = {(4096, 0): "prefill_4096", (512, 24_576): "prefill_512_24k"}
+            name = names.get((row["tokens"], row["after"]))
+        if name:
+            found[name] = float(row["tokens_per_s"])
+    return found
+
+
+def limit(model: Model, case: str) -> float:
+    """Bytes over bandwidth for decoding, operations over the matrix rate for prompts; keys and
+    values of 24K tokens are left out."""
+    if case.startswith("prefill"):
+        return TFLOPS * 1e3 / model.gflop
+    num_sequences = 8 if case == "decode_8" else 1
+    return num_sequences * BANDWIDTH_GBPS / (model.weight_gb + num_sequences * model.state_gb)
+
+
+def measured(paths: list[Path], peers: dict[str, Any]) -> list[Measured]:
+    """All cases, by model in the order of MODELS."""
+    ours: dict[str, dict[str, float]] = {}
+    for path in paths:
+        record = json.loads(path.read_text())
+        ours.setdefault(Path(record["model"]).stem, {}).update(rates(record))
+    rows = []
+    for name, model in MODELS.items():
+        for case, label in CASES.items():
+            if case in ours.get(name, {}):
+                peer = peers["tokens_per_s"].get(name, {}).get(case)
+                text = f"{model.label} {label}"
+                rows.append(Measured(text, ours[name][case], peer, limit(model, case)))
+    return rows
+
+
+def draw(rows: list[Measured], card: str) -> str:
+    """The picture."""
+    height = TOP + len(rows) * (2 * BAR + GAP) + 8
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 110}" height="{height}" '
+        f'font-family="system-ui, sans-serif" font-size="12" fill="{INK}">',
+        f'<rect width="100%" height="100%" fill="white"/><text x="12" y="22" font-size="15">'
+        f"Tokens a second on one {card}, as shares of what the card allows</text>",
+        *_legend(),
+    ]
+    for number, row in enumerate(rows):
+        parts += _bars(row, TOP + number * (2 * BAR + GAP))
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _legend() -> list[str]:
+    parts, x = [], 12
+    for color, text in ((OURS, "qwend"), (PEER, "llama.cpp"), (LIMIT, "limit")):
+        parts.append(f'<rect x="{x}" y="36" width="12" height="12" fill="{color}"/>')
+        parts.append(f'<text x="{x + 17}" y="46">{text}</text>')
+        x += 110
+    return parts
+
+
+def _bars(row: Measured, y: int) -> list[str]:
+    parts = [f'<text x="{LEFT - 10}" y="{y + BAR + 4}" text-anchor="end">{row.label}</text>']
+    parts.append(f'<rect x="{LEFT}" y="{y}" width="{WIDTH}" height="{2 * BAR}" fill="{LIMIT}"/>')
+    values = ((row.ours, OURS), (row.peer, PEER))
+    for line, (value, color) in enumerate(values):
+        if value is None:
+            continue
+        width, top = WIDTH * min(value / row.limit, 1.0), y + line * BAR
+        parts.append(
+            f'<rect x="{LEFT}" y="{top}" width="{width:.1f}" height="{BAR}" fill="{color}"/>'
+        )
+        text = f"{value:,.0f}"
+        parts.append(
+            f'<text x="{LEFT + width + 5:.1f}" y="{top + BAR - 2}" font-size="11">{text}</text>'
+        )
+    parts.append(f'<text x="{LEFT + WIDTH + 6}" y="{y + BAR + 4}">{row.limit:,.0f}</text>')
+    return parts
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(prog="plot", description="Draw results beside their limits.")
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--peers", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    peers = json.loads(given.peers.read_text())
+    given.out.write_text(draw(measured(given.results, peers), peers["card"]))
+    print(f"written to {given.out}")
+
+
+if __name__ == "__main__":
+    main()
