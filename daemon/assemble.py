@@ -265,6 +265,7 @@ def _open_cache(config: CacheConfig, identity: bytes, model_name: str) -> Checkp
         model_name=model_name,
         budget_bytes=config.budget_bytes,
         interval_tokens=config.interval_tokens,
+        memory_bytes=config.memory_bytes,
     )
 
 

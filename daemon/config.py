@@ -45,14 +45,18 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 
 
 class CacheConfig(Struct, frozen=True, kw_only=True):
-    """The checkpoint store. `interval_tokens` is the spacing inside a long prompt, None: by
-    what a state takes; `audit_share` the share of resumed requests that are evaluated again, cold,
-    when the device is idle."""
+    """The checkpoint store.
+
+    `interval_tokens` is the spacing inside a long prompt, None: by what a state takes.
+    `memory_bytes` of payloads stay in memory beside the disk. `audit_share` is the share of resumed
+    requests that are evaluated again, cold, when the device is idle.
+    """
 
     enabled: bool = True
     folder: Path
     budget_bytes: int = 20 * 2**30
     interval_tokens: int | None = None
+    memory_bytes: int = 0
     audit_share: float = 0.0
 
 
@@ -101,6 +105,11 @@ class Config(Struct, frozen=True, kw_only=True):
     cache: CacheConfig
     server: ServerConfig = ServerConfig()
     reply: ReplyConfig = ReplyConfig()
+
+
+def default_cache_memory() -> int:
+    """Host memory that checkpoints may take beside the disk: an eighth of it all, at most 8 GiB."""
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8, 8 * 2**30)
 
 
 def default_cache_folder() -> Path:

@@ -30,8 +30,9 @@ NVIDIA_DRIVER = Path("/dev/nvidiactl")
 CPU_PREFILL_TOKENS = 512
 GPU_PREFILL_TOKENS = 2048
 MAX_GPU_SEQUENCES = 16
-MAX_PINNED_BYTES = 4 * 2**30
-"""Of host memory, for snapshots on their way to and from the store; at most an eighth of it all."""
+MAX_PINNED_BYTES = 10 * 2**30
+"""Of host memory, for snapshots on their way to the store and those that stay in memory beside it;
+at most 3/16 of it all."""
 
 
 def make_backend(
@@ -140,7 +141,7 @@ def _cuda_limits(config: EngineConfig, demand: MemoryDemand) -> "CudaLimits":
         context_length=demand.context_length,
         k_format=KvFormat[config.key_format.upper()],
         v_format=KvFormat[config.value_format.upper()],
-        pinned_bytes=min(MAX_PINNED_BYTES, _host_bytes("SC_PHYS_PAGES") // 8),
+        pinned_bytes=min(MAX_PINNED_BYTES, _host_bytes("SC_PHYS_PAGES") * 3 // 16),
     )
 
 

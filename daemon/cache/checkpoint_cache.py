@@ -33,13 +33,15 @@ class CacheLimits(Struct, frozen=True, kw_only=True):
     Args:
         budget_bytes: of disk; the data file never grows beyond it.
         queue_bytes: of payloads that wait in memory to be written.
+        memory_bytes: of payloads that stay in memory beside the disk.
         interval_tokens: between checkpoints inside a long prompt, a multiple of 64; None: by what
             a state takes, see `policy.Sizes`.
     """
 
     budget_bytes: int
     queue_bytes: int
-    interval_tokens: int | None
+    memory_bytes: int = 0
+    interval_tokens: int | None = None
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -54,8 +56,8 @@ class CacheLimits(Struct, frozen=True, kw_only=True):
 
 
 class CacheStats(Struct, frozen=True, kw_only=True):
-    """What is stored now, and what happened since the daemon started. Bytes on disk, but the
-    queue's in memory."""
+    """What is stored now, and what happened since the daemon started. Bytes on disk, but
+    in memory those that wait for the disk (`queue_bytes`) or stay beside it (`memory_bytes`)."""
 
     num_checkpoints: int
     checkpoints_by_reason: dict[str, int]
@@ -64,6 +66,7 @@ class CacheStats(Struct, frozen=True, kw_only=True):
     num_bytes: int
     budget_bytes: int
     queue_bytes: int
+    memory_bytes: int
     num_sampled_replies: int
     num_written: int
     written_bytes: int
@@ -103,6 +106,7 @@ class CheckpointCache:
             store,
             max_bytes=limits.checkpoint_bytes,
             queue_bytes=limits.queue_bytes,
+            memory_bytes=limits.memory_bytes,
             now_us=now_us,
         )
         self._transfer.name_model(fingerprint, model_name)
@@ -131,6 +135,7 @@ class CheckpointCache:
         budget_bytes: int,
         interval_tokens: int | None,
         queue_bytes: int = QUEUE_BYTES,
+        memory_bytes: int = 0,
     ) -> "CheckpointCache":
         """Open or make the store in folder `path`; see `CacheLimits`.
 
@@ -151,7 +156,10 @@ class CheckpointCache:
                 f"not {interval_tokens}."
             )
         limits = CacheLimits(
-            budget_bytes=budget_bytes, queue_bytes=queue_bytes, interval_tokens=interval_tokens
+            budget_bytes=budget_bytes,
+            queue_bytes=queue_bytes,
+            memory_bytes=memory_bytes,
+            interval_tokens=interval_tokens,
         )
         store = Store.open_for_writing(path, budget_bytes)
         try:
@@ -206,6 +214,7 @@ class CheckpointCache:
             num_bytes=counts.num_bytes,
             budget_bytes=self._limits.budget_bytes,
             queue_bytes=counts.queue_bytes,
+            memory_bytes=counts.memory_bytes,
             num_sampled_replies=len(self.sampled),
             num_written=counts.num_written,
             written_bytes=counts.written_bytes,

@@ -36,13 +36,13 @@ class Wanted(Struct, frozen=True):
     """A checkpoint to read: what the index says of it, and what it must turn out to be.
 
     `chain` are the keys of its pages, `tokens` the token ids of its prefix (little-endian u32);
-    `queued` are payloads, by key of page or state, that are not on disk yet.
+    `at_hand` are payloads, by key of page or state, that are in memory.
     """
 
     state: StateHeader
     chain: tuple[bytes, ...]
     tokens: bytes
-    queued: Mapping[bytes, HostBytes]
+    at_hand: Mapping[bytes, HostBytes]
 
 
 def read_checkpoint(reader: Reader, wanted: Wanted) -> Snapshot:
@@ -58,15 +58,15 @@ def read_checkpoint(reader: Reader, wanted: Wanted) -> Snapshot:
     content = _read_state(reader, wanted)
     pages: dict[int, HostBytes] = {}
     for index, key in enumerate(wanted.chain):
-        queued = wanted.queued.get(key)
-        pages[index] = _read_page(reader, wanted, index) if queued is None else queued
+        at_hand = wanted.at_hand.get(key)
+        pages[index] = _read_page(reader, wanted, index) if at_hand is None else at_hand
     return Snapshot(state.position, state.born, state.num_grid_pages, content, pages)
 
 
 def _read_state(reader: Reader, wanted: Wanted) -> HostBytes:
-    queued = wanted.queued.get(wanted.state.key)
-    if queued is not None:
-        return queued
+    at_hand = wanted.at_hand.get(wanted.state.key)
+    if at_hand is not None:
+        return at_hand
     header, payload = read_state(reader, wanted.state.key)
     if header.tip != wanted.chain[-1] or header.position != wanted.state.position:
         raise DamagedRecord("a state of another position or other pages")

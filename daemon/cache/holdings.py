@@ -13,13 +13,14 @@ from msgspec import Struct
 from daemon.cache.checkpoint_reader import Wanted
 from daemon.cache.departures import Departures
 from daemon.cache.eviction import EvictionRound
+from daemon.cache.host_memory import HostMemory
 from daemon.cache.index_loader import LoadedIndex
 from daemon.cache.pending_changes import PendingChanges
 from daemon.cache.prefix_index import PageRow, Removed
 from daemon.cache.records import HASH_BYTES, StateHeader, Use, state_key
 from daemon.cache.store import footprint
 from daemon.cache.write_queue import Job, QueuedPage, QueuedState, WriteQueue
-from daemon.checkpoint import Departure, HostBytes
+from daemon.checkpoint import Departure, HostBytes, Snapshot
 
 SHRINK = 0.9
 """When the disk proves full, this share of what is stored stays."""
@@ -32,10 +33,12 @@ SIDE_REQUEST_US = 10 * 60 * 1_000_000
 
 
 class Limits(Struct, frozen=True):
-    """Bytes: of all that is stored, on disk; and of payloads that wait in memory for the disk."""
+    """Bytes: of all that is stored, on disk; of payloads that wait in memory for the disk; and of
+    those that stay in memory beside it."""
 
     max_bytes: int
     queue_bytes: int
+    memory_bytes: int = 0
 
 
 class Holdings:
@@ -49,6 +52,7 @@ class Holdings:
     def __init__(self, loaded: LoadedIndex, limits: Limits, now_us: Callable[[], int]) -> None:
         self.index = loaded.index
         self.queue = WriteQueue()
+        self.memory = HostMemory(limits.memory_bytes)
         self.departures = Departures()
         self.pending = PendingChanges(set(loaded.stale_pages), set(loaded.stale_states))
         self.counts: Counter[str] = Counter(damaged=loaded.num_damaged)
@@ -152,6 +156,7 @@ class Holdings:
         self.pending.doomed_states.update(k for k in removed.states if not self.queue.state(k))
         self.pending.doomed_pages.update(k for k in removed.pages if not self.queue.page(k))
         self.queue.remove(removed.states, removed.pages)
+        self.memory.discard((*removed.states, *removed.pages))
         for key in removed.states:
             self.pending.touched.pop(key, None)
 
@@ -210,14 +215,32 @@ class Holdings:
         self.unpin(key)
         self.counts["written"] += 1
         self.counts["written_bytes"] += job.num_bytes
+        written: dict[bytes, HostBytes] = {}
         if self.queue.state(key) is job.state:
             self.queue.remove([key], ())
+            written[key] = job.state.payload
         elif self.index.state(key) is None:
             self.pending.doomed_states.add(key)
         for page in job.pages:
             self.queue.remove((), [page.header.key])
             if self.index.page(page.header.key) is None:
                 self.pending.doomed_pages.add(page.header.key)
+            else:
+                written[page.header.key] = page.payload
+        self.memory.keep(written)
+
+    def restored(self, wanted: Wanted, snapshot: Snapshot) -> None:
+        """A checkpoint was read: it is used, and stays in memory."""
+        key = wanted.state.key
+        self.touch(key)
+        if self.index.state(key) is wanted.state:
+            pages = dict(zip(wanted.chain, snapshot.pages.values(), strict=True))
+            self.memory.keep({**pages, key: snapshot.state})
+
+    def payload(self, key: bytes) -> HostBytes | None:
+        """The payload of a page or state that is in memory, because it waits or has been used."""
+        queued = self.queue.state(key) or self.queue.page(key)
+        return self.memory.find(key) if queued is None else queued.payload
 
     def give_up(self, job: Job) -> None:
         """A checkpoint that cannot be written."""
@@ -232,10 +255,9 @@ class Holdings:
         if self.index.state(state.key) is not state:
             return None
         chain = self.index.chain(state.tip)
-        queued: dict[bytes, HostBytes] = {
-            key: page.payload for key in chain if (page := self.queue.page(key)) is not None
+        at_hand: dict[bytes, HostBytes] = {
+            key: payload
+            for key in (*chain, state.key)
+            if (payload := self.payload(key)) is not None
         }
-        waiting = self.queue.state(state.key)
-        if waiting is not None:
-            queued[state.key] = waiting.payload
-        return Wanted(state, tuple(chain), tokens, queued)
+        return Wanted(state, tuple(chain), tokens, at_hand)

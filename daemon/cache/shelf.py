@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from daemon.cache.holdings import Holdings
 from daemon.cache.records import StateHeader
-from daemon.checkpoint import Found, Reach
+from daemon.checkpoint import Found, Reach, Tier
 
 
 class TransferCounts(Struct, frozen=True, kw_only=True):
@@ -19,6 +19,7 @@ class TransferCounts(Struct, frozen=True, kw_only=True):
     num_pages: int
     num_bytes: int
     queue_bytes: int
+    memory_bytes: int
     num_written: int
     written_bytes: int
     num_dropped: int
@@ -41,12 +42,17 @@ class Shelf:
         self.index = holdings.index
         self.queue = holdings.queue
         self.departures = holdings.departures
+        self._memory = holdings.memory
         self.waiting_conversation = holdings.waiting_conversation
 
     def found(self, state: StateHeader) -> Found:
         """A state as the engine sees it."""
-        is_queued = self.queue.state(state.key) is not None
-        return Found(state.position, state.born, state.reason, "host" if is_queued else "disk")
+        tier: Tier = "host" if self.is_at_hand(state.key) else "disk"
+        return Found(state.position, state.born, state.reason, tier)
+
+    def is_at_hand(self, key: bytes) -> bool:
+        """Whether a state is in memory."""
+        return self.queue.state(key) is not None or self._memory.holds(key)
 
     def reach(self, hashes: Sequence[bytes], limit: int, strict: bool) -> Reach:
         """The nearest checkpoint at a position <= limit, and the nearest that was there once."""

@@ -43,6 +43,7 @@ class Transfer:
         max_bytes: of all that is stored; beyond it the least recently used goes.
         queue_bytes: of payloads that wait to be written; beyond it the least worth is given up.
             A lone checkpoint is taken whatever its size.
+        memory_bytes: of payloads that stay in memory beside the disk.
         now_us: the clock, microseconds since 1970.
     """
 
@@ -52,6 +53,7 @@ class Transfer:
         *,
         max_bytes: int,
         queue_bytes: int,
+        memory_bytes: int = 0,
         now_us: Callable[[], int] = now_us,
     ) -> None:
         with store.reading() as reader:
@@ -59,7 +61,7 @@ class Transfer:
         self._store = store
         self._queue_bytes = queue_bytes
         self._lock = threading.Condition()
-        self._holdings = Holdings(loaded, Limits(max_bytes, queue_bytes), now_us)
+        self._holdings = Holdings(loaded, Limits(max_bytes, queue_bytes, memory_bytes), now_us)
         self._is_closing = False
         self._is_busy = False
         self._is_stalled = False
@@ -136,6 +138,7 @@ class Transfer:
                 num_pages=holdings.index.num_pages,
                 num_bytes=holdings.index.num_bytes,
                 queue_bytes=holdings.queue.num_bytes,
+                memory_bytes=holdings.memory.num_bytes,
                 num_written=holdings.counts["written"],
                 written_bytes=holdings.counts["written_bytes"],
                 num_dropped=holdings.counts["dropped"],
@@ -298,7 +301,7 @@ class Transfer:
             with self._lock:
                 self._holdings.unpin(state.key)
         with self._lock:
-            self._holdings.touch(state.key)
+            self._holdings.restored(wanted, snapshot)
             self._lock.notify_all()
         return snapshot
 

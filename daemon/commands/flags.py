@@ -19,6 +19,7 @@ from daemon.config import (
     ReplyConfig,
     ServerConfig,
     default_cache_folder,
+    default_cache_memory,
     parse_bytes,
 )
 
@@ -103,6 +104,10 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache-dir", type=Path, help=f"the store ({default_cache_folder()})")
     group.add_argument("--cache-size", default="20G", help="its budget on disk (%(default)s)")
     group.add_argument(
+        "--cache-ram", metavar="SIZE",
+        help="of it, kept in memory too; 0 for nothing (default: 1/8 of the memory, at most 8G)",
+    )  # fmt: skip
+    group.add_argument(
         "--checkpoint-interval", type=positive, metavar="TOKENS",
         help="spacing of checkpoints inside a long prompt (default: by the size of a state)",
     )  # fmt: skip
@@ -142,6 +147,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
             folder=arguments.cache_dir or default_cache_folder(),
             budget_bytes=parse_bytes(arguments.cache_size),
             interval_tokens=arguments.checkpoint_interval,
+            memory_bytes=_memory_bytes(arguments),
             audit_share=arguments.audit_share,
         ),
         server=ServerConfig(host=arguments.host, port=arguments.port, **access_settings(arguments))
@@ -168,3 +174,9 @@ def gpu_memory(arguments: argparse.Namespace) -> int | None:
         ConfigError: it is no size.
     """
     return None if arguments.gpu_memory is None else parse_bytes(arguments.gpu_memory)
+
+
+def _memory_bytes(arguments: argparse.Namespace) -> int:
+    if arguments.cache_ram is None:
+        return default_cache_memory()
+    return 0 if arguments.cache_ram == "0" else parse_bytes(arguments.cache_ram)

@@ -21,6 +21,7 @@ def open_cache(
     budget_bytes: int = 64 << 20,
     interval_tokens: int = 1024,
     queue_bytes: int = 64 << 20,
+    memory_bytes: int = 0,
 ) -> CheckpointCache:
     return CheckpointCache.open(
         path,
@@ -29,6 +30,7 @@ def open_cache(
         budget_bytes=budget_bytes,
         interval_tokens=interval_tokens,
         queue_bytes=queue_bytes,
+        memory_bytes=memory_bytes,
     )
 
 

@@ -28,6 +28,7 @@ class History(RuleBasedStateMachine):
     state_bytes = STATE_BYTES
     page_bytes = PAGE_BYTES
     budget_bytes = 64 << 20
+    memory_bytes = 4 * STATE_BYTES
     is_evicting = False
 
     def __init__(self) -> None:
@@ -39,7 +40,10 @@ class History(RuleBasedStateMachine):
 
     def open(self):  # type: ignore[no-untyped-def]
         return open_cache(
-            Path(self.folder.name), budget_bytes=self.budget_bytes, queue_bytes=1 << 30
+            Path(self.folder.name),
+            budget_bytes=self.budget_bytes,
+            queue_bytes=1 << 30,
+            memory_bytes=self.memory_bytes,
         )
 
     def teardown(self) -> None:
