@@ -27,6 +27,7 @@ class Script:
 
     `prefill_steps` steps of prompt evaluation, then `tokens` one a step, then `error` if there is
     one. `endless` repeats the tokens until the limit. It all begins after `hold_s` seconds.
+    An `obedient` one says what its constraint allows in place of what it forbids.
     """
 
     tokens: Sequence[int] = ()
@@ -36,6 +37,7 @@ class Script:
     step_s: float = 0.0
     hold_s: float = 0.0
     endless: bool = False
+    obedient: bool = False
     error: QwendError | None = None
 
 
@@ -160,6 +162,11 @@ class ScriptedEngine:
             self._end(sequence, self._finished(sequence, "length"))
         elif script.endless or len(sampled) < len(script.tokens):
             token = script.tokens[len(sampled) % len(script.tokens)]
+            if script.obedient:
+                token = _obeying(sequence.request, token)
+            if token in sequence.request.stop_tokens:
+                self._end(sequence, self._finished(sequence, "stop"))
+                return
             if (refusal := _refusal(sequence.request, token)) is not None:
                 self._end(sequence, Failed(refusal))
                 return
@@ -181,6 +188,16 @@ class ScriptedEngine:
             del self._running[sequence.request.id]
             self._changed.notify_all()
         sequence.deliver(event)
+
+
+def _obeying(request: GenerationRequest, token: int) -> int:
+    """The token itself where it is allowed, else one that ends the reply, else the first."""
+    mask = request.constraint.allowed() if request.constraint is not None else None
+    if mask is None:
+        return token
+    allowed = [i for i in range(32 * len(mask)) if mask[i // 32] >> i % 32 & 1]
+    wanted = (token, *request.stop_tokens)
+    return next((choice for choice in wanted if choice in allowed), allowed[0])
 
 
 def _refusal(request: GenerationRequest, token: int) -> QwendError | None:

@@ -7,7 +7,13 @@ from daemon.api.reply import Reply, ReplyRules, joined
 from daemon.api.stop_strings import StopStrings
 from daemon.engine.requests import SamplingParams
 from daemon.text.prompt import Prompt
-from daemon.text.reply_parser import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
+from daemon.text.reply_parser import (
+    ContentDelta,
+    Delta,
+    ReasoningDelta,
+    ReplyParser,
+    ToolCallDelta,
+)
 from daemon.text.tokenizer import Tokenizer
 
 PROMPT = Prompt(tokens=(1,), boundaries=(), generation=(1,), thinking_open=True)
@@ -47,6 +53,33 @@ def test_how_a_text_is_cut_changes_nothing(
 ) -> None:
     cut = read(tokenizer, split_into_tokens(tokenizer, text, cuts), stop=stop)
     assert cut == read(tokenizer, tokenizer.encode(text), stop=stop)
+
+
+BYTES = st.one_of(PIECES.map(str.encode), st.binary(max_size=3))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=st.lists(BYTES, max_size=20), stop=st.sampled_from([(), ("STOP",), ("é", "\ufffd")]))
+def test_any_bytes_one_by_one_or_at_once(
+    tokenizer: Tokenizer, pieces: list[bytes], stop: tuple[str, ...]
+) -> None:
+    """Bytes that are no text too: each is a token of its own, or all are read as one."""
+    stream = b"".join(pieces)
+    single = {tokenizer.token_bytes(i): i for i in range(tokenizer.num_real_tokens)}
+    tokens = [single[bytes([byte])] for byte in stream]
+    decoded = stream.decode("utf-8", "replace")
+    at_once = ReplyParser((), thinking_open=True, new_call_id=lambda: "")
+    found = StopStrings(stop)
+    expected: list[Delta] = []
+    for delta in at_once.feed(decoded) + at_once.finish():
+        if isinstance(delta, ContentDelta) and not found.found:
+            expected += [ContentDelta(text)] if (text := found.feed(delta.text)) else []
+        elif not found.found:
+            held = found.finish() if isinstance(delta, ToolCallDelta) else ""
+            expected += [*([ContentDelta(held)] if held else []), without_id(delta)]
+    if not found.found and (rest := found.finish()):
+        expected.append(ContentDelta(rest))
+    assert read(tokenizer, tokens, stop=stop) == joined(expected)
 
 
 @given(
