@@ -50,9 +50,13 @@ def num_bytes(tensor: StoredTensor) -> int:
 
 
 def write_gguf(
-    path: Path, metadata: Mapping[str, Any], tensors: Sequence[StoredTensor], version: int = 3
+    path: Path,
+    metadata: Mapping[str, Any],
+    tensors: Sequence[StoredTensor],
+    version: int = 3,
+    has_data: bool = True,
 ) -> None:
-    """Write one file.
+    """Write one file; without data, a hole of its size follows the header.
 
     A value's type follows from Python's: str, bool, int (u32, i32 when negative), float (f32), or
     a sequence of one of them (of int: i32). A NumPy scalar or array states its own type.
@@ -63,6 +67,11 @@ def write_gguf(
         for key, value in metadata.items():
             file.write(_string(key) + encode_value(value))
         _write_infos(file, tensors, alignment)
+        if not has_data:
+            _pad(file, alignment)
+            spaces = (-(-num_bytes(tensor) // alignment) * alignment for tensor in tensors)
+            file.truncate(file.tell() + sum(spaces))
+            return
         for is_first, piece in _made_ahead(tensors):
             if is_first:
                 _pad(file, alignment)

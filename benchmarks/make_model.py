@@ -225,12 +225,14 @@ def _rope_sections(rope_dim: int) -> list[int]:
     return [pairs - width - height, height, width, 0]
 
 
-def make_model(path: Path, sizes: ModelSizes, mix: str, seed: int = 0) -> int:
+def make_model(
+    path: Path, sizes: ModelSizes, mix: str, seed: int = 0, has_data: bool = True
+) -> int:
     """Write a model with a vocabulary and a chat template; its size in bytes."""
     name = f"Random {path.stem}"
     metadata = architecture_metadata(sizes, name) | vocabulary_metadata(sizes.vocab)
     tensors = plan_tensors(sizes, mix, seed)
-    write_gguf(path, metadata, tensors)
+    write_gguf(path, metadata, tensors, has_data=has_data)
     return sum(map(num_bytes, tensors))
 
 
@@ -246,9 +248,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab", type=int, help="rows of the embedding")
     parser.add_argument("--layers", type=int, help="fewer layers of the same shapes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--no-data", action="store_true", help="a hole in place of the weights, for `qwend check`"
+    )
     arguments = parser.parse_args(argv)
     began = time.perf_counter()
-    written = make_model(arguments.path, _asked_sizes(arguments), arguments.mix, arguments.seed)
+    settings = (_asked_sizes(arguments), arguments.mix, arguments.seed, not arguments.no_data)
+    written = make_model(arguments.path, *settings)
     elapsed = time.perf_counter() - began
     print(f"{arguments.path}: {written / 1e9:.2f} GB of tensors in {elapsed:.1f} s")
 

@@ -4,6 +4,7 @@ Owns the choice; part of assembly, so it may import any backend. The GPU's own m
 only when it is chosen. A GPU that cannot be used is an error, never a silent turn to the CPU.
 """
 
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,8 @@ from daemon.errors import ConfigError, NoDevice, OutOfDeviceMemory
 
 if TYPE_CHECKING:
     from daemon.engine.backends.cuda_memory import CudaLimits
+
+logger = logging.getLogger(__name__)
 
 NVIDIA_DRIVER = Path("/dev/nvidiactl")
 CPU_PREFILL_TOKENS = 512
@@ -119,6 +122,7 @@ def _cuda_backend(
         budget_bytes=memory_budget(device.free_bytes(), config.gpu_memory_bytes),
     )
     plan.check()
+    logger.info("%s", plan.summary)
     return CudaBackend(device, compiler, limits, shape.rms_eps, plan)
 
 

@@ -228,10 +228,10 @@ def kept_format(part: RawMatrix) -> FileFormat:
         UnsupportedModel: its format is not known, or its columns are no multiple of 256.
     """
     if part.columns % BLOCK_COLUMNS:
-        raise UnsupportedModel(f"A matrix has {part.columns} columns, no multiple of 256.")
+        raise UnsupportedModel(f"the GPU needs rows of a multiple of 256, not {part.columns}")
     name = "Q8_0" if part.format in CONVERTED else part.format
     if name not in FORMATS:
-        raise UnsupportedModel(f"The GPU cannot read {part.format} weights.")
+        raise UnsupportedModel(f"the GPU cannot read {part.format} weights")
     return FORMATS[name]
 
 

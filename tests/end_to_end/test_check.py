@@ -1,9 +1,13 @@
 """`qwend check`: whether a model fits, before it is loaded; and the cap of the other commands."""
 
+import re
 from pathlib import Path
 
 import pytest
 from daemon_process import qwend
+
+from benchmarks.make_model import make_model
+from benchmarks.model_sizes import SIZES
 
 pytest.importorskip("cuda.core")
 
@@ -13,6 +17,15 @@ def test_it_fits() -> None:
     assert done.returncode == 0, done.stderr
     for word in ("Q4_K", "weights", "states", "workspace", "q8_0/q4_0", "It fits", "would fit"):
         assert word in done.stdout
+
+
+def test_the_27b_file_fits_24_gib_with_131072_tokens(tmp_path: Path) -> None:
+    model = tmp_path / "27b.gguf"
+    make_model(model, SIZES["27b"], "q4_k_m", has_data=False)
+    flags = ("--gpu-memory", "24G", "--ctx", "131072", "-ctk", "q8_0", "-ctv", "q8_0")
+    done = qwend("check", "--model", model, *flags)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"It fits, with 1\.[2-9]\d GiB to spare", done.stdout)
 
 
 def test_it_does_not_fit_and_it_says_what_would() -> None:

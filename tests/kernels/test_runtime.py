@@ -62,10 +62,14 @@ def test_a_changed_include_is_a_changed_source(add_source: Path) -> None:
     assert expand_includes(add_source) != before
 
 
-def test_an_error_names_file_and_line(add_source: Path) -> None:
-    add_source.write_text('#include "warp.cuh"\n\nthis is wrong;\n')
-    with pytest.raises(KernelCompileError, match=r"add\.cu\(3\)"):
+def test_an_error_is_one_line_with_file_and_line(
+    add_source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_source.write_text('#include "warp.cuh"\n\nthis is wrong;\nint x = y;\n')
+    with pytest.raises(KernelCompileError, match=r"for sm_80: add\.cu\(3\): error: ") as caught:
         Compiler("sm_80", None).cubin(add_source).code()
+    assert "\n" not in str(caught.value)
+    assert "add.cu(4)" in caplog.text
 
 
 def test_a_missing_include_is_named(add_source: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from daemon.engine.memory.memory_plan import WEIGHTS, WORKSPACE
 from daemon.engine.weights.gguf import Tensor
 from daemon.engine.weights.quant_formats import dequantize
+from daemon.errors import UnsupportedModel
 from daemon.kernels.embed_rows import EmbedRows
 from daemon.kernels.embed_tiles import EmbedTiles
 from daemon.kernels.moe_pack import (
@@ -32,6 +33,7 @@ from daemon.kernels.quant_pack import (
     Packer,
     RawMatrix,
     can_pair,
+    kept_format,
 )
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
@@ -165,7 +167,12 @@ class WeightLoader:
         *leading, columns = tensor.shape
         if self._device.computes and tensor.format.name in CONVERTED:
             self._num_converted[tensor.format.name] += 1
-        return RawMatrix(tensor.format.name, prod(leading), columns, tensor.data)
+        raw = RawMatrix(tensor.format.name, prod(leading), columns, tensor.data)
+        try:
+            kept_format(raw)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"tensor {tensor.name}: {error}") from None
+        return raw
 
     def _raw_experts(self, tensor: Tensor) -> RawExperts:
         return RawExperts(tensor.shape[0], self._raw(tensor))

@@ -120,6 +120,13 @@ class MemoryPlan(Struct, frozen=True, kw_only=True):
             WORKSPACE: needs.workspace_bytes,
         }
 
+    @property
+    def summary(self) -> str:
+        """Who owns what, in one line."""
+        sizes = ", ".join(f"{name} {gibibytes(size)}" for name, size in self.regions.items())
+        tokens = (self.num_pages - 1) * PAGE_TOKENS
+        return f"memory of {self.card}: {sizes}; room for {tokens} tokens of context"
+
     def check(self) -> None:
         """Refuse what does not fit.
 

@@ -70,7 +70,7 @@ class Cubin:
         """Waits until it is compiled.
 
         Raises:
-            KernelCompileError: with the compiler's log.
+            KernelCompileError: with the compiler's first error; the log has them all.
         """
         return self._making.result()
 
@@ -140,7 +140,8 @@ class Compiler:
         try:
             return bytes(Program(text, "c++", options).compile("cubin", logs=log).code)
         except Exception as error:
-            message = f"{source.name} does not compile for {self.arch}: {error}"
+            logger.error("the compiler says of %s:\n%s", source.name, error)
+            message = f"{source.name} does not compile for {self.arch}: {first_error(str(error))}"
             raise KernelCompileError(message) from error
 
     def _options(
@@ -161,6 +162,14 @@ def _open_cache(folder: Path) -> CubinCache | None:
     except OSError as error:
         logger.warning("compiled kernels are not kept: %s", error)
         return None
+
+
+def first_error(log: str) -> str:
+    """The line of a compiler's log that says what is wrong."""
+    lines = [line.strip(" \0") for line in log.splitlines() if line.strip(" \0")]
+    return next(
+        (line for line in lines if "error:" in line), lines[0] if lines else "no reason given"
+    )
 
 
 def expand_includes(source: Path) -> str:

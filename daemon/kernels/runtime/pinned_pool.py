@@ -71,6 +71,7 @@ class PinnedPool:
             buffer = shelf.free.pop()
         except IndexError:
             self.num_unpinned += 1
+            logger.debug("no pinned buffer was ready, %d times so far", self.num_unpinned)
             return np.empty(num_bytes, np.uint8).data
         return np.asarray(_Lease(buffer, shelf)).data
 
