@@ -5,7 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from daemon_process import DaemonProcess, StartDaemon, qwend
+
+from clients.inspect_cache import main
 
 QUESTION = {"role": "user", "content": "".join(f"def step_{i}():\n    pass\n" for i in range(60))}
 
@@ -19,14 +22,18 @@ def ask(daemon: DaemonProcess, session: str) -> int:
     return int(used["prompt_tokens_details"]["cached_tokens"])
 
 
-def test_from_the_terminal(start_daemon: StartDaemon, tmp_path: Path) -> None:
+def test_from_the_terminal(
+    start_daemon: StartDaemon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process but for the last command: the daemon is another one all the same."""
     store, file = tmp_path / "store", tmp_path / "work.qwend"
     with start_daemon() as daemon:
 
         def inspect(*words: str | Path) -> str:
-            ended = qwend("inspect", *words, "--cache-dir", store, "--url", daemon.url)
-            assert (ended.returncode, ended.stderr) == (0, "")
-            return ended.stdout
+            status = main([*map(str, words), "--cache-dir", str(store), "--url", daemon.url])
+            shown = capsys.readouterr()
+            assert (status, shown.err) == (0, "")
+            return shown.out
 
         ask(daemon, "work")
         daemon.wait_until_written()
@@ -46,12 +53,10 @@ def test_from_the_terminal(start_daemon: StartDaemon, tmp_path: Path) -> None:
         assert ask(daemon, "work") == 0
         assert daemon.stop() == 0
     with start_daemon(cache_dir=tmp_path / "elsewhere") as daemon:
-        refused = qwend("inspect", "pin", "work", "--cache-dir", tmp_path / "elsewhere",
-                        "--url", "http://127.0.0.1:9")  # fmt: skip
-        assert refused.returncode == 1
-        assert "say where it listens with --url" in refused.stderr
-        taken = qwend("inspect", "import", file, "--cache-dir", tmp_path / "elsewhere",
-                      "--url", daemon.url)  # fmt: skip
+        elsewhere = ["--cache-dir", str(tmp_path / "elsewhere")]
+        assert main(["pin", "work", *elsewhere, "--url", "http://127.0.0.1:9"]) == 1
+        assert "say where it listens with --url" in capsys.readouterr().err
+        taken = qwend("inspect", "import", file, *elsewhere, "--url", daemon.url)
         assert "(work) has" in taken.stdout
         assert ask(daemon, "work") > 300
         assert daemon.stop() == 0
