@@ -130,7 +130,8 @@ class Sample:
         self._parameters = device.allocate((max_rows * ROW.itemsize,), ElementType.U8)
         self._mask_words = -(-vocab_size // 32)
         self._masks = device.allocate((max_rows, self._mask_words), ElementType.U32)
-        self._host_masks = device.allocate_pinned(self._masks.num_bytes).view(np.uint32)
+        pinned = device.allocate_pinned(self._masks.num_bytes)
+        self._host_masks = pinned.view(np.uint32).reshape(self._masks.shape)
 
     def __call__(
         self, logits: DeviceArray, choices: Sequence[Choice], num_tokens: int
@@ -174,11 +175,17 @@ class Sample:
             )
 
     def _upload(self, masks: Sequence[np.ndarray[Any, np.dtype[np.uint32]]]) -> None:
-        """Copy the masks of this launch through pinned memory, which the copy reads later."""
+        """Copy the masks of this launch through pinned memory, which the copy reads later.
+
+        A vocabulary may have fewer tokens than there are logits: the others are not allowed.
+        """
         if not masks:
             return
-        packed = self._host_masks[: len(masks) * self._mask_words]
-        np.concatenate(masks, out=packed)
+        packed = self._host_masks[: len(masks)]
+        for row, mask in zip(packed, masks, strict=True):
+            size = min(len(mask), len(row))
+            row[:size] = mask[:size]
+            row[size:] = 0
         self._device.write(self._masks.rows(0, len(masks)), packed)
 
 

@@ -44,8 +44,10 @@ class CallRules:
         self._values: dict[str, str] = {}
 
     def add(self, tool: ToolSpec) -> None:
-        """Add a call whose parameters have the schema's types, in its order, each once at most.
+        """Add a call whose parameters have the schema's types.
 
+        A strict tool's come in the schema's order, each once at most. Another's optional ones come
+        anywhere between the required ones: a model that is used to another order keeps to it.
         Where no parameters are declared, any may be given, as text. So with `add_loose`.
 
         Raises:
@@ -58,11 +60,14 @@ class CallRules:
             raise InvalidRequest(f"the required parameter {missing[0]!r} is not declared")
         if not declared and schema and schema.get("additionalProperties") is not False:
             return self.add_loose(tool)
-        parts = [
-            f"({self._parameter(name, part, tool)}){'' if name in required else '?'}"
-            for name, part in declared.items()
-        ]
-        return self._add(tool, " ".join(parts) or '""')
+        parts = {name: f"({self._parameter(name, part, tool)})" for name, part in declared.items()}
+        if tool.strict:
+            order = [part + ("" if name in required else "?") for name, part in parts.items()]
+            return self._add(tool, " ".join(order) or '""')
+        optional = [part for name, part in parts.items() if name not in required]
+        between = f"({' | '.join(optional)})*" if optional else ""
+        order = [f"{part} {between}" for name, part in parts.items() if name in required]
+        return self._add(tool, " ".join((between, *order)).strip() or '""')
 
     def add_loose(self, tool: ToolSpec) -> None:
         """Add a call that may have any parameters."""

@@ -19,6 +19,7 @@ from daemon.text.constraint import (
     CallWatch,
     GrammarMask,
     Mask,
+    MaskThreads,
     ReplyConstraint,
     Thought,
     mask_without,
@@ -59,8 +60,9 @@ class Constrainer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="mask")
-        self._library: Future[LLTokenizer] = self._threads.submit(_library_tokenizer, tokenizer)
+        self._threads = MaskThreads(NUM_THREADS)
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._library: Future[LLTokenizer] = self._loader.submit(_library_tokenizer, tokenizer)
         self._text_mask = mask_without(tokenizer.vocab_size, tokenizer.control_tokens.values())
         self._ready: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = Lock()
@@ -68,7 +70,8 @@ class Constrainer:
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
+        self._loader.shutdown(wait=False, cancel_futures=True)
 
     def constrain(self, guide: Guide | None, thinking: Thinking) -> ReplyConstraint | None:
         """The constraint of one reply; None where everything is allowed throughout.
@@ -93,7 +96,9 @@ class Constrainer:
             matcher = self._compiled(
                 guide, lambda g, loose: grammar_of(g, self._tags, loose, after)
             )
-            return self._mask(matcher)
+            mask = self._mask(matcher)
+            mask.begin()
+            return mask
         if guide.calls == "free":
             return None
         matcher = self._compiled(guide, lambda g, loose: one_call(g.tools, self._tags, loose))

@@ -5,9 +5,10 @@ threads given to them, while the model evaluates the token before.
 """
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future
 from itertools import takewhile
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -107,45 +108,88 @@ class Thought:
 
 
 class GrammarMask:
-    """The tokens that a grammar allows, computed ahead. Owns `matcher`."""
+    """The tokens that a grammar allows, computed ahead. Owns `matcher`.
 
-    def __init__(self, matcher: LLMatcher, threads: Executor, vocab_size: int) -> None:
+    What the engine's thread does for a token is two uncontended locks and a queue's end: a Future
+    would cost it more than the rest of its share.
+    """
+
+    def __init__(self, matcher: LLMatcher, threads: "MaskThreads", vocab_size: int) -> None:
         self._matcher = matcher
         self._threads = threads
         self._mask: Mask = np.zeros(-(-vocab_size // 32), np.uint32)
-        self._pending: Future[None] = threads.submit(self._compute)
+        self._busy = threading.Lock()  # held while a mask is being computed
+        self._failure: QwendError | None = None
+        self._is_complete = False
 
     @property
     def failure(self) -> QwendError | None:
         """The library's limits; waits."""
-        self._pending.result()
-        if not self._matcher.is_error():
-            return None
-        return InvalidRequest(f"The grammar of the reply failed: {reason_of(self._matcher)}")
+        with self._busy:
+            return self._failure
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing but the end can follow; waits."""
-        self._pending.result()
-        return self._matcher.is_stopped()
+        with self._busy:
+            return self._is_complete
 
     def allowed(self) -> Mask | None:
         """Waits until the mask has been computed; None after a failure."""
-        self._pending.result()
-        return None if self._matcher.is_error() else self._mask
+        with self._busy:
+            return None if self._failure else self._mask
+
+    def begin(self) -> None:
+        """Compute the first mask, on another thread."""
+        self._busy.acquire()
+        self._threads.run(self, None)
 
     def advance(self, token: int) -> None:
         """Go on with `token`, on another thread."""
-        self._pending = self._threads.submit(self._consume, self._pending, token)
+        self._busy.acquire()
+        self._threads.run(self, token)
 
-    def _consume(self, before: Future[None], token: int) -> None:
-        before.result()  # it was queued earlier, so it has begun at least
-        self._matcher.consume_token(token)
-        self._compute()
+    def compute(self, token: int | None) -> None:
+        """Take the token, then compute the mask; on a mask thread."""
+        try:
+            if token is not None:
+                self._matcher.consume_token(token)
+            if not self._matcher.is_error():
+                self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+            self._is_complete = self._matcher.is_stopped()
+            if self._matcher.is_error():
+                self._failure = _failed(reason_of(self._matcher))
+        except Exception as error:  # a library that breaks its promises ends this reply only
+            self._failure = _failed(str(error))
+        finally:
+            self._busy.release()
 
-    def _compute(self) -> None:
-        if not self._matcher.is_error():
-            self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+
+class MaskThreads:
+    """Threads that compute masks, in the order in which they are asked for."""
+
+    def __init__(self, count: int) -> None:
+        self._jobs: SimpleQueue[tuple[GrammarMask, int | None] | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"mask-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, grammar: GrammarMask, token: int | None) -> None:
+        """Have `grammar` compute; returns at once."""
+        self._jobs.put((grammar, token))
+
+    def close(self) -> None:
+        """End the threads once they have done what was asked."""
+        for _ in self._threads:
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            grammar, token = job
+            grammar.compute(token)
 
 
 class CallWatch:
@@ -198,6 +242,10 @@ class CallWatch:
     def _unfinished_tag(self, text: bytes) -> bytes:
         sizes = range(min(len(text), len(self._tag) - 1), 0, -1)
         return next((text[-size:] for size in sizes if self._tag.startswith(text[-size:])), b"")
+
+
+def _failed(reason: str) -> InvalidRequest:
+    return InvalidRequest(f"The grammar of the reply failed: {reason}")
 
 
 def reason_of(matcher: LLMatcher) -> str:

@@ -182,6 +182,25 @@ def test_calls_that_are_none(constrainer: Constrainer, tiny: Tokenizer, text: st
         assert not fulfils(constrainer.constrain(watched, CLOSED), tiny, f"Look:\n\n{text}")
 
 
+def test_optional_arguments_come_in_any_order(constrainer: Constrainer, tiny: Tokenizer) -> None:
+    """Of a tool that is not strict; its required ones keep their order."""
+    names = {"a": {"type": "string"}, "b": {"type": "integer"}, "c": {"type": "string"}}
+    schema = {"type": "object", "properties": names, "required": ["a"]}
+    for strict in (False, True):
+        tool = ToolSpec("f", schema, {}, strict)
+        guide = Guide(calls="required", tools=(tool,))
+
+        def is_good(text: str, guide: Guide = guide) -> bool:
+            return fulfils(constrainer.constrain(guide, CLOSED), tiny, text)
+
+        assert is_good(call("f", a="x"))
+        assert is_good(call("f", a="x", b="1", c="y"))
+        assert is_good(call("f", a="x", c="y", b="1")) is not strict
+        assert is_good(call("f", c="y", a="x")) is not strict
+        assert not is_good(call("f", c="y"))
+        assert not is_good(call("f", a="x", b="y"))
+
+
 def test_single_call(constrainer: Constrainer, tiny: Tokenizer) -> None:
     guide = Guide(calls="required", tools=(NOTHING,), single_call=True)
     assert fulfils(constrainer.constrain(guide, CLOSED), tiny, call("nothing"))
