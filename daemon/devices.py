@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NVIDIA_DRIVER = Path("/dev/nvidiactl")
+NVIDIA_DRIVERS = (Path("/dev/nvidiactl"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
+"""What shows that a driver is there, on Linux and on Linux under Windows."""
+
 CPU_PREFILL_TOKENS = 512
 GPU_PREFILL_TOKENS = 2048
 MAX_GPU_SEQUENCES = 16
@@ -70,7 +72,7 @@ def plan_memory(config: EngineConfig, file: GGUFFile, demand: MemoryDemand) -> M
     from daemon.kernels.runtime.device import Device
     from daemon.kernels.runtime.paper_device import TYPICAL_CARD, card_of
 
-    device = Device.open() if NVIDIA_DRIVER.exists() else None
+    device = Device.open() if has_driver() else None
     card = TYPICAL_CARD if device is None else card_of(device)
     needs = memory_needs(file, card, _cuda_limits(config, demand), demand.num_slots)
     cap = config.gpu_memory_bytes
@@ -92,9 +94,14 @@ def memory_budget(free_bytes: int | None, cap_bytes: int | None) -> int | None:
     return min(limits) - MARGIN_BYTES if limits else None
 
 
+def has_driver() -> bool:
+    """Whether there is an NVIDIA driver, whatever may be wrong with it."""
+    return any(path.exists() for path in NVIDIA_DRIVERS)
+
+
 def uses_gpu(config: EngineConfig) -> bool:
     """Whether the GPU is chosen; "auto" takes it where an NVIDIA driver is loaded."""
-    return config.device == "cuda" or (config.device == "auto" and NVIDIA_DRIVER.exists())
+    return config.device == "cuda" or (config.device == "auto" and has_driver())
 
 
 def prefill_tokens(config: EngineConfig) -> int:

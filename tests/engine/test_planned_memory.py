@@ -148,7 +148,7 @@ def test_a_card_that_is_too_full_is_refused_before_anything_is_loaded(
 ) -> None:
     driver = tmp_path / "nvidiactl"
     driver.touch()
-    monkeypatch.setattr("daemon.devices.NVIDIA_DRIVER", driver)
+    monkeypatch.setattr("daemon.devices.NVIDIA_DRIVERS", (driver,))
     fake_driver.free_bytes = 430 * 2**20
     shape, config = model_shape(model_file), EngineConfig(key_format="q8_0")
     demand = MemoryDemand(context_length=32_768, num_sequences=16, num_slots=36)
