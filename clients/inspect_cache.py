@@ -159,6 +159,7 @@ def _shared(is_default: bool) -> argparse.ArgumentParser:
     add("--cache-dir", folder, f"the store's folder (default: {folder})", type=Path)
     add("--cache-size", "20G", "its budget, half of which may be pinned (default: 20G)")
     add("--url", DEFAULT_URL, f"the daemon that has it open (default: {DEFAULT_URL})")
+    add("--api-key", "", "one of that daemon's, if it has keys")
     add("--json", False, "print JSON instead of tables", action="store_true")
     return flags
 

@@ -61,7 +61,7 @@ def show_list(plans: list[dict[str, Any]], output: Console, now_s: float) -> Non
 
 
 def _why(arguments: argparse.Namespace) -> None:
-    with Client(arguments.url) as client:
+    with Client(arguments.url, api_key=arguments.api_key) as client:
         plans = client.plans()
         if arguments.request:
             found = [p for p in plans if p["request"].startswith(arguments.request)]
@@ -79,7 +79,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         body = arguments.file.read_bytes()
     except OSError as error:
         raise ServerRefused(f"{arguments.file}: {error.strerror}.", 0) from error
-    with Client(arguments.url) as client:
+    with Client(arguments.url, api_key=arguments.api_key) as client:
         plan = client.dry_run(body, arguments.dialect)
     if arguments.json:
         print(json.dumps(plan, indent=2, ensure_ascii=False))

@@ -155,7 +155,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[Sessions]:
     if not is_in_use(arguments.cache_dir):
         yield offline
         return
-    with Client(arguments.url) as client:
+    with Client(arguments.url, api_key=arguments.api_key) as client:
         try:
             yield ServedSessions(client)
         except ServerUnreachable as error:

@@ -104,8 +104,9 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache-dir", type=Path, help=f"the store ({default_cache_folder()})")
     group.add_argument("--cache-size", default="20G", help="its budget on disk (%(default)s)")
     group.add_argument(
-        "--cache-ram", metavar="SIZE",
-        help="of it, kept in memory too; 0 for nothing (default: 1/8 of the memory, at most 8G)",
+        "--cache-ram", "-cram", metavar="SIZE",
+        help="of it, kept in memory too; 0 for nothing, a number alone is MiB as llama-server's "
+        "(default: 1/8 of the memory, at most 8G)",
     )  # fmt: skip
     group.add_argument(
         "--checkpoint-interval", type=positive, metavar="TOKENS",
@@ -177,6 +178,13 @@ def gpu_memory(arguments: argparse.Namespace) -> int | None:
 
 
 def _memory_bytes(arguments: argparse.Namespace) -> int:
-    if arguments.cache_ram is None:
-        return default_cache_memory()
-    return 0 if arguments.cache_ram == "0" else parse_bytes(arguments.cache_ram)
+    """llama-server counts in MiB, and means no limit by -1."""
+    match arguments.cache_ram:
+        case None:
+            return default_cache_memory()
+        case "0":
+            return 0
+        case "-1":
+            return parse_bytes(arguments.cache_size)
+    alone = arguments.cache_ram.isdecimal()
+    return parse_bytes(f"{arguments.cache_ram}M" if alone else arguments.cache_ram)

@@ -83,6 +83,14 @@ def test_all_of_the_context() -> None:
     assert config().engine.context is None
 
 
+@pytest.mark.parametrize(
+    ("given", "bytes_in_memory"),
+    [("0", 0), ("512", 512 * 2**20), ("2G", 2 * 2**30), ("-1", 20 * 2**30)],
+)
+def test_memory_for_checkpoints(given: str, bytes_in_memory: int) -> None:
+    assert config("--cache-ram", given).cache.memory_bytes == bytes_in_memory
+
+
 def test_thinking_by_flags() -> None:
     assert config("--reasoning-budget", "0").reply.template_options == {"enable_thinking": False}
     assert config("--reasoning-budget", "-1").reply.thinking_budget is None

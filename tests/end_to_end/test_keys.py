@@ -1,11 +1,13 @@
 """A daemon with a key, whose log holds text because it was asked to."""
 
+from pathlib import Path
+
 import openai
 import pytest
-from daemon_process import StartDaemon
+from daemon_process import StartDaemon, qwend
 
 
-def test_keys_and_a_log_with_text(start_daemon: StartDaemon) -> None:
+def test_keys_and_a_log_with_text(start_daemon: StartDaemon, tmp_path: Path) -> None:
     with start_daemon("--api-key", "secret", "--log-prompts", "-ngl", "99") as daemon:
         body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0}
         assert daemon.http.post("/v1/chat/completions", json=body).status_code == 401
@@ -15,6 +17,9 @@ def test_keys_and_a_log_with_text(start_daemon: StartDaemon) -> None:
         assert answer.choices[0].message.content.startswith("Hello!")
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="other").models.list()
+        inspect = ("inspect", "--cache-dir", tmp_path / "store", "--url", daemon.url)
+        assert "API key" in qwend(*inspect, "why", "x").stderr
+        assert "API key" not in qwend(*inspect, "--api-key", "secret", "why", "x").stderr
         assert daemon.stop() == 0
         log = daemon.log()
     assert 'prompt="<|im_start|>user\\nhello<|im_end|>' in log
