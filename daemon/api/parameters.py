@@ -64,8 +64,13 @@ def ignored_header(names: tuple[str, ...]) -> dict[str, str]:
     """The header that names them; none when there are none."""
     if not names:
         return {}
-    printable = (name if name.isascii() and name.isprintable() else "?" for name in names)
-    return {IGNORED_HEADER: ", ".join(printable)[:MAX_HEADER]}
+    return {IGNORED_HEADER: ", ".join(map(_shown, names))[:MAX_HEADER].rstrip(" ,")}
+
+
+def _shown(name: str) -> str:
+    """A name that may stand in a header; a client can make up any."""
+    is_plain = name.isascii() and name.isprintable() and name == name.strip()
+    return name if name and is_plain else "?"
 
 
 def _unknown(values: Mapping[str, msgspec.Raw], kind: type[Struct], where: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from http_harness import ApiHarness
 
-from daemon.api.parameters import Parameters
+from daemon.api.parameters import Parameters, ignored_header
 from docs.parameters import DIALECTS, TABLE, table
 
 MakeApi = Callable[..., ApiHarness]
@@ -38,3 +38,11 @@ def test_what_means_nothing_is_named_in_a_header(make_api: MakeApi) -> None:
     assert response.status_code == 200
     named = response.headers["x-qwend-ignored"]
     assert named == "wizardry, stream_options.colour, tools[0] (web_search)"
+
+
+@pytest.mark.parametrize("name", ["", " ", "a ", " a", "\n", "é", "\x00", "x" * 999, "a," * 600])
+def test_any_name_may_be_named(name: str) -> None:
+    [value] = ignored_header((name, "b", name)).values()
+    assert value == value.strip()
+    assert value.isprintable()
+    assert len(value) <= 1000
