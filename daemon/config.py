@@ -64,7 +64,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     """Where to listen, and to whom. `is_local`: only this machine can reach it.
 
     `allowed_hosts` are further names of the server, `cors_origins` pages that may ask from a
-    browser. Limits are a key's; None: none. `log_prompts` writes text into the log.
+    browser. Limits are a key's; None: none. `log_prompts` writes text into the log. A request that
+    waits or takes longer than its time-outs is ended; None: never.
     """
 
     host: str = "127.0.0.1"
@@ -76,6 +77,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     requests_per_minute: int | None = None
     parallel_requests: int | None = None
     log_prompts: bool = False
+    queue_timeout_s: float | None = 600.0
+    request_timeout_s: float | None = None
 
 
 class ReplyConfig(Struct, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ assembly; pure.
 import msgspec
 
 from daemon.api.access import AccessRules, local_hosts
-from daemon.api.service import ModelFacts, ReplyDefaults, Service
+from daemon.api.service import Limits, ModelFacts, ReplyDefaults, Service
 from daemon.config import Config, ReplyConfig, ServerConfig
 from daemon.engine.requests import SamplingParams
 from daemon.engine.weights.gguf import GGUFFile
@@ -34,6 +34,10 @@ def configured(service: Service, config: Config, file: GGUFFile, template_source
             max_tokens=reply.max_tokens,
         ),
         access=_access(config.server),
+        limits=Limits(
+            queue_timeout_s=config.server.queue_timeout_s,
+            request_timeout_s=config.server.request_timeout_s,
+        ),
         facts=ModelFacts(str(file.paths[0]), template_source),
         log_prompts=config.server.log_prompts,
     )

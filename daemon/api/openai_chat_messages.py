@@ -17,11 +17,21 @@ UNPARSED = "arguments"
 
 
 class ContentPart(Struct):
-    """A part of a content list; only those of type text (and refusal) can be read."""
+    """A part of a content list; only those of type text (and refusal) can be read.
+
+    Its end may be marked as a place to keep, in OpenAI's words or in Anthropic's.
+    """
 
     type: str
     text: str | None = None
     refusal: str | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the prompt up to its end is to be kept."""
+        return self.prompt_cache_breakpoint is not None or self.cache_control is not None
 
 
 Content = str | list[ContentPart] | None
@@ -76,12 +86,14 @@ def _message(message: ChatMessage, path: str) -> Message:
     if message.content is None and message.role not in ("assistant", "tool"):
         raise _refused(f"{path}.content", f"a {message.role} message must have some")
     is_assistant = message.role == "assistant"
+    content, marks = _text(message.content, f"{path}.content")
     return Message(
         role=_role(message.role),
-        content=_text(message.content, f"{path}.content") or message.refusal or "",
+        content=content or message.refusal or "",
         reasoning=_reasoning(message) if is_assistant else None,
         tool_calls=tuple(map(_call, message.tool_calls or ())),
         tool_call_id=message.tool_call_id,
+        marks=marks,
     )
 
 
@@ -102,10 +114,16 @@ def _reasoning(message: ChatMessage) -> str | None:
     return given if given is not None else message.reasoning
 
 
-def _text(content: Content, path: str) -> str:
+def _text(content: Content, path: str) -> tuple[str, tuple[int, ...]]:
+    """The parts' text, and the marks between them."""
     if not isinstance(content, list):
-        return content or ""
-    return "".join(_part(part, f"{path}[{i}]") for i, part in enumerate(content))
+        return content or "", ()
+    text, marks = "", []
+    for index, part in enumerate(content):
+        text += _part(part, f"{path}[{index}]")
+        if part.is_marked:
+            marks.append(len(text))
+    return text, tuple(marks)
 
 
 def _part(part: ContentPart, path: str) -> str:

@@ -37,7 +37,8 @@ TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 MESSAGES = doc(
     "roles system, developer (= system), user, assistant, tool; content is a string or text parts "
     "(others are refused); reasoning as `reasoning_content` or `reasoning`; call arguments that "
-    "are no JSON object are shown to the model as they are, as one argument named `arguments`"
+    "are no JSON object are shown to the model as they are, as one argument named `arguments`; "
+    "`prompt_cache_breakpoint` or `cache_control` of a part marks a place to keep"
 )
 TOOLS = doc(
     "functions, whose `parameters` are a JSON schema in form, and with `strict` are held to; other "

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from daemon.commands.access_flags import access_settings
-from daemon.commands.number_flags import positive, share, whole
+from daemon.commands.number_flags import non_negative, positive, share, whole
 from daemon.commands.reply_flags import reply_settings
 from daemon.config import (
     DEFAULT_CONTEXT,
@@ -96,6 +96,14 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--no-idle-work", action="store_true",
         help="leave the device alone between requests: replies are not evaluated again as prompts",
     )  # fmt: skip
+    group.add_argument(
+        "--queue-timeout", type=non_negative, default=600, metavar="SECONDS",
+        help="tell a request to come back that waits longer for its turn; 0: never (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--request-timeout", type=non_negative, default=0, metavar="SECONDS",
+        help="end a request that takes longer; 0: never (%(default)s)",
+    )  # fmt: skip
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +159,13 @@ def config_of(arguments: argparse.Namespace) -> Config:
             memory_bytes=_memory_bytes(arguments),
             audit_share=arguments.audit_share,
         ),
-        server=ServerConfig(host=arguments.host, port=arguments.port, **access_settings(arguments))
+        server=ServerConfig(
+            host=arguments.host,
+            port=arguments.port,
+            queue_timeout_s=arguments.queue_timeout or None,
+            request_timeout_s=arguments.request_timeout or None,
+            **access_settings(arguments),
+        )
         if is_server
         else ServerConfig(),
         reply=reply_settings(arguments) if is_server else ReplyConfig(),

@@ -71,7 +71,7 @@ WITHOUT_EFFECT = (
     Flag(("--perf",), 0, ALWAYS),
     Flag(("--prefill-assistant",), 0, "a reply always begins a new message"),
     Flag(("--no-prefill-assistant",), 0, ALWAYS),
-    Flag(("-to", "--timeout"), 1, "connections live as long as their clients"),
+    Flag(("-to", "--timeout"), 1, "--request-timeout bounds a request, not its silences"),
     Flag(("--offline",), 0, "nothing is ever downloaded"),
     Flag(("-v", "--verbose", "--log-verbose"), 0, LOG),
     Flag(("-lv", "--verbosity", "--log-verbosity"), 1, LOG),

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from fakes import Script
 from http_harness import ApiHarness, events
 
@@ -269,6 +270,18 @@ def test_boundaries_reach_the_engine(make_api: MakeApi) -> None:
     post(api, messages=messages)
     boundaries = api.engine.requests[0].boundaries
     assert [boundary.reason for boundary in boundaries] == ["system", "prompt"]
+
+
+@pytest.mark.parametrize("mark", ["prompt_cache_breakpoint", "cache_control"])
+def test_marks_reach_the_engine(make_api: MakeApi, mark: str) -> None:
+    api = make_api()
+    parts = [{"type": "text", "text": "word " * 40, mark: {}}, {"type": "text", "text": "more"}]
+    post(api, messages=[{"role": "user", "content": parts}])
+    [request] = api.engine.requests
+    [position] = [b.position for b in request.boundaries if b.reason == "mark"]
+    before = api.service.tokenizer.decode(request.tokens[:position])
+    assert before.count("word") >= 39
+    assert "more" not in before
 
 
 def test_sessions_by_hint_and_by_beginning(make_api: MakeApi) -> None:

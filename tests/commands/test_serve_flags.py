@@ -144,3 +144,10 @@ def test_keys_in_a_file(tmp_path: Path) -> None:
     for path in (file, tmp_path / "absent"):
         with pytest.raises(ConfigError, match="--api-key-file"):
             config("--api-key-file", str(path))
+
+
+def test_time_outs() -> None:
+    patient = config().server
+    assert (patient.queue_timeout_s, patient.request_timeout_s) == (600, None)
+    hasty = config("--queue-timeout", "0", "--request-timeout", "2.5").server
+    assert (hasty.queue_timeout_s, hasty.request_timeout_s) == (None, 2.5)
