@@ -1,5 +1,7 @@
 """The runtime: sources put together, compiled, cached, loaded and launched."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,3 +190,19 @@ def test_each_program_is_compiled_once_and_errors_come_out_at_the_end(add_source
     compiler.cubin(add_source, {"BIAS": "nonsense"})
     with pytest.raises(KernelCompileError, match="nonsense"):
         compiler.finish()
+
+
+def test_a_process_that_ends_does_not_wait_for_what_is_not_begun(add_source: Path) -> None:
+    script = (
+        "import pathlib, sys\n"
+        "from daemon.kernels.runtime.compiler import Compiler\n"
+        "compiler = Compiler('sm_80', None)\n"
+        "for bias in range(500):\n"
+        "    compiler.cubin(pathlib.Path(sys.argv[1]), {'BIAS': bias})\n"
+        "print('ended')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, add_source],
+        capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")

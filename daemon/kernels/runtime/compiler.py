@@ -9,8 +9,10 @@ import io
 import logging
 import os
 import re
+import threading
+import weakref
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,6 +77,37 @@ class Cubin:
         return self._making.result()
 
 
+class _Turns:
+    """How many programs may be compiled at a time, until the process ends."""
+
+    def __init__(self, count: int) -> None:
+        self._count = self._free = count
+        self._is_closed = False
+        self._changed = threading.Condition()
+
+    def take(self) -> bool:
+        """Wait for a turn; False when there will be none any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free > 0 or self._is_closed)
+            if self._is_closed:
+                return False
+            self._free -= 1
+            return True
+
+    def give_back(self) -> None:
+        """End a turn."""
+        with self._changed:
+            self._free += 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Give no more turns, and wait for those that were given."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._free == self._count)
+
+
 class Compiler:
     """Compiles for one architecture, several programs at a time.
 
@@ -87,7 +120,9 @@ class Compiler:
     def __init__(self, arch: str, cache_folder: Path | None) -> None:
         self.arch = arch
         self._cache = None if cache_folder is None else _open_cache(cache_folder)
-        self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="compiler")
+        self._turns = _Turns(MAX_THREADS)
+        # The compiler's own library must not be torn down below a thread that is in it.
+        weakref.finalize(self, self._turns.close)
         self._cubins: dict[tuple[Path, tuple[tuple[str, str], ...]], Cubin] = {}
 
     def cubin(self, source: Path, defines: Defines | None = None) -> Cubin:
@@ -99,8 +134,11 @@ class Compiler:
         """
         macros = tuple((name, str(value)) for name, value in sorted((defines or {}).items()))
         if (source, macros) not in self._cubins:
-            making = self._threads.submit(self._make, source, macros)
+            making: Future[bytes] = Future()
             self._cubins[source, macros] = Cubin(making)
+            # Daemons, so that whoever gives up need not wait until everything is compiled.
+            arguments = (making, source, macros)
+            threading.Thread(target=self._make_in_turn, args=arguments, daemon=True).start()
         return self._cubins[source, macros]
 
     def finish(self) -> None:
@@ -122,6 +160,19 @@ class Compiler:
         options = self._options(source, macros, verbose=True)
         self._compile(source, expand_includes(source), options, log)
         return read_report(log.getvalue())
+
+    def _make_in_turn(
+        self, making: Future[bytes], source: Path, macros: tuple[tuple[str, str], ...]
+    ) -> None:
+        if not self._turns.take():
+            making.cancel()
+            return
+        try:
+            making.set_result(self._make(source, macros))
+        except BaseException as error:
+            making.set_exception(error)
+        finally:
+            self._turns.give_back()
 
     def _make(self, source: Path, macros: tuple[tuple[str, str], ...]) -> bytes:
         text, options = expand_includes(source), self._options(source, macros)
