@@ -20,6 +20,10 @@ BILLING = "x-anthropic-billing-header:"
 """Begins a system block that is addressed to the provider; it changes from one agent to the next
 and would make every prompt's beginning another."""
 
+REMINDER = "<system-reminder>"
+"""Begins a text that an agent, not its user, puts behind a tool's result. Shown as a message of the
+user it would end the loop of tools, and templates drop the thinking before a new question."""
+
 TEXT_BLOCKS = ("text",)
 RESULT_BLOCKS = ("text", "tool_reference")
 USER_BLOCKS = ("text", "tool_result")
@@ -71,6 +75,12 @@ class _Text:
         self.is_empty = False
         if marked:
             self.marks.append(len(self.content))
+
+    def user_message(self) -> list[Message]:
+        """The message that it is; none without any text."""
+        if self.is_empty:
+            return []
+        return [Message(role="user", content=self.content, marks=tuple(self.marks))]
 
 
 def to_messages(
@@ -128,17 +138,29 @@ def _user(
     blocks: Sequence[Block], path: str, deferred: Mapping[str, ToolSpec]
 ) -> Iterator[Message]:
     """Tool results are messages of their own, in the order in which they stand."""
+    shown: list[Message] = []
     text = _Text()
     for place, block in _checked(blocks, path, USER_BLOCKS):
-        if block.type == "text":
-            text.add(_needed(block.text, f"{place}.text"), marked=block.cache_control is not None)
-            continue
-        if not text.is_empty:
-            yield Message(role="user", content=text.content, marks=tuple(text.marks))
+        if block.type == "tool_result":
+            shown += text.user_message()
             text = _Text()
-        yield _tool_result(block, place, deferred)
-    if not text.is_empty or not blocks:
-        yield Message(role="user", content=text.content, marks=tuple(text.marks))
+            shown.append(_tool_result(block, place, deferred))
+            continue
+        words = _needed(block.text, f"{place}.text")
+        marked = block.cache_control is not None
+        if text.is_empty and shown and words.startswith(REMINDER):
+            shown[-1] = _reminded(shown[-1], words, marked)
+        else:
+            text.add(words, marked=marked)
+    yield from shown
+    yield from text.user_message() if blocks else [Message(role="user")]
+
+
+def _reminded(result: Message, words: str, marked: bool) -> Message:
+    """A tool's result with an agent's words behind it."""
+    content = result.content + JOINT + words
+    marks = (*result.marks, len(content)) if marked else result.marks
+    return msgspec.structs.replace(result, content=content, marks=marks)
 
 
 def _tool_result(block: Block, path: str, deferred: Mapping[str, ToolSpec]) -> Message:

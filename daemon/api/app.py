@@ -65,7 +65,7 @@ def _gates(rules: AccessRules) -> list[Middleware]:
     """What stands before all routes; a browser asks by OPTIONS first, without a key."""
     gates = [Middleware(Access, rules=rules)]
     if rules.origins:
-        shown = ("x-request-id", "x-cache-plan", "retry-after")
+        shown = ("x-request-id", "request-id", "x-cache-plan", "x-qwend-ignored", "retry-after")
         cors = Middleware(
             CORSMiddleware,
             allow_origins=rules.origins,

@@ -375,3 +375,24 @@ def test_forms_and_budgets_reach_the_engine(make_api: MakeApi, asked: dict[str, 
     answer = whole(api, **asked)
     assert (answer["content"][-1]["type"] == "tool_use") == forced
     assert api.engine.requests[0].constraint is not None
+
+
+def test_an_agents_reminder_does_not_end_the_loop(make_api: MakeApi) -> None:
+    api = make_api(THOUGHT + "Done.")
+    call = {"type": "tool_use", "id": "t", "name": "read_file", "input": {"path": "a"}}
+    thought = {"type": "thinking", "thinking": "I look.", "signature": ""}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": "x = 1"}
+    reminder = {"type": "text", "text": "<system-reminder>Be brief.</system-reminder>"}
+    messages = [
+        *USER,
+        {"role": "assistant", "content": [thought, call]},
+        {"role": "user", "content": [result, reminder, {"type": "text", "text": "And now?"}]},
+    ]
+    whole(api, messages=messages[:2] + [{"role": "user", "content": [result, reminder]}])
+    whole(api, messages=messages)
+    looping, asked_again = prompt_of(api, 0), prompt_of(api, 1)
+    assert "I look." in looping
+    response = looping.rpartition("<tool_response>")[2].partition("</tool_response>")[0]
+    assert "x = 1" in response
+    assert "Be brief." in response
+    assert asked_again.rpartition("</tool_response>")[2].count("And now?") == 1

@@ -54,6 +54,27 @@ def test_a_closed_connection_cancels(
     assert eventually(lambda: api.service.metrics.snapshot().finishes == {"cancelled": 1})
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/messages", {"messages": USER, "max_tokens": 10**6}),
+        ("/v1/responses", {"input": "hello"}),
+        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": -1}),
+    ],
+)
+def test_a_closed_connection_cancels_in_every_dialect(
+    make_api: MakeApi, serve: Serve, endless: Script, path: str, asked: dict[str, Any]
+) -> None:
+    api = make_api(endless)
+    url = serve(api) + path
+    with httpx.stream("POST", url, json={**asked, "stream": True}) as response:
+        received = response.iter_bytes()
+        assert next(received)
+        assert eventually(lambda: api.engine.num_steps > 5)
+    assert api.engine.wait_until_idle(10)
+    assert sorted(api.engine.cancelled) == sorted(request.id for request in api.engine.requests)
+
+
 def test_stopping_the_server_ends_streams_with_an_error(
     make_api: MakeApi, serve: Serve, endless: Script
 ) -> None:
