@@ -91,6 +91,7 @@ class Generations:
             service.tokenizer, service.history, service.reach, service.is_shared
         )
         self.plans = RequestPlans()
+        self._forgetting: list[Callable[[str], None]] = []
 
     async def on_prompt_thread(self, function: Callable[..., T], *args: object) -> T:
         """Run what takes long for long inputs, off the event loop and one at a time.
@@ -150,6 +151,18 @@ class Generations:
         """
         _, draft = await self.on_prompt_thread(self._prepare, asked)
         return plan_of(draft, draft.reach.found, "dry_run", self.plans.token_s)
+
+    def when_forgetting(self, forget: Callable[[str], None]) -> None:
+        """Have something done when a session is wiped, by its name."""
+        self._forgetting.append(forget)
+
+    def forget(self, session: str) -> None:
+        """Forget what is remembered of a session's requests; encoded frames of all sessions go."""
+        self.plans.forget(session)
+        self._service.history.forget(session)
+        self._service.prompts.forget()
+        for forget in self._forgetting:
+            forget(session)
 
     def ended(self, draft: Draft, reply: Sequence[int], num_evaluated: int, whole: bool) -> None:
         """Record how far a request came; prompt thread."""

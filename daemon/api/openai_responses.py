@@ -40,6 +40,7 @@ class Responses:
         self._service = service
         self._generations = generations
         self._store = ResponseStore()
+        generations.when_forgetting(self._store.forget)
 
     async def answer(self, request: Request) -> EventStream | WholeAnswer[Piece, Outcome]:
         """Answer one request.
@@ -153,7 +154,8 @@ class Responses:
     ) -> None:
         body = msgspec.json.encode(response)
         whole = (*messages, _reply(response, ask))
-        self._store.keep(response.id, StoredResponse(body, whole, num_bytes + len(body)))
+        kept = StoredResponse(body, whole, num_bytes + len(body), ask.session)
+        self._store.keep(response.id, kept)
 
 
 def _reply(response: ResponseObject, ask: ResponsesAsk) -> Message:

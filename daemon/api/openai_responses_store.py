@@ -21,6 +21,7 @@ class StoredResponse(Struct, frozen=True):
     body: bytes
     messages: tuple[Message, ...]
     num_bytes: int
+    session: str = ""
 
 
 class ResponseStore:
@@ -54,6 +55,12 @@ class ResponseStore:
         """Whether there was such a response; now there is none."""
         with self._lock:
             return self._drop(response_id)
+
+    def forget(self, session: str) -> None:
+        """Forget all responses of a session."""
+        with self._lock:
+            for key in [k for k, kept in self._responses.items() if kept.session == session]:
+                self._drop(key)
 
     def _drop(self, response_id: str) -> bool:
         gone = self._responses.pop(response_id, None)

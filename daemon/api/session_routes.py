@@ -71,16 +71,13 @@ class SessionRoutes:
         return _json(await run_in_threadpool(self._fork, _name(request), fork), 201)
 
     async def wipe(self, request: Request) -> Response:
-        """Delete a session: its checkpoints, its sampled replies, what is remembered of its
-        prompts; answers with what it was."""
+        """Delete a session: its checkpoints, its sampled replies, its stored responses, what is
+        remembered of its prompts; answers with what it was."""
         row = await run_in_threadpool(self._sessions.row, _name(request))
         session: str = msgspec.to_builtins(row)["session"]
-        history = self._service.history
-        wiped = await run_in_threadpool(
-            self._sessions.wipe, _name(request), history.timelines(session)
-        )
-        history.forget(session)
-        self._generations.plans.forget(session)
+        timelines = self._service.history.timelines(session)
+        wiped = await run_in_threadpool(self._sessions.wipe, _name(request), timelines)
+        self._generations.forget(session)
         return _json({"wiped": wiped})
 
     async def export(self, request: Request) -> Response:

@@ -32,6 +32,12 @@ class EncodedFrames:
             self._keep(key, tokens)
         return tokens
 
+    def clear(self) -> None:
+        """Forget all frames."""
+        with self._lock:
+            self._frames.clear()
+            self._num_tokens = 0
+
     @property
     def num_tokens(self) -> int:
         """Token ids held now."""

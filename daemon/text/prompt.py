@@ -93,6 +93,10 @@ class PromptBuilder:
             ),
         )
 
+    def forget(self) -> None:
+        """Forget the frames that were encoded, since somebody wants a text to be gone."""
+        self._encoded.clear()
+
     def replay_entries(self, prompt: Prompt, reply_tokens: Sequence[int]) -> list[ReplayEntry]:
         """What to remember when a reply to `prompt` ends: (frame text, exact tokens) pairs."""
         return replay_entries(self._tokenizer, prompt.generation, reply_tokens)

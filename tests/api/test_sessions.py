@@ -99,6 +99,21 @@ def test_export_wipe_import(api: ApiHarness) -> None:
     assert not list(folder.glob("import-*"))
 
 
+def respond(api: ApiHarness, method: str, path: str = "", **body: Any) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        async with api.client() as client:
+            return await client.request(method, f"/v1/responses{path}", json=body or None)
+
+    return asyncio.run(ask())
+
+
+def test_a_wipe_forgets_stored_responses(api: ApiHarness) -> None:
+    kept = [respond(api, "POST", input="hello", prompt_cache_key=name) for name in ("side", "b")]
+    call(api, "DELETE", "/side")
+    found = [respond(api, "GET", f"/{answer.json()['id']}").status_code for answer in kept]
+    assert found == [404, 200]
+
+
 def test_a_wipe_forgets_prompts_and_plans(api: ApiHarness) -> None:
     words = {"messages": [{"role": "user", "content": "secret " * 80}], "prompt_cache_key": "side"}
     asyncio.run(api.post(**words))
