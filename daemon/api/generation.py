@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from daemon.api.cache_plan import CachePlan, CachePlanner, Draft, Status, plan_of
+from daemon.api.cache_plan import CachePlan, CachePlanner, Draft, plan_of
 from daemon.api.mailbox import Mailbox
 from daemon.api.reply import Reply, ReplyRules, joined
 from daemon.api.reply_pieces import EndReason, Outcome, Piece, PromptProgress
-from daemon.api.request_plans import RequestPlans
+from daemon.api.request_plans import PlanCourse, RequestPlans
 from daemon.api.service import Service
 from daemon.api.session_hint import title_of
-from daemon.checkpoint import Boundary, Found
+from daemon.checkpoint import Boundary
 from daemon.engine.requests import (
     Event,
     Failed,
@@ -210,7 +210,6 @@ class Generation:
 
     Attributes:
         id: the request's id, in the engine and for the client.
-        plan: what it reuses; foreseen until evaluation begins, final once `pieces` is exhausted.
         outcome: how it ended; set once `pieces` is exhausted.
     """
 
@@ -224,7 +223,6 @@ class Generation:
         owner: Generations,
     ) -> None:
         self.id = draft.id
-        self.plan = plan_of(draft, draft.reach.found, "waiting", owner.plans.token_s)
         self.outcome: Outcome | None = None
         self._service = service
         self._prompt = prompt
@@ -244,7 +242,7 @@ class Generation:
         self._finished: Finished | None = None
         self._finish = "cancelled"
         self._closed = False
-        self._restored: Found | None = None
+        self._course = PlanCourse(draft, owner.plans)
         self._submitted_s = self._last_sign_s = self._loop.time()
 
     @property
@@ -257,6 +255,11 @@ class Generation:
     def num_prompt_tokens(self) -> int:
         """The prompt's length."""
         return len(self._prompt.tokens)
+
+    @property
+    def plan(self) -> CachePlan:
+        """What it reuses; foreseen until evaluation begins, final once `pieces` is exhausted."""
+        return self._course.plan
 
     def submit(self, constraint: ReplyConstraint | None) -> None:
         """Hand the prompt to the engine, and what may follow it."""
@@ -278,7 +281,7 @@ class Generation:
         )
         self._service.engine.submit(request, self._mailbox.put)
         self._service.metrics.request_started()
-        self._owner.plans.put(self.plan)
+        self._course.begin()
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The reply as it comes; a sign of life at least every `sign_of_life_s` seconds.
@@ -314,7 +317,7 @@ class Generation:
             log_text(self.id, "reply", self._service.tokenizer.decode(self._finished.tokens))
         record = self._record()
         if self.outcome is None:
-            self._plan_end(record, "failed" if self._finish == "failed" else "cancelled")
+            self._course.end(record, "failed" if self._finish == "failed" else "cancelled")
             self._owner.soon_on_prompt_thread(
                 self._owner.ended, self._draft, (), self._num_done, False
             )
@@ -358,7 +361,7 @@ class Generation:
                     deltas += self._sampled(event, tokens)
                 case Started():
                     self._num_cached = self._num_done = event.num_cached_tokens
-                    self._plan_again(event.restored, "running", self._owner.plans.token_s)
+                    self._course.restored(event.restored)
                     self._started_s = self._loop.time()
                     progress = self._progress()
                 case Progress():
@@ -400,7 +403,7 @@ class Generation:
         if reason == "stop" and reply.num_calls:
             reason = "tool_calls"
         self._finish = reason
-        self._plan_end(self._record(), "ended")
+        self._course.end(self._record(), "ended")
         self.outcome = Outcome(
             reason=reason,
             stop=reply.stop,
@@ -420,19 +423,6 @@ class Generation:
             self._service.remember(entries)
         num_evaluated = finished.num_prompt_tokens + len(finished.tokens)
         self._owner.ended(self._draft, finished.tokens, num_evaluated, True)
-
-    def _plan_again(self, restored: Found | None, status: Status, token_s: float) -> None:
-        self.plan = plan_of(self._draft, restored, status, token_s)
-        self._restored = restored
-        self._owner.plans.put(self.plan)
-
-    def _plan_end(self, record: RequestRecord, status: Status) -> None:
-        """Put into the plan what the request really took."""
-        plans, seconds = self._owner.plans, record.prompt_ms / 1e3
-        plans.measured(record.num_evaluated_tokens, seconds)
-        num_evaluated = record.num_evaluated_tokens
-        token_s = seconds / num_evaluated if seconds and num_evaluated else plans.token_s
-        self._plan_again(self._restored, status, token_s)
 
     def _record(self) -> RequestRecord:
         finished = self._finished

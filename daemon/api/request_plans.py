@@ -1,4 +1,4 @@
-"""The plans of the last requests, to be asked for by id.
+"""The plans of the last requests, to be asked for by id, and the course of each.
 
 Owns a bounded map, the oldest forgotten first, and how fast prompts were evaluated lately. Event
 loop only.
@@ -6,7 +6,9 @@ loop only.
 
 from collections import OrderedDict
 
-from daemon.api.cache_plan import CachePlan
+from daemon.api.cache_plan import CachePlan, Draft, Status, plan_of
+from daemon.checkpoint import Found
+from daemon.metrics import RequestRecord
 
 MAX_PLANS = 1024
 _LATEST_SHARE = 0.2
@@ -48,3 +50,33 @@ class RequestPlans:
         latest = seconds / num_tokens
         share = _LATEST_SHARE if self.token_s else 1.0
         self.token_s += share * (latest - self.token_s)
+
+
+class PlanCourse:
+    """One request's plan as more becomes known: foreseen, then restored, then measured."""
+
+    def __init__(self, draft: Draft, plans: RequestPlans) -> None:
+        self._draft = draft
+        self._plans = plans
+        self._found = draft.reach.found
+        self.plan = plan_of(draft, self._found, "waiting", plans.token_s)
+
+    def begin(self) -> None:
+        """The engine has taken the request."""
+        self._plans.put(self.plan)
+
+    def restored(self, found: Found | None) -> None:
+        """Evaluation goes on from a checkpoint, or from the first token."""
+        self._found = found
+        self._renew("running", self._plans.token_s)
+
+    def end(self, record: RequestRecord, status: Status) -> None:
+        """Put in what the request really took."""
+        seconds, num_evaluated = record.prompt_ms / 1e3, record.num_evaluated_tokens
+        self._plans.measured(num_evaluated, seconds)
+        is_measured = seconds > 0 and num_evaluated > 0
+        self._renew(status, seconds / num_evaluated if is_measured else self._plans.token_s)
+
+    def _renew(self, status: Status, token_s: float) -> None:
+        self.plan = plan_of(self._draft, self._found, status, token_s)
+        self._plans.put(self.plan)
