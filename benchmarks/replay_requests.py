@@ -6,27 +6,32 @@ FOLDER holds one `.jsonl` file a session, one request a line: `method`, `path`, 
 `body`, and `response` with the `reasoning`, `text` and `calls` that the model is to answer. Every
 request must be accepted, and its answer must give back exactly these, as the types that its
 dialect has for them. It prints, a session, how much of each prompt an earlier one of the session
-begins with: what a store can save at most.
+begins with, which is what a store can save at most: as this server shows the conversation, and as
+one would that moves later system messages into the first and keeps billing headers.
 """
 
 import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 from fakes import RememberedReplies
 from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 from scripted_app import scripted_engine, scripted_service, spell_reply, text_side
 
+from daemon.api.anthropic_messages_content import BILLING
 from daemon.api.app import create_app
 from daemon.engine.requests import GenerationRequest
-from daemon.text.messages import ToolCall
+from daemon.text.messages import Message, ToolCall, ToolSpec
+from daemon.text.prompt import Prompt, PromptBuilder
+from daemon.text.replay import ReplayEntry
 
 CONTEXT = 1 << 20
 
@@ -40,10 +45,11 @@ class Answered(Struct, frozen=True):
 
 
 class Outcome(Struct, frozen=True):
-    """What became of one request: what is wrong with it, and its prompt."""
+    """What became of one request: what is wrong with it, its prompt, and the plainer one."""
 
     fault: str
     tokens: Sequence[int]
+    plain_tokens: Sequence[int]
 
 
 class Session(Struct, frozen=True):
@@ -56,14 +62,38 @@ class Session(Struct, frozen=True):
         """What went wrong."""
         return [f"{self.name}: {outcome.fault}" for outcome in self.outcomes if outcome.fault]
 
-    def shared(self) -> tuple[int, int]:
-        """Tokens of all prompts, and those of them that an earlier prompt begins with."""
-        prompts = [outcome.tokens for outcome in self.outcomes if outcome.tokens]
-        shared = sum(
-            max((_num_common(prompt, earlier) for earlier in prompts[:i]), default=0)
-            for i, prompt in enumerate(prompts)
-        )
-        return sum(map(len, prompts)), shared
+
+class PlainPrompts:
+    """Builds prompts as told, and beside each the one of a server without our rules."""
+
+    def __init__(self, builder: PromptBuilder) -> None:
+        self._builder = builder
+        self.header = ""
+        self.tokens: tuple[int, ...] = ()
+
+    def build(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], options: Mapping[str, Any]
+    ) -> Prompt:
+        """See PromptBuilder.build."""
+        system = [message.content for message in messages if message.role == "system"]
+        others = [message for message in messages if message.role != "system"]
+        first = Message(role="system", content=self.header + "\n\n".join(system))
+        plain = [first, *others] if system else others
+        self.tokens = self._builder.build(plain, tools, options).tokens
+        return self._builder.build(messages, tools, options)
+
+    def replay_entries(self, prompt: Prompt, reply_tokens: Sequence[int]) -> list[ReplayEntry]:
+        """See PromptBuilder.replay_entries."""
+        return self._builder.replay_entries(prompt, reply_tokens)
+
+
+def shared(prompts: Sequence[Sequence[int]]) -> float:
+    """The share of all prompts' tokens that an earlier one begins with."""
+    found = sum(
+        max((_num_common(prompt, earlier) for earlier in prompts[:i]), default=0)
+        for i, prompt in enumerate(prompts)
+    )
+    return found / max(1, sum(map(len, prompts)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,12 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     options = parser.parse_args(arguments)
     sessions = asyncio.run(_replay_all(sorted(options.folder.glob("*.jsonl"))))
-    table = Table("session", "requests", "accepted and right", "prompt tokens", "begun before")
+    table = Table("session", "requests", "right", "prompt tokens", "begun before", "plainly")
     for session in sessions:
-        total, shared = session.shared()
+        ours = [outcome.tokens for outcome in session.outcomes if outcome.tokens]
+        plain = [outcome.plain_tokens for outcome in session.outcomes if outcome.tokens]
         num, num_wrong = len(session.outcomes), len(session.faults())
-        share = f"{shared / total:.1%}" if total else "-"
-        table.add_row(session.name, str(num), str(num - num_wrong), f"{total:,}", share)
+        shares = (f"{shared(ours):.1%}", f"{shared(plain):.1%}")
+        total = f"{sum(map(len, ours)):,}"
+        table.add_row(session.name, str(num), str(num - num_wrong), total, *shares)
     console = Console()
     console.print(table)
     faults = [fault for session in sessions for fault in session.faults()]
@@ -108,7 +140,9 @@ async def _replay_all(files: Sequence[Path]) -> list[Session]:
     sessions = []
     try:
         for file in files:
-            app = create_app(scripted_service(text, engine, RememberedReplies(), None))
+            service = scripted_service(text, engine, RememberedReplies(), None)
+            prompts = PlainPrompts(service.prompts)
+            app = create_app(msgspec.structs.replace(service, prompts=prompts))
             transport = httpx.ASGITransport(app)
             outcomes = []
             async with httpx.AsyncClient(transport=transport, base_url="http://qwend") as client:
@@ -116,15 +150,23 @@ async def _replay_all(files: Sequence[Path]) -> list[Session]:
                     record = json.loads(line)
                     wanted.clear()
                     wanted.update(record.get("response") or {})
+                    prompts.header = _billing_header(record["body"])
                     engine.requests.clear()
                     fault = await _replay(client, record)
                     tokens = engine.requests[-1].tokens if engine.requests else ()
-                    outcomes.append(Outcome(fault, tokens))
+                    outcomes.append(Outcome(fault, tokens, prompts.tokens))
             sessions.append(Session(file.stem, outcomes))
     finally:
         engine.stop()
         text.constrainer.close()
     return sessions
+
+
+def _billing_header(body: dict[str, Any] | None) -> str:
+    """The system block that this server leaves out."""
+    blocks = (body or {}).get("system")
+    first = blocks[0]["text"] if isinstance(blocks, list) and blocks else ""
+    return f"{first}\n\n" if first.startswith(BILLING) else ""
 
 
 async def _replay(client: httpx.AsyncClient, record: dict[str, Any]) -> str:
