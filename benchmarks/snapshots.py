@@ -33,14 +33,14 @@ def main() -> None:
 
 def _round_trip(model: GpuModel, pages: range) -> list[dict[str, Any]]:
     backend = model.backend
-    state, contents = backend.read_snapshot(0, pages)
+    state, contents = backend.begin_read(0, pages).result()
     pinned = dict(zip(pages, contents, strict=True))
     copied: dict[int, HostBytes] = {page: bytes(content) for page, content in pinned.items()}
     state_copy = bytes(state)
     num_bytes = len(state_copy) + sum(map(len, copied.values()))
 
     def save() -> None:
-        backend.read_snapshot(0, pages)
+        backend.begin_read(0, pages).result()
 
     def restore() -> None:
         backend.write_snapshot(1, state, pinned)

@@ -218,7 +218,7 @@ def _engine_builder(
         backend.allocate(model.shape, limits.num_slots, limits.num_pages)
         return StepEngine(
             model,
-            Scheduler(limits),
+            Scheduler(limits, config.strict),
             store,
             context_length=info.context_length,
             num_tokens=info.vocab_size,
@@ -240,6 +240,7 @@ def _limits(model: Model, config: EngineConfig, context_length: int) -> Limits:
         prefill_tokens=prefill_tokens(config),
         num_pages=pages,
         num_capture_slots=NUM_CAPTURE_SLOTS,
+        max_residents=2 * config.parallel,
     )
 
 

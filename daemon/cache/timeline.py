@@ -69,6 +69,13 @@ class StoredTimeline:
             self._start_run(num_pages, state.variant, found.born)
         return future
 
+    def follow(
+        self, other: "StoredTimeline", position: int, born: Birth, num_grid_pages: int
+    ) -> None:
+        """Go on from the pages of another timeline, which still lie on the device."""
+        num_pages = position // PAGE_TOKENS
+        self._start_run(num_pages, other._variant(num_pages - 1, num_grid_pages), born)
+
     def positions(self, boundaries: Sequence[Boundary], start: int) -> Mapping[int, Reason]:
         """Where, after `start`, a checkpoint is wanted: none that is as good is stored there.
 

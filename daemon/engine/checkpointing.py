@@ -6,9 +6,9 @@ All calls come from the engine thread. Positions are multiples of PAGE_TOKENS.
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
-from daemon.checkpoint import Boundary, Found, Reason, Snapshot
+from daemon.checkpoint import Birth, Boundary, Found, Reason, Snapshot
 
 
 class Timeline(Protocol):
@@ -27,6 +27,11 @@ class Timeline(Protocol):
 
     def load(self, found: Found) -> Future[Snapshot | None]:
         """Read it on another thread; None when it proved damaged or has gone meanwhile."""
+        ...
+
+    def follow(self, other: Any, position: int, born: Birth, num_grid_pages: int) -> None:
+        """Go on from the pages that another timeline of this store, with the same tokens up to
+        `position`, made there or restored; see `Snapshot`."""
         ...
 
     def positions(self, boundaries: Sequence[Boundary], start: int) -> Mapping[int, Reason]:
@@ -82,6 +87,9 @@ class NoTimeline:
     def load(self, found: Found) -> Future[Snapshot | None]:
         """Never called, since nothing is found."""
         raise AssertionError("nothing was found")
+
+    def follow(self, other: Any, position: int, born: Birth, num_grid_pages: int) -> None:
+        """Nothing to remember."""
 
     def positions(self, boundaries: Sequence[Boundary], start: int) -> Mapping[int, Reason]:
         """No position is wanted."""

@@ -8,8 +8,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from daemon.checkpoint import PAGE_TOKENS, Birth, Boundary, Reason, Snapshot
+from daemon.checkpoint import PAGE_TOKENS, Boundary, Found, Snapshot
 from daemon.engine.checkpointing import CheckpointStore
+from daemon.engine.memory.residents import Resident
 from daemon.engine.model.model import Model
 from daemon.engine.requests import (
     Deliver,
@@ -22,6 +23,7 @@ from daemon.engine.requests import (
     Started,
     TokenSampled,
 )
+from daemon.engine.saving import Saving
 from daemon.engine.scheduler import Scheduler, Work
 from daemon.engine.sequence import Phase, Sequence
 from daemon.errors import DeviceError, DeviceLost, QwendError
@@ -65,6 +67,7 @@ class StepEngine:
         self.canonical = canonical
         self.wake = wake
         self.sequences: dict[str, Sequence] = {}
+        self.saving = Saving(model.backend)
         store.expect(*self.backend.snapshot_sizes)
 
     # ── commands ──────────────────────────────────────────────────────────────────────────────
@@ -98,6 +101,7 @@ class StepEngine:
 
     def step(self) -> bool:
         """Advance every sequence that can be advanced; False when there was nothing to do."""
+        self.saving.finish(wait=False)
         num_admitted = self._admit()
         num_restored = self._finish_restores()
         decode = self.scheduler.plan_decode()
@@ -106,7 +110,11 @@ class StepEngine:
         prefill = self.scheduler.plan_prefill()
         if prefill is not None:
             self._run(prefill)
-        return bool(decode or prefill or num_restored or num_admitted)
+        return bool(decode or prefill or num_restored or num_admitted or self.saving)
+
+    def finish_saving(self) -> None:
+        """Wait until all that was to be kept has been handed to the store."""
+        self.saving.finish(wait=True)
 
     def _admit(self) -> int:
         """Give waiting sequences their places, in place of idle work if need be; counts them."""
@@ -163,8 +171,13 @@ class StepEngine:
                 continue
             sequence.born = "decode"
             if span.end % PAGE_TOKENS == 0:
-                self.backend.copy_slot(sequence.slot, sequence.mark_slot)
+                self._hold(sequence, sequence.slot, span.end)
                 sequence.mark = span.end
+
+    def _hold(self, sequence: Sequence, slot: int, position: int) -> None:
+        """Keep a state on the grid beside the sequence's own."""
+        self.backend.copy_slot(slot, sequence.mark_slot)
+        sequence.held, sequence.held_born = position, sequence.born
 
     def _account(self, work: Work, elapsed_ms: float) -> None:
         for sequence in work.sequences:
@@ -179,11 +192,13 @@ class StepEngine:
 
     def _restore_or_start(self, sequence: Sequence) -> None:
         """Begin to read the best checkpoint, or begin at token 0 when there is none."""
+        self.saving.finish(wait=True)
         strict = self.strict or sequence.is_idle_work
-        limit = sequence.num_known - 1
-        if sequence.request.max_cached is not None:
-            limit = min(limit, sequence.request.max_cached)
-        found = sequence.timeline.find(limit, strict)
+        found = sequence.timeline.find(sequence.cached_limit, strict)
+        resident, sequence.resident = sequence.resident, None
+        if resident is not None and (found is None or found.position <= resident.position):
+            self._go_on(sequence, resident)
+            return
         sequence.found = found
         boundaries = sequence.request.boundaries
         if not sequence.request.max_tokens and not sequence.timeline.positions(boundaries, 0):
@@ -195,6 +210,14 @@ class StepEngine:
         sequence.phase = Phase.RESTORING
         sequence.restoring = sequence.timeline.load(found)
         sequence.restoring.add_done_callback(lambda _: self.wake())
+
+    def _go_on(self, sequence: Sequence, resident: Resident) -> None:
+        """Begin from what lies on the device: the sequence has its pages and its state already."""
+        position, born = resident.position, resident.born
+        sequence.born, sequence.num_grid_pages = born, resident.num_grid_pages
+        sequence.timeline.follow(resident.timeline, position, born, resident.num_grid_pages)
+        sequence.found = Found(position, born, "reply", "device")
+        self._start(sequence, position)
 
     def _finish_restores(self) -> int:
         """Put checkpoints that have been read onto the device; counts them."""
@@ -242,7 +265,10 @@ class StepEngine:
         for sequence, span in zip(work.sequences, work.batch.spans, strict=True):
             for capture in span.captures:
                 reason = sequence.positions[capture.position]
-                self._save(sequence, capture.position, capture.slot, sequence.born, reason)
+                self.saving.begin(sequence, capture.position, capture.slot, sequence.born, reason)
+            if span.captures and self.scheduler.limits.max_residents:
+                last = span.captures[-1]
+                self._hold(sequence, last.slot, last.position)
         self._release_captures(work)
 
     def _release_captures(self, work: Work) -> None:
@@ -252,7 +278,7 @@ class StepEngine:
     def _save_reply(self, sequence: Sequence) -> None:
         """Save the last place on the grid that decoding passed."""
         if sequence.mark > 0:
-            self._save(sequence, sequence.mark, sequence.mark_slot, "decode", "reply")
+            self.saving.begin(sequence, sequence.mark, sequence.mark_slot, "decode", "reply")
 
     def _keep_interrupted(self, sequence: Sequence) -> None:
         """A retry sends the same prompt: let it go on from here."""
@@ -260,21 +286,9 @@ class StepEngine:
         if not sequence.is_kept:
             return
         if sequence.phase is Phase.PREFILL and done % PAGE_TOKENS == 0 and done > 0:
-            self._save(sequence, done, sequence.slot, sequence.born, "interrupted")
+            self.saving.begin(sequence, done, sequence.slot, sequence.born, "interrupted")
         elif sequence.phase is Phase.DECODE:
             self._save_reply(sequence)
-
-    def _save(
-        self, sequence: Sequence, position: int, slot: int, born: Birth, reason: Reason
-    ) -> None:
-        num_grid_pages = min(sequence.num_grid_pages, position // PAGE_TOKENS)
-        missing = sequence.timeline.missing_pages(position, num_grid_pages)
-        places = [sequence.pages[index] for index in missing]
-        state, contents = self.backend.read_snapshot(slot, places)
-        pages = dict(zip(missing, contents, strict=True))
-        snapshot = Snapshot(position, born, num_grid_pages, state, pages)
-        sequence.timeline.save(snapshot, reason)
-        sequence.num_kept = max(sequence.num_kept, position)
 
     # ── work for later ────────────────────────────────────────────────────────────────────────
 
@@ -325,6 +339,8 @@ class StepEngine:
         self._close(sequence, event)
 
     def _close(self, sequence: Sequence, event: Event) -> None:
+        if isinstance(event, Finished) and sequence in self.scheduler.running:
+            self.scheduler.leave_resident(sequence)
         self.scheduler.remove(sequence)
         del self.sequences[sequence.request.id]
         sequence.deliver(event)

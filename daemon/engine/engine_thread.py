@@ -169,6 +169,7 @@ class EngineThread:
                 if isinstance(command, Stop):
                     for request_id in list(engine.sequences):
                         engine.cancel(request_id)
+                    engine.finish_saving()
                     return
                 self._obey(engine, command)
                 command = self._next_command(wait=False)

@@ -14,6 +14,7 @@ from msgspec import Struct
 from daemon.checkpoint import PAGE_TOKENS
 from daemon.engine.batch import Batch, Capture, Span
 from daemon.engine.memory.kv_pages import KVPages
+from daemon.engine.memory.residents import Resident, Residents
 from daemon.engine.memory.slots import Slots
 from daemon.engine.sequence import Phase, Sequence
 
@@ -24,13 +25,17 @@ MAX_IDLE = 16
 
 
 class Limits(Struct, frozen=True):
-    """`prefill_tokens` is the budget of one step for prompts, a multiple of PAGE_TOKENS."""
+    """`prefill_tokens` is the budget of one step for prompts, a multiple of PAGE_TOKENS.
+
+    `max_residents` ended sequences keep their pages until others need them.
+    """
 
     max_sequences: int
     max_waiting: int
     prefill_tokens: int
     num_pages: int
     num_capture_slots: int
+    max_residents: int = 0
 
     @property
     def num_slots(self) -> int:
@@ -51,15 +56,21 @@ class Work(Struct, frozen=True):
 
 
 class Scheduler:
-    """Admits, plans, preempts. A sequence is either waiting or holds two slots and its pages."""
+    """Admits, plans, preempts. A sequence is either waiting or holds two slots and its pages.
 
-    def __init__(self, limits: Limits) -> None:
+    Args:
+        strict: go on only from what prompt evaluation made.
+    """
+
+    def __init__(self, limits: Limits, strict: bool = False) -> None:
         self.limits = limits
+        self.strict = strict
         self.pages = KVPages(limits.num_pages)
         self.slots = Slots(limits.num_slots)
         self.waiting: deque[Sequence] = deque()
         self.idle: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.residents = Residents()
 
     @property
     def is_full(self) -> bool:
@@ -97,6 +108,28 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
             self._free_places(sequence)
+
+    def leave_resident(self, sequence: Sequence) -> None:
+        """Let an ending sequence's pages stay, with the state that it holds on the grid."""
+        position = sequence.held
+        if not position or not self.limits.max_residents or not sequence.is_kept:
+            return
+        tokens = tuple(sequence.tokens[:position])
+        for contained in self.residents.take_contained(tokens):
+            self._free_resident(contained)
+        num_pages = position // PAGE_TOKENS
+        resident = Resident(
+            tokens=tokens,
+            pages=sequence.pages[:num_pages],
+            slot=sequence.mark_slot,
+            born=sequence.held_born,
+            num_grid_pages=min(sequence.num_grid_pages, num_pages),
+            timeline=sequence.timeline,
+        )
+        sequence.pages, sequence.mark_slot = sequence.pages[num_pages:], -1
+        self.residents.add(resident)
+        while len(self.residents) > self.limits.max_residents:
+            self._free_oldest_resident()
 
     def plan_decode(self) -> Work | None:
         """One token of every decoding sequence; may preempt the youngest to find a page."""
@@ -143,7 +176,7 @@ class Scheduler:
         end = min(start + limit, sequence.goal)
         captures = []
         for position in sorted(p for p in sequence.positions if start < p <= end):
-            slot = self.slots.take()
+            slot = self._find_slot()
             if slot is None:
                 end = position - PAGE_TOKENS
                 break
@@ -154,7 +187,7 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence) -> None:
         while len(sequence.pages) < sequence.num_pages_needed:
-            more = self.pages.take(1, after=sequence.pages)
+            more = self._find_pages(1, after=sequence.pages)
             if more is not None:
                 sequence.pages += more
             elif self.preempt(self._least_urgent()) is sequence:
@@ -166,7 +199,8 @@ class Scheduler:
         self.running.remove(sequence)
         sequence.phase = Phase.WAITING
         sequence.num_evaluated = 0
-        sequence.mark = 0
+        sequence.mark = sequence.held = 0
+        sequence.resident = None
         sequence.restoring = None
         (self.idle if sequence.is_idle_work else self.waiting).appendleft(sequence)
         return sequence
@@ -175,14 +209,52 @@ class Scheduler:
         """Give a sequence its places and let it run; False when there are too few."""
         if len(self.running) >= self.limits.max_sequences:
             return False
+        resident = self._take_resident(sequence)
+        known = resident.pages if resident else ()
         # One page beyond the prompt, so that the first decoded page never preempts at once.
-        pages = self.pages.take(sequence.num_pages_needed + 1)
+        count = sequence.num_pages_needed + 1 - len(known)
+        pages = self._find_pages(count, after=known, is_idle=sequence.is_idle_work)
         if pages is None:
+            if resident is not None:
+                self.residents.add(resident)
             return False
-        sequence.pages = pages
-        sequence.slot, sequence.mark_slot = self._take_slot(), self._take_slot()
+        sequence.resident = resident
+        sequence.pages = known + pages
+        sequence.slot = resident.slot if resident else self._take_slot()
+        sequence.mark_slot = self._take_slot()
         self.running.append(sequence)
         return True
+
+    def _take_resident(self, sequence: Sequence) -> Resident | None:
+        if sequence.is_idle_work or not sequence.is_kept:
+            return None
+        return self.residents.take(sequence.tokens, sequence.cached_limit, self.strict)
+
+    def _find_pages(
+        self, count: int, after: tuple[int, ...] = (), is_idle: bool = False
+    ) -> tuple[int, ...] | None:
+        """Free pages, in place of residents if need be; idle work leaves the newest of them."""
+        while (pages := self.pages.take(count, after)) is None:
+            if not self._free_oldest_resident(spare_newest=is_idle):
+                return None
+        return pages
+
+    def _find_slot(self) -> int | None:
+        while (slot := self.slots.take()) is None:
+            if not self._free_oldest_resident():
+                return None
+        return slot
+
+    def _free_oldest_resident(self, spare_newest: bool = False) -> bool:
+        resident = self.residents.take_oldest(spare_newest)
+        if resident is None:
+            return False
+        self._free_resident(resident)
+        return True
+
+    def _free_resident(self, resident: Resident) -> None:
+        self.pages.give_back(resident.pages)
+        self.slots.give_back(resident.slot)
 
     def _least_urgent(self) -> Sequence:
         """Idle work, if any runs; else the youngest sequence."""
@@ -192,13 +264,13 @@ class Scheduler:
         return [sequence for sequence in self.running if sequence.phase is phase]
 
     def _take_slot(self) -> int:
-        slot = self.slots.take()
+        slot = self._find_slot()
         assert slot is not None, "slots are reserved for max_sequences"
         return slot
 
     def _free_places(self, sequence: Sequence) -> None:
         self.pages.give_back(sequence.pages)
         sequence.pages = ()
-        for slot in (sequence.slot, sequence.mark_slot):
+        for slot in {sequence.slot, sequence.mark_slot} - {-1}:
             self.slots.give_back(slot)
         sequence.slot = sequence.mark_slot = -1

@@ -14,6 +14,7 @@ import numpy as np
 from daemon.checkpoint import PAGE_TOKENS, Birth, Found, Reason, Snapshot
 from daemon.engine.backends.backend import SamplingRow
 from daemon.engine.checkpointing import Timeline
+from daemon.engine.memory.residents import Resident
 from daemon.engine.requests import Deliver, FinishReason, GenerationRequest
 from daemon.errors import QwendError
 
@@ -31,7 +32,9 @@ class Sequence:
     """`tokens` are prompt and reply; the first `num_evaluated` are in state and pages.
 
     `mark` is the position (a multiple of PAGE_TOKENS, 0: none) whose state lies in `mark_slot`:
-    the last place on the grid that decoding passed, where a reply's checkpoint is cut. `num_kept`
+    the last place on the grid that decoding passed, where a reply's checkpoint is cut. Before that,
+    the slot has the state at `held`, the last one captured; `held_born` says how it came about.
+    `resident` is what the sequence goes on from, if that lay on the device already. `num_kept`
     tokens are covered by the checkpoints that this sequence saved.
     """
 
@@ -51,6 +54,9 @@ class Sequence:
         self.slot = -1
         self.mark_slot = -1
         self.mark = 0
+        self.held = 0
+        self.held_born: Birth = "prompt"
+        self.resident: Resident | None = None
         self.positions: Mapping[int, Reason] = {}
         self.found: Found | None = None
         self.restoring: Future[Snapshot | None] | None = None
@@ -93,6 +99,13 @@ class Sequence:
         if self.request.max_tokens:
             return self.num_known
         return max(self.positions, default=self.num_evaluated)
+
+    @property
+    def cached_limit(self) -> int:
+        """The most tokens that may come from a checkpoint: one at least is evaluated."""
+        limit = self.num_known - 1
+        asked = self.request.max_cached
+        return limit if asked is None else min(limit, asked)
 
     @property
     def num_pages_needed(self) -> int:

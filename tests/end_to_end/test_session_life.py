@@ -47,7 +47,7 @@ def test_from_the_terminal(
         assert "Nothing like it was seen before." in inspect("why", request[:8])
         body = tmp_path / "body.json"
         body.write_text(json.dumps({"messages": [QUESTION]}))
-        assert "tokens reused from disk" in " ".join(inspect("plan", body).split())
+        assert "tokens reused from memory" in " ".join(inspect("plan", body).split())
         assert "is wiped" in inspect("wipe", "try")
         assert "is wiped" in inspect("wipe", "work")
         assert ask(daemon, "work") == 0

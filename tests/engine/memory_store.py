@@ -61,6 +61,11 @@ class MemoryTimeline:
         future.set_result(loaded)
         return future
 
+    def follow(
+        self, other: "MemoryTimeline", position: int, born: Birth, num_grid_pages: int
+    ) -> None:
+        assert other.tokens[:position] == self.tokens[:position]
+
     def positions(self, boundaries: Sequence[Boundary], start: int) -> Mapping[int, Reason]:
         spaced = range(self.store.interval, len(self.tokens), self.store.interval)
         wanted: dict[int, Reason] = dict.fromkeys(spaced, "interval")

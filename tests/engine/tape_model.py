@@ -30,7 +30,8 @@ def continuation(prompt: Sequence[int], count: int) -> list[int]:
 
 
 class TapeModel:
-    """`before_batch` may raise, as a device would; `batches` are those that were evaluated."""
+    """`before_batch` may raise, as a device would; `batches` are those that were evaluated; a
+    snapshot arrives when it has been asked for `read_steps` times."""
 
     def __init__(self, num_slots: int, num_pages: int) -> None:
         self.backend = self
@@ -38,6 +39,7 @@ class TapeModel:
         self.pages = np.full((num_pages, PAGE_TOKENS), -1, np.int32)
         self.before_batch: Callable[[Batch], None] = lambda batch: None
         self.batches: list[Batch] = []
+        self.read_steps = 0
 
     @property
     def snapshot_sizes(self) -> tuple[int, int]:
@@ -99,14 +101,27 @@ class TapeModel:
         assert tokens is not None
         self.slots[target] = list(tokens)
 
-    def read_snapshot(self, slot: int, pages: Sequence[int]) -> tuple[bytes, list[bytes]]:
+    def begin_read(self, slot: int, pages: Sequence[int]) -> "TapeReading":
         state = np.asarray(self.slots[slot], np.int32).tobytes()
-        return state, [self.pages[page].tobytes() for page in pages]
+        return TapeReading(state, [self.pages[page].tobytes() for page in pages], self.read_steps)
 
     def write_snapshot(self, slot: int, state: bytes, pages: Mapping[int, bytes]) -> None:
         self.slots[slot] = np.frombuffer(state, np.int32).tolist()
         for page, content in pages.items():
             self.pages[page] = np.frombuffer(content, np.int32)
+
+
+class TapeReading:
+    def __init__(self, state: bytes, pages: list[bytes], num_steps: int) -> None:
+        self.snapshot = state, pages
+        self.num_steps = num_steps
+
+    def is_done(self) -> bool:
+        self.num_steps -= 1
+        return self.num_steps < 0
+
+    def result(self) -> tuple[bytes, list[bytes]]:
+        return self.snapshot
 
 
 def _first_of(mask: Mask) -> int:

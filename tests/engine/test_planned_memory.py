@@ -100,17 +100,17 @@ def test_states_and_pages_come_back_as_they_went(
     backend.allocate(model.shape, 3, 4)
     rng = np.random.default_rng(5)
     backend.clear_slot(0)
-    empty, [old] = backend.read_snapshot(0, [3])
+    empty, [old] = backend.begin_read(0, [3]).result()
     assert not any(empty)
     state = rng.integers(0, 256, len(empty), dtype=np.uint8).tobytes()
     pages = {page: rng.integers(0, 256, len(old), dtype=np.uint8).tobytes() for page in (1, 3)}
     backend.write_snapshot(1, state, pages)
     backend.copy_slot(1, 2)
     # Back out, in buffers of the pool where they are ready, and in again from there.
-    kept, contents = backend.read_snapshot(2, [3, 1])
+    kept, contents = backend.begin_read(2, [3, 1]).result()
     assert (kept, contents) == (state, [pages[3], pages[1]])
     backend.write_snapshot(0, kept, {0: contents[0]})
-    assert backend.read_snapshot(0, [0]) == (state, [pages[3]])
+    assert backend.begin_read(0, [0]).result() == (state, [pages[3]])
 
 
 @pytest.mark.parametrize(

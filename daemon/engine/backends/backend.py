@@ -57,6 +57,33 @@ class Sampled(Struct, frozen=True):
     logprobs: TokenLogprobs | None
 
 
+class Reading(Protocol):
+    """A snapshot on its way to the host."""
+
+    def is_done(self) -> bool:
+        """Whether it has arrived."""
+        ...
+
+    def result(self) -> tuple[HostBytes, list[HostBytes]]:
+        """The state, and the pages in their order; waits. The buffers are the caller's."""
+        ...
+
+
+class ReadAlready(Struct, frozen=True):
+    """A Reading of what was on the host before."""
+
+    state: HostBytes
+    pages: list[HostBytes]
+
+    def is_done(self) -> bool:
+        """Always."""
+        return True
+
+    def result(self) -> tuple[HostBytes, list[HostBytes]]:
+        """As it was given."""
+        return self.state, self.pages
+
+
 class Backend(Protocol):
     """See the module's docstring for threads and row invariance."""
 
@@ -144,15 +171,15 @@ class Backend(Protocol):
         """Copy a recurrent state."""
         ...
 
-    def read_snapshot(self, slot: int, pages: Sequence[int]) -> tuple[HostBytes, list[HostBytes]]:
-        """A recurrent state, and keys and values of pages, all layers of each, as bytes.
+    def begin_read(self, slot: int, pages: Sequence[int]) -> Reading:
+        """Read a recurrent state, and keys and values of pages, all layers of each.
 
-        Waits for running work. The buffers are the caller's until it drops them.
+        Returns at once; in order with all other work, so slot and pages may be used again.
         """
         ...
 
     def write_snapshot(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> None:
-        """The inverse of `read_snapshot`; `pages` by page. The buffers may go when it returns."""
+        """The inverse of `begin_read`; `pages` by page. The buffers may go when it returns."""
         ...
 
     # ── one step ──────────────────────────────────────────────────────────────────────────────

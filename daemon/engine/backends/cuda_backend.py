@@ -18,6 +18,7 @@ from daemon.engine.backends.cuda_memory import (
     BUCKETS,
     CudaLimits,
     SequenceMemory,
+    SnapshotReading,
     Workspace,
 )
 from daemon.engine.backends.cuda_run import (
@@ -188,9 +189,9 @@ class CudaBackend:
         """Within the device, in the stream's order."""
         self._memory.copy_slot(source, target)
 
-    def read_snapshot(self, slot: int, pages: Sequence[int]) -> tuple[HostBytes, list[HostBytes]]:
-        """See `SequenceMemory.read_snapshot`."""
-        return self._memory.read_snapshot(slot, pages)
+    def begin_read(self, slot: int, pages: Sequence[int]) -> SnapshotReading:
+        """See `SequenceMemory.begin_read`."""
+        return self._memory.begin_read(slot, pages)
 
     def write_snapshot(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> None:
         """See `SequenceMemory.write_snapshot`."""

@@ -4,8 +4,9 @@ Owns their sizes and addresses, and moves states and pages between the device an
 no weights and launches no kernel. Engine thread only.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec import Struct
@@ -56,6 +57,28 @@ class CudaLimits(Struct, frozen=True, kw_only=True):
         return -(-self.context_length // PAGE_TOKENS) + 1
 
 
+class SnapshotReading:
+    """Buffers that the stream fills, complete once it has passed an event; `events` are spare."""
+
+    def __init__(self, device: Device, events: deque[Any], buffers: list[HostBytes]) -> None:
+        self._device = device
+        self._events = events
+        self._arrived = events.popleft() if events else device.new_event()
+        self._buffers = buffers
+        device.mark(self._arrived)
+
+    def is_done(self) -> bool:
+        """Whether the stream has come so far."""
+        return self._device.has_passed(self._arrived)
+
+    def result(self) -> tuple[HostBytes, list[HostBytes]]:
+        """The state, and the pages; waits."""
+        self._device.wait_for(self._arrived)
+        self._events.append(self._arrived)
+        state, *contents = self._buffers
+        return state, contents
+
+
 class SequenceMemory:
     """Recurrent states in slots, keys and values in pages; both move as bytes.
 
@@ -83,6 +106,7 @@ class SequenceMemory:
         with device.region(STATES):
             memory = device.allocate((num_slots, slot_bytes), ElementType.U8)
         self.slots = DeltaSlots(memory, sizes, layers, num_slots, F32)
+        self._events: deque[Any] = deque()
         self._buffers = buffers
         self._buffers.prepare(slot_bytes, READY_STATES)
         self._buffers.prepare(self.layout.page_bytes, READY_PAGES)
@@ -96,15 +120,13 @@ class SequenceMemory:
         """Within the device, in the stream's order."""
         self.slots.copy(self._device, source, target)
 
-    def read_snapshot(self, slot: int, pages: Sequence[int]) -> tuple[HostBytes, list[HostBytes]]:
-        """Into buffers of the pinned pool, all copies on their way before the one wait."""
+    def begin_read(self, slot: int, pages: Sequence[int]) -> SnapshotReading:
+        """Into buffers of the pinned pool, as part of the stream; nothing waits."""
         places = [self.slots.slot(slot), *(self.pool.rows(page, page + 1) for page in pages)]
         buffers: list[HostBytes] = [self._buffers.take(place.num_bytes) for place in places]
         for place, buffer in zip(places, buffers, strict=True):
             self._device.read(place, np.frombuffer(buffer, np.uint8))
-        self._device.synchronize()
-        state, *contents = buffers
-        return state, contents
+        return SnapshotReading(self._device, self._events, buffers)
 
     def write_snapshot(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> None:
         """Pinned buffers go as they are, other memory through the uploader's."""

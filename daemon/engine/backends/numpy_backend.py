@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from daemon.checkpoint import PAGE_TOKENS, HostBytes
 from daemon.engine import sampler
 from daemon.engine.backends import numpy_attention, numpy_delta_net, numpy_experts
-from daemon.engine.backends.backend import Sampled, SamplingRow
+from daemon.engine.backends.backend import ReadAlready, Sampled, SamplingRow
 from daemon.engine.backends.numpy_attention import AttentionConstants, KVPool
 from daemon.engine.backends.numpy_delta_net import (
     DeltaNetConstants,
@@ -147,13 +147,13 @@ class NumpyBackend:
         self.rules[target] = self.rules[source]
         self.convs[target] = self.convs[source]
 
-    def read_snapshot(self, slot: int, pages: Sequence[int]) -> tuple[HostBytes, list[HostBytes]]:
+    def begin_read(self, slot: int, pages: Sequence[int]) -> ReadAlready:
         """Rule states of all layers, then convolution rows; pages as `KVPool` has them."""
         state = self.rules[slot].tobytes() + self.convs[slot].tobytes()
-        return state, [self.pool.content[:, :, page].tobytes() for page in pages]
+        return ReadAlready(state, [self.pool.content[:, :, page].tobytes() for page in pages])
 
     def write_snapshot(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> None:
-        """The inverse of `read_snapshot`."""
+        """The inverse of `begin_read`."""
         values = np.frombuffer(state, np.float32)
         assert values.size == self.rules[slot].size + self.convs[slot].size
         rules, convs = np.split(values, [self.rules[slot].size])

@@ -1,0 +1,147 @@
+"""Ended sequences whose pages stay on the device: taken over whole, given up for others."""
+
+import random
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory_store import MemoryStore
+from tape_harness import TapeHarness, small_limits
+from tape_model import continuation
+
+from daemon.engine.requests import Event, Finished, Started
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return [random.Random(seed).randrange(50_000) for _ in range(length)]
+
+
+def harness_of(
+    max_residents: int = 4, *, store: MemoryStore | None = None, **limits: int
+) -> TapeHarness:
+    allowed = msgspec.structs.replace(small_limits(**limits), max_residents=max_residents)
+    return TapeHarness(allowed, store)
+
+
+def reply(events: list[Event]) -> list[int]:
+    assert isinstance(events[-1], Finished), events
+    return list(events[-1].tokens)
+
+
+def talk(harness: TapeHarness, tokens: list[int], count: int = 70) -> tuple[list[int], Started]:
+    events = harness.submit(tokens, max_tokens=count, boundaries=[len(tokens)])
+    harness.run()
+    started = events[0]
+    assert isinstance(started, Started)
+    assert reply(events) == continuation(tokens, count)
+    return [*tokens, *reply(events)], started
+
+
+def test_the_next_request_goes_on_without_a_store() -> None:
+    harness = TapeHarness(msgspec.structs.replace(small_limits(), max_residents=4))
+    history, _ = talk(harness, prompt(150))
+    assert len(history) == 220
+    _, started = talk(harness, [*history, *prompt(30, seed=2)])
+    assert started.num_cached_tokens == 192
+    assert started.restored is not None
+    assert (started.restored.tier, started.restored.born) == ("device", "decode")
+    assert len(harness.scheduler.residents) == 1
+
+
+def test_it_may_not_be_the_whole_prompt() -> None:
+    harness = harness_of()
+    history, _ = talk(harness, prompt(150), count=43)
+    assert len(history) == 193
+    _, started = talk(harness, history[:192])
+    assert started.num_cached_tokens < 192
+
+
+def test_a_store_that_has_more_is_preferred_and_the_places_serve_all_the_same() -> None:
+    store = MemoryStore()
+    harness = harness_of(store=store)
+    history, _ = talk(harness, prompt(100), count=30)
+    other = harness_of(0, store=store)
+    longer = [*history, *prompt(300, seed=3)]
+    talk(other, longer)
+    _, started = talk(harness, [*longer, 5])
+    assert started.num_cached_tokens == 384
+    assert started.restored is not None
+    assert started.restored.tier != "device"
+
+
+def test_strict_goes_on_only_from_what_prompt_evaluation_made() -> None:
+    harness = harness_of(store=MemoryStore())
+    harness.engine.strict = harness.scheduler.strict = True
+    history, _ = talk(harness, prompt(150), count=10)
+    _, started = talk(harness, [*history, 1])
+    assert started.restored is not None
+    assert (started.num_cached_tokens, started.restored.tier) == (128, "device")
+    history, _ = talk(harness, prompt(150, seed=4), count=70)
+    _, started = talk(harness, [*history, 1])
+    assert started.restored is not None
+    assert (started.num_cached_tokens, started.restored.tier) == (128, "disk")
+
+
+def test_residents_give_way_to_who_needs_places() -> None:
+    harness = harness_of(num_pages=12, max_sequences=1)
+    for seed in range(3):
+        talk(harness, prompt(200, seed=seed))
+    assert 0 < len(harness.scheduler.residents) < 3
+    talk(harness, prompt(600, seed=9), count=90)
+    residents = harness.scheduler.residents
+    assert len(residents) == 1
+    while harness.scheduler._free_oldest_resident():
+        pass
+    harness.assert_all_places_are_free()
+
+
+def test_another_request_does_not_take_a_resident_that_it_only_begins_like() -> None:
+    harness = harness_of()
+    shared = prompt(130)
+    main, _ = talk(harness, [*shared, *prompt(100, seed=1)])
+    talk(harness, [*shared, *prompt(20, seed=2)])
+    _, started = talk(harness, [*main, 3])
+    assert started.num_cached_tokens == len(main) // 64 * 64
+
+
+@pytest.mark.parametrize("read_steps", [0, 1, 7])
+def test_snapshots_arrive_later_and_are_found_by_who_comes_next(read_steps: int) -> None:
+    store = MemoryStore()
+    harness = harness_of(0, store=store)
+    harness.model.read_steps = read_steps
+    tokens = prompt(200)
+    first = harness.submit(tokens, max_tokens=3, boundaries=[128, 192])
+    while not first or not isinstance(first[-1], Finished):
+        harness.engine.step()
+    second = harness.submit([*tokens, 1], max_tokens=3)
+    harness.run()
+    assert isinstance(second[0], Started)
+    assert second[0].num_cached_tokens == 192
+    assert {len(pages[0]) for pages in store.pages} == {64, 128, 192}
+    harness.assert_all_places_are_free()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_order_of_conversations_gives_the_right_replies(data: st.DataObject) -> None:
+    store = MemoryStore(interval=256) if data.draw(st.booleans()) else None
+    harness = harness_of(
+        data.draw(st.integers(1, 4)), store=store, num_pages=data.draw(st.integers(20, 40))
+    )
+    harness.model.read_steps = data.draw(st.integers(0, 5))
+    histories: list[list[int]] = [prompt(100, seed=seed) for seed in range(3)]
+    for number in range(6):
+        index = data.draw(st.integers(0, 2))
+        cut = data.draw(st.sampled_from([None, 64, 128, 200]))
+        asked = [*histories[index][:cut], *prompt(data.draw(st.integers(1, 150)), seed=50 + number)]
+        count = data.draw(st.integers(1, 100))
+        events = harness.submit(asked[:800], max_tokens=count, boundaries=[len(asked[:800])])
+        if data.draw(st.booleans()):
+            harness.run()
+            assert reply(events) == continuation(asked[:800], count)
+            histories[index] = [*asked[:800], *reply(events)]
+    harness.run()
+    while harness.scheduler._free_oldest_resident():
+        pass
+    harness.assert_all_places_are_free()
