@@ -178,6 +178,7 @@ def assemble(config: Config) -> Daemon:
         suggest_title=_ignore_title if cache is None else cache.suggest_title,
         reach=_reach(cache, config.engine.strict),
         fingerprint=f"qwend-{__version__}-{identity.hex()[:12]}",
+        works_ahead=cache is not None and config.engine.canonical,
         version=__version__,
         created=int(time.time()),
     )

@@ -16,7 +16,7 @@ from daemon.api.anthropic_messages_content import (
     CacheControl,
     to_messages,
 )
-from daemon.api.generation import Conversation
+from daemon.api.conversation import Conversation
 from daemon.api.parameters import Parameters, doc
 from daemon.api.reasoning_fields import wish_of
 from daemon.api.reply import ReplyRules

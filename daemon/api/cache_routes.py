@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from daemon.api.cache_plan import CachePlan
-from daemon.api.generation import Conversation, Generations, RawPrompt
+from daemon.api.conversation import Conversation, RawPrompt
+from daemon.api.generation import Generations
 from daemon.api.request_body import keys_of, read_body
 from daemon.api.service import Service
 from daemon.errors import InvalidRequest, UnknownRequest

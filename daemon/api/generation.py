@@ -10,12 +10,13 @@ import math
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
-from msgspec import Struct
 
+from daemon.api.after_reply import EndedReply, prepare_next, remember
 from daemon.api.cache_plan import CachePlan, CachePlanner, Draft, plan_of
+from daemon.api.conversation import Conversation, RawPrompt
 from daemon.api.mailbox import Mailbox
 from daemon.api.reply import Reply, ReplyRules, joined
 from daemon.api.reply_pieces import EndReason, Outcome, Piece, PromptProgress
@@ -44,7 +45,7 @@ from daemon.logs import log_request, log_text
 from daemon.metrics import RequestRecord
 from daemon.text.constrainer import Thinking
 from daemon.text.constraint import ReplyConstraint
-from daemon.text.messages import Message, ToolSpec
+from daemon.text.messages import ToolSpec
 from daemon.text.prompt import Prompt
 from daemon.text.reply_parser import Delta
 from daemon.text.tool_calls import OPENING
@@ -53,26 +54,6 @@ T = TypeVar("T")
 
 BAN = -1000.0
 """Added to a logit, it leaves the token no chance."""
-
-
-class Conversation(Struct, frozen=True, kw_only=True):
-    """What is to be answered. `template_options` go to the chat template.
-
-    `deferred_tools` may be called, but the prompt does not list them.
-    """
-
-    messages: tuple[Message, ...]
-    tools: tuple[ToolSpec, ...] = ()
-    deferred_tools: tuple[ToolSpec, ...] = ()
-    template_options: dict[str, Any] = {}
-    session: str = ""
-
-
-class RawPrompt(Struct, frozen=True):
-    """A prompt without messages, built by its dialect."""
-
-    prompt: Prompt
-    session: str = ""
 
 
 class Generations:
@@ -190,7 +171,7 @@ class Generations:
     def _build(self, conversation: Conversation) -> Prompt:
         tools = (*conversation.tools, *conversation.deferred_tools)
         self._service.limits.check(len(conversation.messages), len(tools))
-        options = {**self._service.defaults.template_options, **conversation.template_options}
+        options = self._service.defaults.options_for(conversation.template_options)
         return self._service.prompts.build(conversation.messages, conversation.tools, options)
 
     def discard(self, generation: "Generation") -> None:
@@ -227,7 +208,7 @@ class Generation:
         self._service = service
         self._prompt = prompt
         self._draft = draft
-        self._session = asked.session
+        self._asked = asked
         self._rules = rules
         self._owner = owner
         self._loop = asyncio.get_running_loop()
@@ -276,7 +257,7 @@ class Generation:
             sampling=self._sampling(),
             max_tokens=room if wanted is None else min(wanted, room),
             stop_tokens=self._service.tokenizer.stop_tokens | self._rules.stop_tokens,
-            session=self._session,
+            session=self._asked.session,
             constraint=constraint,
         )
         self._service.engine.submit(request, self._mailbox.put)
@@ -398,7 +379,9 @@ class Generation:
         reply = self._reply
         if finished.reason == "cancelled" and not reply.is_cut:
             raise EngineStopped("The request was cancelled by the server.")
-        await self._owner.on_prompt_thread(self._remember, finished)
+        ended = self._ended(finished)
+        await self._owner.on_prompt_thread(self._remember, ended, finished)
+        self._owner.soon_on_prompt_thread(prepare_next, self._service, ended)
         reason: EndReason = "length" if finished.reason == "length" else "stop"
         if reason == "stop" and reply.num_calls:
             reason = "tool_calls"
@@ -417,12 +400,22 @@ class Generation:
             plan=self.plan,
         )
 
-    def _remember(self, finished: Finished) -> None:
-        if finished.reason == "stop" and not self._reply.is_cut:
-            entries = self._service.prompts.replay_entries(self._prompt, finished.tokens)
-            self._service.remember(entries)
+    def _remember(self, ended: EndedReply, finished: Finished) -> None:
+        remember(self._service, ended)
         num_evaluated = finished.num_prompt_tokens + len(finished.tokens)
         self._owner.ended(self._draft, finished.tokens, num_evaluated, True)
+
+    def _ended(self, finished: Finished) -> EndedReply:
+        reply = self._reply
+        return EndedReply(
+            request_id=self.id,
+            asked=self._asked,
+            prompt=self._prompt,
+            tokens=finished.tokens[: reply.num_tokens] if reply.is_cut else finished.tokens,
+            cut=reply.cut,
+            is_whole=finished.reason == "stop" or reply.is_cut,
+            has_form=self._rules.guide is not None and self._rules.guide.content is not None,
+        )
 
     def _record(self) -> RequestRecord:
         finished = self._finished
@@ -430,7 +423,7 @@ class Generation:
         return RequestRecord(
             id=self.id,
             model=self._service.engine.info.model_name,
-            session=self._session,
+            session=self._asked.session,
             num_prompt_tokens=len(self._prompt.tokens),
             num_cached_tokens=self._num_cached,
             num_evaluated_tokens=num_done - self._num_cached,

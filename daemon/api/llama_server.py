@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from daemon.api.generation import Conversation, Generations
+from daemon.api.conversation import Conversation
+from daemon.api.generation import Generations
 from daemon.api.request_body import S, decode_body, read_body
 from daemon.api.service import Service
 from daemon.errors import InvalidRequest

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from starlette.requests import Request
 
 from daemon.api.answer import WholeAnswer, answer
-from daemon.api.generation import Conversation, Generation, Generations
+from daemon.api.conversation import Conversation
+from daemon.api.generation import Generation, Generations
 from daemon.api.openai_chat_request import read_ask
 from daemon.api.openai_chat_response import ChatWriter, Head
 from daemon.api.parameters import ignored_header

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from daemon.api.generation import Conversation
+from daemon.api.conversation import Conversation
 from daemon.api.openai_chat_messages import ChatMessage, to_messages
 from daemon.api.parameters import Parameters, doc
 from daemon.api.reasoning_fields import ReasoningFields, thinking_of

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from starlette.requests import Request
 
 from daemon.api.answer import WholeAnswer, answer
-from daemon.api.generation import Generation, Generations, RawPrompt
+from daemon.api.conversation import RawPrompt
+from daemon.api.generation import Generation, Generations
 from daemon.api.openai_chat_response import Head
 from daemon.api.openai_completions_group import ChoicePiece, CompletionGroup
 from daemon.api.openai_completions_request import CompletionAsk, read_ask

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from daemon.api.generation import RawPrompt
+from daemon.api.conversation import RawPrompt
 from daemon.api.openai_chat_request import MAX_TOP_LOGPROBS, NO_OPS, STOP, Stops, StreamOptions
 from daemon.api.parameters import Parameters, doc
 from daemon.api.reply import ReplyRules

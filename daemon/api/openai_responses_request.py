@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Struct
 
-from daemon.api.generation import Conversation
+from daemon.api.conversation import Conversation
 from daemon.api.openai_responses_items import read_items, to_messages
 from daemon.api.openai_responses_tools import OfferedTools, read_tools
 from daemon.api.parameters import Parameters, doc

@@ -14,6 +14,7 @@ from daemon.api.stop_strings import StopStrings
 from daemon.engine.requests import SamplingParams
 from daemon.text.messages import ToolSpec
 from daemon.text.prompt import Prompt
+from daemon.text.replay import Cut
 from daemon.text.reply_grammar import Guide
 from daemon.text.reply_parser import (
     ContentDelta,
@@ -23,6 +24,7 @@ from daemon.text.reply_parser import (
     ToolCallDelta,
 )
 from daemon.text.tokenizer import Tokenizer
+from daemon.text.tool_calls import CLOSING
 
 
 class ReplyRules(Struct, frozen=True, kw_only=True):
@@ -116,6 +118,13 @@ class Reply:
     def stop(self) -> str:
         """The stop string that ended the reply, or ""."""
         return self._stop.found
+
+    @property
+    def cut(self) -> Cut | None:
+        """Where in the last token's text the reply ended, if it was cut."""
+        if not self._is_cut:
+            return None
+        return Cut(self.stop, keeps_mark=False) if self.stop else Cut(CLOSING, keeps_mark=True)
 
     def feed(self, token: int) -> list[Delta]:
         """The deltas that `token` makes certain; may be none."""

@@ -104,6 +104,10 @@ class ReplyDefaults(Struct, frozen=True, kw_only=True):
     thinking_budget: int | None = None
     max_tokens: int | None = None
 
+    def options_for(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Template options for a request."""
+        return {**self.template_options, **asked}
+
     def budget_for(self, asked: int | None) -> int | None:
         """Tokens of thinking for a request."""
         return self.thinking_budget if asked is None else asked
@@ -125,7 +129,8 @@ class Service(Struct, frozen=True, kw_only=True):
     that new ones are compared with, `reach` says what the store has of one, `sessions` are its
     sessions as objects, and `suggest_title` names one by its first question. `cache_stats` gives
     the store's own figures; it must be quick and thread-safe. `log_prompts` writes all text that
-    comes and goes into the log.
+    comes and goes into the log. `works_ahead`: what a next request will begin with is evaluated
+    before it comes.
     """
 
     engine: Engine
@@ -146,6 +151,7 @@ class Service(Struct, frozen=True, kw_only=True):
     access: AccessRules = AccessRules()
     facts: ModelFacts = ModelFacts()
     log_prompts: bool = False
+    works_ahead: bool = False
     aliases: tuple[str, ...] = ()
     fingerprint: str = "qwend"
     version: str = "0"

@@ -94,7 +94,8 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     add_parallel_flag(group)
     group.add_argument(
         "--no-idle-work", action="store_true",
-        help="leave the device alone between requests: replies are not evaluated again as prompts",
+        help="leave the device alone between requests: no reply is evaluated again as a prompt,"
+        " and no next prompt before it comes",
     )  # fmt: skip
     group.add_argument(
         "--queue-timeout", type=non_negative, default=600, metavar="SECONDS",

@@ -8,11 +8,20 @@ frame. Knows nothing of where memories are kept. Pure functions; any thread.
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from msgspec import Struct
+
 from daemon.text.template import FRAME_END
 from daemon.text.tokenizer import Tokenizer
 
 ReplayEntry = tuple[str, tuple[int, ...]]
 """A frame's text, and the tokens that a reply gave it."""
+
+
+class Cut(Struct, frozen=True):
+    """Where a reply was ended for its client: at a mark that its last token made whole."""
+
+    mark: str
+    keeps_mark: bool
 
 
 class SampledTokens(Protocol):
@@ -43,6 +52,26 @@ def replay_entries(
     bare = _drop_thinking(tokenizer, frame)
     entries = [(_text(tokenizer, tokens), tokens) for tokens in (frame, bare) if tokens]
     return [(text, tokens) for text, tokens in entries if text is not None]
+
+
+def shown_tokens(tokenizer: Tokenizer, reply: Sequence[int], cut: Cut | None) -> tuple[int, ...]:
+    """Of sampled tokens those that the client was shown; one that was cut in two is encoded anew.
+
+    Nothing when the mark is not there: then it stood in text that the parser had changed.
+    """
+    if cut is None:
+        return tuple(_without_stop(tokenizer, reply))
+    before = tokenizer.decode(reply[:-1])
+    text = tokenizer.decode(reply)
+    at = text.find(cut.mark, max(0, len(before) - len(cut.mark) + 1))
+    if at < 0:
+        return ()
+    end = at + len(cut.mark) * cut.keeps_mark
+    for num_kept in range(len(reply), -1, -1):
+        kept = tokenizer.decode(reply[:num_kept])
+        if len(kept) <= end and text.startswith(kept):
+            return (*reply[:num_kept], *tokenizer.encode(text[len(kept) : end], special=False))
+    return ()
 
 
 def is_faithful(

@@ -15,7 +15,7 @@ from http_harness import USER, ApiHarness, events
 from daemon.api.access import AccessRules
 from daemon.api.app import create_app
 from daemon.api.cache_plan import CachePlan
-from daemon.api.generation import Conversation
+from daemon.api.conversation import Conversation
 from daemon.api.reply import ReplyRules
 from daemon.engine.requests import SamplingParams
 from daemon.text.messages import Message

@@ -197,7 +197,9 @@ def test_stop_string_ends_the_content(make_api: MakeApi) -> None:
     assert choice["message"]["content"] == "first ST second "
     assert choice["finish_reason"] == "stop"
     assert len(api.engine.cancelled) == 1
-    assert api.replies.entries == {}
+    whole, bare = api.replies.entries
+    assert whole.endswith("</think>\n\nfirst ST second <|im_end|>\n"), "as the client was shown it"
+    assert bare == "<|im_start|>assistant\nfirst ST second <|im_end|>\n"
 
 
 def test_logprobs_of_every_token(make_api: MakeApi, tokenizer: Tokenizer) -> None:

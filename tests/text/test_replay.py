@@ -1,6 +1,6 @@
 import pytest
 
-from daemon.text.replay import replay_entries
+from daemon.text.replay import Cut, replay_entries, shown_tokens
 from daemon.text.tokenizer import Tokenizer
 
 OPEN = "<|im_start|>assistant\n<think>\n"
@@ -49,3 +49,36 @@ def test_a_reply_of_broken_bytes_is_not_remembered(qwen: Tokenizer) -> None:
 
 def _is_lead(tokenizer: Tokenizer, token: int) -> bool:
     return tokenizer.token_bytes(token) == b"\xf0"
+
+
+@pytest.mark.parametrize(
+    ("reply", "cut", "shown"),
+    [
+        ("One. STOP", Cut("STOP", keeps_mark=False), "One. "),
+        ("One.\n\nTwo", Cut("\nT", keeps_mark=False), "One.\n"),
+        ("STOP at STOP", Cut("STOP", keeps_mark=False), "STOP at "),
+        ("<tool_call></tool_call>\n", Cut("</tool_call>", keeps_mark=True), None),
+        (
+            "a<tool_call></tool_call>",
+            Cut("</tool_call>", keeps_mark=True),
+            "a<tool_call></tool_call>",
+        ),
+        ("🙂🙂", Cut("🙂", keeps_mark=False), "🙂"),
+        ("One.<|im_end|>", None, "One."),
+    ],
+)
+def test_what_a_client_was_shown_of_a_reply_that_was_cut(
+    qwen: Tokenizer, reply: str, cut: Cut | None, shown: str | None
+) -> None:
+    sampled = qwen.encode(reply)
+    tokens = shown_tokens(qwen, sampled, cut)
+    assert qwen.decode(tokens) == (shown or "")
+    if tokens[:-2]:
+        assert tokens[:-2] == tuple(sampled[: len(tokens) - 2])
+
+
+def test_a_token_that_a_stop_string_cuts_in_two_is_encoded_anew(qwen: Tokenizer) -> None:
+    sampled = [*qwen.encode("All right"), *qwen.encode(" functions")]
+    tokens = shown_tokens(qwen, sampled, Cut("unct", keeps_mark=False))
+    assert qwen.decode(tokens) == "All right f"
+    assert tokens[:2] == tuple(sampled[:2])
