@@ -196,8 +196,9 @@ class StepEngine:
         strict = self.strict or sequence.is_idle_work
         found = sequence.timeline.find(sequence.cached_limit, strict)
         resident, sequence.resident = sequence.resident, None
-        if resident is not None and (found is None or found.position <= resident.position):
-            self._go_on(sequence, resident)
+        # What the store no longer has was evicted, or wiped: the device must not remember it.
+        if resident is not None and found is not None and found.position == resident.position:
+            self._go_on(sequence, resident, found)
             return
         sequence.found = found
         boundaries = sequence.request.boundaries
@@ -211,12 +212,12 @@ class StepEngine:
         sequence.restoring = sequence.timeline.load(found)
         sequence.restoring.add_done_callback(lambda _: self.wake())
 
-    def _go_on(self, sequence: Sequence, resident: Resident) -> None:
+    def _go_on(self, sequence: Sequence, resident: Resident, found: Found) -> None:
         """Begin from what lies on the device: the sequence has its pages and its state already."""
         position, born = resident.position, resident.born
         sequence.born, sequence.num_grid_pages = born, resident.num_grid_pages
         sequence.timeline.follow(resident.timeline, position, born, resident.num_grid_pages)
-        sequence.found = Found(position, born, "reply", "device")
+        sequence.found = Found(position, born, found.reason, "device")
         self._start(sequence, position)
 
     def _finish_restores(self) -> int:

@@ -38,10 +38,11 @@ def talk(harness: TapeHarness, tokens: list[int], count: int = 70) -> tuple[list
     return [*tokens, *reply(events)], started
 
 
-def test_the_next_request_goes_on_without_a_store() -> None:
-    harness = TapeHarness(msgspec.structs.replace(small_limits(), max_residents=4))
+def test_the_next_request_goes_on_without_a_copy() -> None:
+    harness = harness_of(store=MemoryStore())
     history, _ = talk(harness, prompt(150))
     assert len(history) == 220
+    harness.model.write_snapshot = None  # type: ignore[method-assign,assignment]
     _, started = talk(harness, [*history, *prompt(30, seed=2)])
     assert started.num_cached_tokens == 192
     assert started.restored is not None
@@ -49,8 +50,17 @@ def test_the_next_request_goes_on_without_a_store() -> None:
     assert len(harness.scheduler.residents) == 1
 
 
+def test_what_the_store_has_lost_is_not_remembered() -> None:
+    store = MemoryStore()
+    harness = harness_of(store=store)
+    history, _ = talk(harness, prompt(150))
+    store.states.clear()
+    _, started = talk(harness, [*history, 1])
+    assert started.num_cached_tokens == 0
+
+
 def test_it_may_not_be_the_whole_prompt() -> None:
-    harness = harness_of()
+    harness = harness_of(store=MemoryStore())
     history, _ = talk(harness, prompt(150), count=43)
     assert len(history) == 193
     _, started = talk(harness, history[:192])
@@ -84,7 +94,7 @@ def test_strict_goes_on_only_from_what_prompt_evaluation_made() -> None:
 
 
 def test_residents_give_way_to_who_needs_places() -> None:
-    harness = harness_of(num_pages=12, max_sequences=1)
+    harness = harness_of(num_pages=12, max_sequences=1, store=MemoryStore())
     for seed in range(3):
         talk(harness, prompt(200, seed=seed))
     assert 0 < len(harness.scheduler.residents) < 3
@@ -97,7 +107,7 @@ def test_residents_give_way_to_who_needs_places() -> None:
 
 
 def test_another_request_does_not_take_a_resident_that_it_only_begins_like() -> None:
-    harness = harness_of()
+    harness = harness_of(store=MemoryStore())
     shared = prompt(130)
     main, _ = talk(harness, [*shared, *prompt(100, seed=1)])
     talk(harness, [*shared, *prompt(20, seed=2)])
