@@ -157,4 +157,5 @@ def _children(schema: Mapping[str, Any], path: str) -> list[tuple[str, Any]]:
 
 
 def _no_schema(path: str, what: str) -> InvalidRequest:
-    return InvalidRequest(f"{path} {what}: this is no JSON schema.", path)
+    said = " ".join(f"{path} {what}".split())
+    return InvalidRequest(f"{said}: this is no JSON schema.", path)

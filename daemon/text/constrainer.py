@@ -224,4 +224,4 @@ def _id_of(tokenizer: Tokenizer, tag: str) -> int:
 
 
 def _named(error: InvalidRequest, param: str) -> InvalidRequest:
-    return InvalidRequest(f"{param}: {error}.", param)
+    return InvalidRequest(f"{param}: {' '.join(str(error).split())}.", param)

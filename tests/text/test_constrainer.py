@@ -373,3 +373,63 @@ def test_a_tool_that_no_grammar_can_express(
     loose = ToolSpec("odd", schema | {"required": list(properties)}, {})
     guide = Guide(calls="required", tools=(NOTHING, loose))
     assert fulfils(constrainer.constrain(guide, CLOSED), tiny, call("odd", a="[1, 1]"))
+
+
+# ── whatever clients send ─────────────────────────────────────────────────────────────────────
+
+WORDS = [
+    *("type", "properties", "required", "items", "anyOf", "allOf", "enum", "const", "pattern"),
+    *("minLength", "maxLength", "minimum", "$ref", "$defs", "additionalProperties", "minItems"),
+    *("format", "prefixItems", "not", "nullable", "multipleOf", "x-guidance", "a", ">"),
+]
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(
+        ["string", "object", "array", "integer", "#", "#/$defs/a", "^a$", "(", "date"]
+    )
+)
+schemas = st.dictionaries(
+    st.sampled_from(WORDS),
+    st.recursive(
+        leaves,
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=3)
+        ),
+        max_leaves=8,
+    ),
+    max_size=4,
+)
+
+
+def refusal(constrainer: Constrainer, guide: Guide) -> InvalidRequest | None:
+    try:
+        constrainer.constrain(guide, CLOSED)
+    except InvalidRequest as error:
+        return error
+    return None
+
+
+@given(schema=schemas, strict=st.booleans())
+def test_any_schema_is_held_to_or_refused(
+    constrainer: Constrainer, schema: dict[str, Any], strict: bool
+) -> None:
+    """Nothing but an error that names the parameter, whatever checks came before."""
+    tool = ToolSpec("f", {"type": "object", "properties": {"x": schema}}, {}, strict)
+    for guide in (json_guide(schema), Guide(calls="required", tools=(tool,))):
+        error = refusal(constrainer, guide)
+        assert error is None or (error.param and "\n" not in str(error))
+
+
+@given(text=st.text(st.sampled_from('root ::= "a"[b-z]{2,}()|*+?\n/start:%&~\\<>@'), max_size=30))
+def test_any_grammar_is_held_to_or_refused(constrainer: Constrainer, text: str) -> None:
+    kinds: tuple[tuple[Any, str], ...] = (
+        ("regex", text),
+        ("grammar", f"root ::= {text}"),
+        ("grammar", text),
+    )
+    for kind, source in kinds:
+        error = refusal(constrainer, Guide(content=ContentForm(kind, source, "p")))
+        assert error is None or (error.param == "p" and "\n" not in str(error))
