@@ -93,8 +93,9 @@ def _answers(service: Service, generations: Generations) -> Iterator[Route]:
             "messages": messages.conversation,
         },
     )
-    yield Route("/v1/chat/completions", chat.answer, methods=["POST"])
-    yield Route("/v1/completions", completions.answer, methods=["POST"])
+    for version in ("/v1", ""):  # llama-server answers without it too
+        yield Route(f"{version}/chat/completions", chat.answer, methods=["POST"])
+        yield Route(f"{version}/completions", completions.answer, methods=["POST"])
     yield Route("/v1/responses", responses.answer, methods=["POST"])
     yield Route("/v1/responses/input_tokens", responses.count_tokens, methods=["POST"])
     yield Route("/v1/responses/{id}", responses.fetch)
@@ -130,6 +131,7 @@ def _facts(service: Service, generations: Generations) -> Iterator[Route]:
     yield Route("/health", status.health)
     yield Route("/v1/health", status.health)
     yield Route("/v1/models", models.models)
+    yield Route("/models", models.models)
     yield Route("/v1/models/{model:path}", models.model)
     yield Route("/v1/cache/stats", status.cache_stats)
     yield Route("/v1/cache/sessions", sessions.rows)

@@ -106,6 +106,14 @@ def test_slots(make_api: MakeApi) -> None:
     assert "/v1/cache/sessions" in saved.json()["error"]["message"]
 
 
+def test_paths_without_a_version(make_api: MakeApi) -> None:
+    api = make_api()
+    chat = call(api, "POST", "/chat/completions", messages=USER)
+    assert chat.json()["choices"][0]["message"]["content"] == "Hello!"
+    assert call(api, "POST", "/completions", prompt="a").status_code == 200
+    assert call(api, "GET", "/models").json() == call(api, "GET", "/v1/models").json()
+
+
 # ── what a request does not say ───────────────────────────────────────────────────────────────
 
 

@@ -1,9 +1,10 @@
 """Replies of the tiny model that must have a form: it would never write them by itself."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 from daemon_process import DaemonProcess
 
@@ -89,6 +90,36 @@ def test_a_call_that_must_be(daemon: DaemonProcess, choice: str, seed: int) -> N
         assert 1 <= arguments["seconds"] <= 9
     else:
         assert len(arguments["path"]) <= 30
+
+
+class Step(pydantic.BaseModel):
+    text: str = pydantic.Field(max_length=20)
+    done: bool
+
+
+class Plan(pydantic.BaseModel):
+    """As the openai package sends it: strict, with definitions that refer to one another."""
+
+    steps: list[Step] = pydantic.Field(max_length=2)
+    size: Literal["small", "large"]
+
+
+def test_what_the_openai_package_parses(daemon: DaemonProcess) -> None:
+    completions = daemon.openai.chat.completions
+    common: Any = {
+        "model": "tiny-coder",
+        "messages": [{"role": "user", "content": "hello"}],
+        "extra_body": {"enable_thinking": False},
+        "seed": 5,
+        "max_tokens": 600,
+    }
+    plan = completions.parse(response_format=Plan, **common).choices[0].message.parsed
+    assert plan is not None
+    assert plan.size in ("small", "large")
+    tool = openai.pydantic_function_tool(Plan)
+    called = completions.parse(tools=[tool], tool_choice="required", **common).choices[0].message
+    assert called.tool_calls is not None
+    assert all(isinstance(c.function.parsed_arguments, Plan) for c in called.tool_calls)
 
 
 def test_a_grammar_as_llama_server_takes_it(daemon: DaemonProcess) -> None:
