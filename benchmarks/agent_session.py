@@ -7,7 +7,8 @@ Without --url it starts `qwend serve` on an empty store, and ends it with kill -
 request. With --url any OpenAI server is asked, llama-server too; --model names the file that it
 serves, whose vocabulary and template say which tokens of a request are really new: those behind
 the first message that differs from what the server was sent before, however the template shows
-the rest.
+the rest. Each answer is ended at its first token by a bias, and the client goes on with a scripted
+one: so only the evaluation of prompts is compared, and the scripted answer is new to the server.
 """
 
 import argparse
@@ -78,6 +79,7 @@ class NewTokens:
         source = str(metadata["tokenizer.chat_template"])
         template = ChatTemplate(source, tokenizer.control_tokens)
         self._builder = PromptBuilder(tokenizer, template, NoReplies())
+        self.end_of_reply = min(tokenizer.stop_tokens)
         self._earlier: list[tuple[Request, Prompt]] = []
 
     def count(self, request: Request) -> tuple[int, int]:
@@ -113,12 +115,13 @@ class Server:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._http = httpx.Client(base_url=self.url, timeout=ANSWER_TIMEOUT_S)
 
-    def ask(self, request: Request) -> tuple[int, int, float, str]:
+    def ask(self, request: Request, end_of_reply: int) -> tuple[int, int, float, str]:
         """Tokens of the prompt, tokens reused, seconds until one token is there, and why."""
         body: dict[str, Any] = {
             "messages": list(request.messages),
-            "max_tokens": 1,
+            "max_tokens": 8,
             "temperature": 0,
+            "logit_bias": {str(end_of_reply): 100},
         }
         if request.tools:
             body["tools"] = list(request.tools)
@@ -170,7 +173,7 @@ def run(requests: Sequence[Request], server: Server, new: NewTokens, pause_s: fl
         if request.is_turn:
             time.sleep(pause_s)
         counted, num_new = new.count(request)
-        prompt, reused, seconds, cause = server.ask(request)
+        prompt, reused, seconds, cause = server.ask(request, new.end_of_reply)
         if prompt != counted:
             raise SystemExit(f"{request.name}: {prompt} tokens there, {counted} by --model")
         rows.append(
@@ -227,7 +230,7 @@ def _surroundings() -> dict[str, Any]:
     ).stdout.strip()
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return {"date": date, "commit": commit, "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count()}  # fmt: skip
+            "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -236,8 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--url", help="a running server; the restart is left out then")
     parser.add_argument("--model", type=Path, help="GGUF file (default: the embedded model)")
     parser.add_argument(
-        "--pause", type=float, default=20, metavar="S",
-        help="time that the server has for itself before a turn and before it is killed (20)",
+        "--pause", type=float, default=60, metavar="S",
+        help="time that the server has for itself before a turn and before it is killed (60)",
     )  # fmt: skip
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument("flags", nargs="*", help="further flags of qwend serve, after --")
