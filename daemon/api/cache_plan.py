@@ -83,7 +83,9 @@ class CachePlan(Struct, frozen=True, kw_only=True):
     def header(self) -> str:
         """The plan in one line of ASCII, for `X-Cache-Plan`; no text of any prompt."""
         difference = self.difference
+        is_foreseen = self.status in ("dry_run", "waiting")
         fields = {
+            "foreseen": "yes" if is_foreseen else None,
             "restored": self.restored.tokens,
             "tier": self.restored.tier,
             "common": self.nearest.common_tokens if self.nearest else None,

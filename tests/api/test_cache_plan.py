@@ -89,6 +89,12 @@ def test_the_header_is_one_line_without_text(make_api: MakeApi) -> None:
     assert "Tuesday" not in second
 
 
+def test_a_streams_header_says_that_it_is_foreseen(make_api: MakeApi) -> None:
+    api = make_api()
+    assert post(api, stream=True).headers["x-cache-plan"].startswith("foreseen=yes; restored=0")
+    assert "foreseen" not in post(api).headers["x-cache-plan"]
+
+
 def test_only_who_asks_gets_it_in_the_answer(make_api: MakeApi) -> None:
     api = make_api()
     assert "cache_plan" not in (post(api)).json()
