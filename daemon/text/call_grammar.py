@@ -20,10 +20,12 @@ TEXT_RULES = r"""
 text: LINE* TEXT_END
 LINE: /[^\n]*\n/ & ~/<\/parameter>\n/
 TEXT_END: "</parameter>\n"
+plain_text: (FIRST_LINE LINE* | "\n")? TEXT_END
+FIRST_LINE: /[^\s{\[][^\n]*\n/ & ~/<\/parameter>\n/
 any_parameters: any_parameter*
 any_parameter: "<parameter=" /[^>\n]+/ ">\n" text
 """
-"""A text ends with its tag, which has a line of its own."""
+"""A text ends with its tag, which has a line of its own. A plain one is not read as JSON."""
 
 PYTHON_SPELLINGS = {"boolean": '"True" | "False"', "null": '"None"'}
 DEFINITIONS = ("$defs", "definitions")
@@ -97,7 +99,9 @@ class CallRules:
         """The rule for a value with its closing tag. Text includes whatever else is allowed."""
         if branches := _branches(schema):
             names = dict.fromkeys(self._value(branch, tool) for branch in branches)
-            return "text" if "text" in names else f"({' | '.join(names)})"
+            if "text" in names and (len(names) == 1 or not tool.strict):
+                return "text"
+            return f"({' | '.join(names)})".replace("text", "plain_text")
         definition = value_rule(schema, tool)
         if definition == "text":
             return "text"
@@ -120,8 +124,12 @@ def value_rule(schema: Any, tool: ToolSpec) -> str:
         return f": ({' | '.join(map(_member, members))}) {quoted(END)}"
     if not types:
         return "text"
+    if types == {"string"}:
+        return _string_rule(constraints)
     if "string" in types:
-        return _string_rule(constraints) if types == {"string"} else "text"
+        structured = tool.strict and types & {"object", "array"}
+        schema_or_text = f": plain_text | (%json {_json_schema(schema, tool)}) {quoted(END)}"
+        return schema_or_text if structured else "text"
     choices = [f"%json {_json_schema(schema, tool)}"]
     choices += [spelled for name, spelled in PYTHON_SPELLINGS.items() if name in types]
     if any(part.get("nullable") is True for part in constraints):
@@ -173,7 +181,8 @@ def _branches(schema: Any) -> list[Any]:
     """The alternatives of a schema that is nothing but alternatives."""
     if not isinstance(schema, Mapping) or "enum" in schema or "const" in schema:
         return []
-    return [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    lists = (schema.get("anyOf"), schema.get("oneOf"))
+    return [branch for branches in lists if isinstance(branches, list) for branch in branches]
 
 
 def _json_schema(schema: Any, tool: ToolSpec) -> str:

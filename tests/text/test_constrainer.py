@@ -201,6 +201,29 @@ def test_optional_arguments_come_in_any_order(constrainer: Constrainer, tiny: To
         assert not is_good(call("f", a="x", b="y"))
 
 
+@pytest.mark.parametrize("union", ["anyOf", "types"])
+def test_a_text_that_is_read_as_a_structure_must_be_one(
+    constrainer: Constrainer, tiny: Tokenizer, union: str
+) -> None:
+    point: dict[str, Any] = {
+        "properties": {"x": {"type": "integer"}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+    schema = {
+        "anyOf": {"anyOf": [{"type": "string"}, point | {"type": "object"}]},
+        "types": point | {"type": ["string", "object"]},
+    }[union]
+    tool = ToolSpec("f", {"properties": {"v": schema}, "required": ["v"]}, {}, strict=True)
+    guide = Guide(calls="required", tools=(tool,))
+
+    def is_good(value: str) -> bool:
+        return fulfils(constrainer.constrain(guide, CLOSED), tiny, call("f", v=value))
+
+    assert all(map(is_good, ("", "hello {", "two\n\nlines\n", '{"x": 1}')))
+    assert not any(map(is_good, ('{"y": 1}', '{"x": "1"}', ' {"y": 1}', "[1]")))
+
+
 def test_single_call(constrainer: Constrainer, tiny: Tokenizer) -> None:
     guide = Guide(calls="required", tools=(NOTHING,), single_call=True)
     assert fulfils(constrainer.constrain(guide, CLOSED), tiny, call("nothing"))
