@@ -31,6 +31,7 @@ from daemon.cache.sessions import (
     stored_states,
 )
 from daemon.cache.store import Store
+from daemon.cache.write_ledger import WriteStats, read_ledger, write_stats
 from daemon.config import default_cache_folder
 from daemon.errors import QwendError, UnknownSession
 
@@ -69,6 +70,7 @@ class StoreView(Struct, frozen=True, kw_only=True):
     num_checkpoints: int
     num_pages: int
     num_stale: int
+    writes: WriteStats
     models: tuple[ModelRow, ...]
     sessions: tuple[SessionRow, ...]
     damaged: tuple[DamagedRow, ...] | None
@@ -169,6 +171,7 @@ def _view(store: Store, damaged: tuple[DamagedRow, ...] | None) -> StoreView:
         loaded = load_index(reader)
         names = reader.models()
         records = read_records(reader.headers("sessions"))
+        ledger = read_ledger(reader.headers("writes"))
     states = stored_states(loaded.index, lambda _: False)
     per_model = Counter(state.header.fingerprint for state in states)
     return StoreView(
@@ -179,6 +182,7 @@ def _view(store: Store, damaged: tuple[DamagedRow, ...] | None) -> StoreView:
         num_checkpoints=len(states),
         num_pages=loaded.index.num_pages,
         num_stale=len(loaded.stale_pages) + len(loaded.stale_states),
+        writes=write_stats(ledger, time.time_ns() // 1000, None),
         models=tuple(
             ModelRow(fingerprint=model.hex(), name=names.get(model, ""), num_checkpoints=count)
             for model, count in per_model.most_common()
@@ -225,6 +229,12 @@ def _totals(view: StoreView) -> Text:
         f"{view.num_checkpoints} checkpoints and {view.num_pages} KV pages,"
         f" {size(view.num_bytes)} in a file of {size(view.file_bytes)}",
     ]
+    written = sum(view.writes.by_day.values())
+    if written:
+        lines.append(
+            f"written today {size(view.writes.today_bytes)}, in {len(view.writes.by_day)} days"
+            f" {size(written)}; {view.writes.sharing:.1f} times as much without shared pages"
+        )
     return Text("\n".join(lines + ([models] if models else [])))
 
 

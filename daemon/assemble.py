@@ -17,7 +17,7 @@ from daemon import __version__
 from daemon.api.app import create_app
 from daemon.api.service import Service
 from daemon.audit import AuditedEngine
-from daemon.cache.checkpoint_cache import CheckpointCache
+from daemon.cache.checkpoint_cache import CacheLimits, CheckpointCache
 from daemon.cache.prefix_hash import fingerprint
 from daemon.checkpoint import Reach
 from daemon.config import DEFAULT_CONTEXT, CacheConfig, Config, EngineConfig, ModelConfig
@@ -263,11 +263,15 @@ def _open_cache(config: CacheConfig, identity: bytes, model_name: str) -> Checkp
         return None
     return CheckpointCache.open(
         config.folder,
+        CacheLimits(
+            budget_bytes=config.budget_bytes,
+            memory_bytes=config.memory_bytes,
+            interval_tokens=config.interval_tokens,
+            write_delay_s=config.write_delay_s,
+            daily_bytes=config.daily_bytes,
+        ),
         fingerprint=identity,
         model_name=model_name,
-        budget_bytes=config.budget_bytes,
-        interval_tokens=config.interval_tokens,
-        memory_bytes=config.memory_bytes,
     )
 
 

@@ -48,8 +48,9 @@ class CacheConfig(Struct, frozen=True, kw_only=True):
     """The checkpoint store.
 
     `interval_tokens` is the spacing inside a long prompt, None: by what a state takes.
-    `memory_bytes` of payloads stay in memory beside the disk. `audit_share` is the share of resumed
-    requests that are evaluated again, cold, when the device is idle.
+    `memory_bytes` of payloads stay in memory beside the disk, `daily_bytes` may be written to it in
+    a day, and what is superseded soon, as a rule, waits `write_delay_s` before. `audit_share` is
+    the share of resumed requests that are evaluated again, cold, when the device is idle.
     """
 
     enabled: bool = True
@@ -57,6 +58,8 @@ class CacheConfig(Struct, frozen=True, kw_only=True):
     budget_bytes: int = 20 * 2**30
     interval_tokens: int | None = None
     memory_bytes: int = 0
+    daily_bytes: int | None = None
+    write_delay_s: float = 10.0
     audit_share: float = 0.0
 
 

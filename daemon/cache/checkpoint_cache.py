@@ -19,6 +19,7 @@ from daemon.cache.store import MIN_MAP_BYTES, Store, footprint
 from daemon.cache.stored_prompts import StoredPrompt, read_prompts
 from daemon.cache.timeline import StoredTimeline
 from daemon.cache.transfer import Transfer, now_us
+from daemon.cache.write_ledger import WriteStats, write_stats
 from daemon.checkpoint import PAGE_TOKENS, Reach
 from daemon.errors import ConfigError
 
@@ -34,14 +35,18 @@ class CacheLimits(Struct, frozen=True, kw_only=True):
         budget_bytes: of disk; the data file never grows beyond it.
         queue_bytes: of payloads that wait in memory to be written.
         memory_bytes: of payloads that stay in memory beside the disk.
+        write_delay_s: how long what is superseded soon, as a rule, waits to be written.
+        daily_bytes: that may be written in a day; None: as many as come.
         interval_tokens: between checkpoints inside a long prompt, a multiple of 64; None: by what
             a state takes, see `policy.Sizes`.
     """
 
     budget_bytes: int
-    queue_bytes: int
+    queue_bytes: int = QUEUE_BYTES
     memory_bytes: int = 0
     interval_tokens: int | None = None
+    write_delay_s: float = 0.0
+    daily_bytes: int | None = None
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -73,6 +78,8 @@ class CacheStats(Struct, frozen=True, kw_only=True):
     num_dropped: int
     num_damaged: int
     num_evicted: int
+    num_superseded: int
+    writes: WriteStats
 
 
 class CheckpointCache:
@@ -97,7 +104,6 @@ class CheckpointCache:
         self._limits = limits
         self._fingerprint = fingerprint
         self._now_us = now_us
-        self.expect(1, 1)
         with store.reading() as reader:
             sampled = list(reader.headers("sampled"))
             sessions = list(reader.headers("sessions"))
@@ -107,8 +113,11 @@ class CheckpointCache:
             max_bytes=limits.checkpoint_bytes,
             queue_bytes=limits.queue_bytes,
             memory_bytes=limits.memory_bytes,
+            write_delay_us=int(limits.write_delay_s * 1e6),
+            daily_bytes=limits.daily_bytes,
             now_us=now_us,
         )
+        self.expect(1, 1)
         self._transfer.name_model(fingerprint, model_name)
         self.sampled = SampledText(
             sampled,
@@ -129,15 +138,12 @@ class CheckpointCache:
     def open(
         cls,
         path: Path,
+        limits: CacheLimits,
         *,
         fingerprint: bytes,
         model_name: str,
-        budget_bytes: int,
-        interval_tokens: int | None,
-        queue_bytes: int = QUEUE_BYTES,
-        memory_bytes: int = 0,
     ) -> "CheckpointCache":
-        """Open or make the store in folder `path`; see `CacheLimits`.
+        """Open or make the store in folder `path`.
 
         Raises:
             ConfigError: a limit or the folder cannot be used.
@@ -145,23 +151,18 @@ class CheckpointCache:
             StoreVersionError: another format version wrote it.
             StoreError: the files are not a sound store.
         """
-        if budget_bytes < MIN_BUDGET_BYTES:
+        if limits.budget_bytes < MIN_BUDGET_BYTES:
             raise ConfigError(
-                f"A checkpoint budget of {budget_bytes:,} bytes is too small; "
+                f"A checkpoint budget of {limits.budget_bytes:,} bytes is too small; "
                 f"give at least {MIN_BUDGET_BYTES:,}."
             )
-        if interval_tokens is not None and (interval_tokens <= 0 or interval_tokens % PAGE_TOKENS):
+        interval = limits.interval_tokens
+        if interval is not None and (interval <= 0 or interval % PAGE_TOKENS):
             raise ConfigError(
                 f"The interval of checkpoints must be a multiple of {PAGE_TOKENS} tokens, "
-                f"not {interval_tokens}."
+                f"not {interval}."
             )
-        limits = CacheLimits(
-            budget_bytes=budget_bytes,
-            queue_bytes=queue_bytes,
-            memory_bytes=memory_bytes,
-            interval_tokens=interval_tokens,
-        )
-        store = Store.open_for_writing(path, budget_bytes)
+        store = Store.open_for_writing(path, limits.budget_bytes)
         try:
             return cls(store, limits, fingerprint=fingerprint, model_name=model_name)
         except BaseException:
@@ -176,6 +177,7 @@ class CheckpointCache:
             budget_bytes=self._limits.checkpoint_bytes,
             interval_tokens=self._limits.interval_tokens,
         )
+        self._transfer.expect(self._sizes)
 
     def timeline(self, tokens: Sequence[int], session: str) -> StoredTimeline:
         """Begin with a prompt; `session` groups checkpoints for people, not for look-up."""
@@ -221,6 +223,8 @@ class CheckpointCache:
             num_dropped=counts.num_dropped,
             num_damaged=counts.num_damaged,
             num_evicted=counts.num_evicted,
+            num_superseded=counts.num_superseded,
+            writes=write_stats(counts.writes, self._now_us(), self._limits.daily_bytes),
         )
 
     def stored_prompts(self, max_tokens: int) -> list[StoredPrompt]:

@@ -16,9 +16,11 @@ from daemon.cache.eviction import EvictionRound
 from daemon.cache.host_memory import HostMemory
 from daemon.cache.index_loader import LoadedIndex
 from daemon.cache.pending_changes import PendingChanges
+from daemon.cache.policy import Sizes, is_lazy, is_worth_writing
 from daemon.cache.prefix_index import PageRow, Removed
 from daemon.cache.records import HASH_BYTES, StateHeader, Use, state_key
 from daemon.cache.store import footprint
+from daemon.cache.write_ledger import WriteLedger, Writes
 from daemon.cache.write_queue import Job, QueuedPage, QueuedState, WriteQueue
 from daemon.checkpoint import Departure, HostBytes, Snapshot
 
@@ -34,11 +36,13 @@ SIDE_REQUEST_US = 10 * 60 * 1_000_000
 
 class Limits(Struct, frozen=True):
     """Bytes: of all that is stored, on disk; of payloads that wait in memory for the disk; and of
-    those that stay in memory beside it."""
+    those that stay in memory beside it. What is superseded soon, as a rule, is written after
+    `write_delay_us`."""
 
     max_bytes: int
     queue_bytes: int
     memory_bytes: int = 0
+    write_delay_us: int = 0
 
 
 class Holdings:
@@ -47,9 +51,17 @@ class Holdings:
     Attributes:
         counts: of events since the store was opened, by name.
         is_protected: states that are never evicted.
+        ledger: of what was written.
+        sizes: what a checkpoint takes; told by the engine.
     """
 
-    def __init__(self, loaded: LoadedIndex, limits: Limits, now_us: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        loaded: LoadedIndex,
+        limits: Limits,
+        ledger: WriteLedger,
+        now_us: Callable[[], int],
+    ) -> None:
         self.index = loaded.index
         self.queue = WriteQueue()
         self.memory = HostMemory(limits.memory_bytes)
@@ -57,6 +69,8 @@ class Holdings:
         self.pending = PendingChanges(set(loaded.stale_pages), set(loaded.stale_states))
         self.counts: Counter[str] = Counter(damaged=loaded.num_damaged)
         self.is_protected: Callable[[StateHeader], bool] = lambda _: False
+        self.ledger = ledger
+        self.sizes = Sizes(state_bytes=1, page_bytes=1, budget_bytes=limits.max_bytes)
         self._limits = limits
         self._now_us = now_us
         self._pins: Counter[bytes] = Counter()
@@ -201,13 +215,51 @@ class Holdings:
 
     # ── on their way to the disk and back ─────────────────────────────────────────────────────
 
-    def next_job(self) -> Job | None:
-        """The oldest waiting checkpoint, pinned until `settle` or `give_up`."""
-        state = self.queue.oldest()
+    def has_due(self, at_once: bool) -> bool:
+        """Whether a waiting checkpoint is to be written now; with `at_once`, none waits longer."""
+        return self._due(at_once) is not None
+
+    def next_job(self, at_once: bool) -> Job | None:
+        """The oldest checkpoint that is due, pinned until `settle` or `give_up`; it is counted."""
+        self._drop_superseded()
+        state = self._due(at_once)
         if state is None:
             return None
         self.pin(state.header.key)
-        return self.queue.job(state, self.index.walk_up(state.header.tip))
+        job = self.queue.job(state, self.index.walk_up(state.header.tip))
+        tip = self.index.page(state.header.tip)
+        assert tip is not None
+        state_bytes = footprint(state.header.payload_bytes)
+        written = state_bytes + sum(footprint(p.header.payload_bytes) for p in job.pages)
+        writes = Writes(written, state_bytes + tip.num_chain_bytes, 1)
+        self.pending.writes |= self.ledger.add(self._now_us(), state.header.session, writes)
+        return job
+
+    def _drop_superseded(self) -> None:
+        """What its conversation passed while it waited, and nobody will miss, is never written."""
+        oldest_us = self._now_us() - self._limits.write_delay_us
+        for state in list(self.queue.queued):
+            key = state.header.key
+            candidate = self.index.candidate(key)
+            if state.header.created_us > oldest_us or not self._may_go(key) or candidate is None:
+                continue
+            if candidate.is_superseded and not is_worth_writing(candidate, self.sizes, 0.0):
+                self.forget(self.index.remove_state(key), None)
+                self.counts["superseded"] += 1
+
+    def _due(self, at_once: bool) -> QueuedState | None:
+        """The first that has waited long enough, or need not, and is worth its bytes."""
+        now_us = self._now_us()
+        pressure = self.ledger.pressure(now_us)
+        for state in self.queue.queued:
+            header = state.header
+            age_us = now_us - header.created_us
+            if is_lazy(header.reason) and not at_once and age_us < self._limits.write_delay_us:
+                continue
+            candidate = self.index.candidate(header.key)
+            if candidate and is_worth_writing(candidate, self.sizes, pressure):
+                return state
+        return None
 
     def settle(self, job: Job) -> None:
         """Take what is on disk now out of the queue; doom what was dropped while it was written."""

@@ -11,14 +11,15 @@ from daemon.cache.write_queue import Job
 
 
 class PendingChanges(Struct):
-    """Keys to delete; last uses, sampled replies and sessions by key (None: delete), names of
-    models by fingerprint."""
+    """Keys to delete; last uses, sampled replies, sessions and the ledger's sums by key (None:
+    delete), names of models by fingerprint."""
 
     doomed_pages: set[bytes] = field(default_factory=set)
     doomed_states: set[bytes] = field(default_factory=set)
     touched: dict[bytes, Use] = field(default_factory=dict)
     sampled: dict[bytes, bytes | None] = field(default_factory=dict)
     sessions: dict[bytes, bytes | None] = field(default_factory=dict)
+    writes: dict[bytes, bytes | None] = field(default_factory=dict)
     models: dict[bytes, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -29,6 +30,7 @@ class PendingChanges(Struct):
         self.doomed_pages |= failed.doomed_pages
         self.doomed_states |= failed.doomed_states
         self.sessions = failed.sessions | self.sessions
+        self.writes = failed.writes | self.writes
 
     def batch(self, job: Job | None) -> WriteBatch:
         """One transaction: these changes, and a checkpoint."""
@@ -40,5 +42,6 @@ class PendingChanges(Struct):
             uses=self.touched,
             put_sampled=self.sampled,
             put_sessions=self.sessions,
+            put_writes=self.writes,
             models=self.models,
         )

@@ -46,6 +46,8 @@ EXPECTED_USE: dict[Reason, float] = {
 }  # fmt: skip
 """In powers of two: how much likelier than others a checkpoint is used again, by its reason."""
 
+LAZY_REASONS: frozenset[Reason] = frozenset({"tool", "interval", "junction", "interrupted"})
+FREE_SHARE = 0.5
 MAX_COMPARED = 64
 
 
@@ -135,6 +137,26 @@ def keep_score(candidate: Candidate, now_us: int) -> float:
     worth += EXPECTED_USE[candidate.reason]
     penalty = SUPERSEDED_PENALTY if candidate.is_superseded else 0.0
     return worth - 2.0 * math.log2(1.0 + _age(candidate.used_us, now_us)) - penalty
+
+
+def is_lazy(reason: Reason) -> bool:
+    """Whether a checkpoint waits before it is written, because it is superseded soon, as a rule."""
+    return reason in LAZY_REASONS
+
+
+def is_worth_writing(candidate: Candidate, sizes: Sizes, pressure: float) -> bool:
+    """Whether a checkpoint is worth its bytes on disk, or only the memory that it is in.
+
+    A superseded one must save a sixteenth of the cover's distance: 512 tokens on a large model.
+    When half of the day's allowance is spent (`pressure` 0.5), every one must save 64 tokens, and
+    twice as many with each further 1/16; when all is spent, none is.
+    """
+    saved = evaluation_cost(candidate.before, candidate.position)
+    if candidate.is_superseded and saved < sizes.cover_tokens / 16:
+        return False
+    if pressure < FREE_SHARE:
+        return True
+    return pressure < 1.0 and saved >= PAGE_TOKENS * 2.0 ** (16 * (pressure - FREE_SHARE))
 
 
 def choose_victim(ascending: Sequence[Ranked], need_bytes: int) -> Ranked:

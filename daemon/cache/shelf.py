@@ -10,11 +10,13 @@ from msgspec import Struct
 
 from daemon.cache.holdings import Holdings
 from daemon.cache.records import StateHeader
+from daemon.cache.write_ledger import LedgerKey, Writes
 from daemon.checkpoint import Found, Reach, Tier
 
 
 class TransferCounts(Struct, frozen=True, kw_only=True):
-    """Counts since the store was opened, and sizes now, in bytes on disk or in memory."""
+    """Counts since the store was opened, and sizes now, in bytes on disk or in memory; and what was
+    written in the last days, by day and session."""
 
     num_pages: int
     num_bytes: int
@@ -25,6 +27,8 @@ class TransferCounts(Struct, frozen=True, kw_only=True):
     num_dropped: int
     num_damaged: int
     num_evicted: int
+    num_superseded: int
+    writes: dict[LedgerKey, Writes]
 
 
 class Branch(Struct, frozen=True):

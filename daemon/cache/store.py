@@ -32,7 +32,7 @@ _OS_PAGE_BYTES = 4096
 _RECORD_BYTES = 512  # header, keys and their share of the B-tree
 _PAYLOADS = {"pages": "page_payloads", "states": "state_payloads"}
 _TABLES = ("meta", "pages", "states", *_PAYLOADS.values(), "uses", "sampled", "models")
-_LATER_TABLES = ("sessions",)
+_LATER_TABLES = ("sessions", "writes")
 """Tables that a store may be without: a writer makes them, a reader takes them for empty."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -43,7 +43,7 @@ class WriteBatch(Struct, frozen=True, kw_only=True):
 
     `pages` and `states` are deleted with their payloads; `put_*` are (key, header, payload).
     `uses` are by state key; an absent reply in `put_sampled` is deleted,
-    and so is a session in `put_sessions`;
+    and so is a session in `put_sessions`, a sum of the ledger in `put_writes`;
     `models` are names by fingerprint.
     """
 
@@ -54,6 +54,7 @@ class WriteBatch(Struct, frozen=True, kw_only=True):
     uses: Mapping[bytes, Use] = {}
     put_sampled: Mapping[bytes, bytes | None] = {}
     put_sessions: Mapping[bytes, bytes | None] = {}
+    put_writes: Mapping[bytes, bytes | None] = {}
     models: Mapping[bytes, str] = {}
 
 
@@ -70,8 +71,8 @@ class Reader:
         return None if value is None else bytes(value)
 
     def headers(self, table: str) -> Iterator[tuple[bytes, bytes]]:
-        """All (key, header) of "pages", "states", "sampled" or "sessions", in key order; no
-        payloads."""
+        """All (key, header) of "pages", "states", "sampled", "sessions" or "writes", in key order;
+        no payloads."""
         if table not in self._tables:
             return
         for key, value in self._txn.cursor(self._tables[table]):
@@ -183,6 +184,7 @@ class Store:
                 txn.put(key, encode_use(use), db=self._tables["uses"])
             self._put_or_delete(txn, "sampled", batch.put_sampled)
             self._put_or_delete(txn, "sessions", batch.put_sessions)
+            self._put_or_delete(txn, "writes", batch.put_writes)
             for fingerprint, name in batch.models.items():
                 txn.put(fingerprint, name.encode(errors="replace"), db=self._tables["models"])
 

@@ -17,10 +17,12 @@ from daemon.cache.checkpoint_reader import DamagedPage, read_checkpoint
 from daemon.cache.holdings import SHRINK, Holdings, Limits
 from daemon.cache.index_loader import load_index
 from daemon.cache.pending_changes import PendingChanges
+from daemon.cache.policy import Sizes
 from daemon.cache.records import DamagedRecord, StateHeader
 from daemon.cache.sessions import StoredState, stored_states
 from daemon.cache.shelf import Shelf, TransferCounts
 from daemon.cache.store import Reader, Store
+from daemon.cache.write_ledger import WriteLedger
 from daemon.cache.write_queue import Job, QueuedPage, QueuedState
 from daemon.checkpoint import Birth, Departure, Snapshot
 from daemon.errors import StoreError, StoreFull
@@ -28,6 +30,7 @@ from daemon.errors import StoreError, StoreFull
 logger = logging.getLogger(__name__)
 
 NUM_READERS = 2
+POLL_S = 0.5
 
 
 def now_us() -> int:
@@ -44,6 +47,8 @@ class Transfer:
         queue_bytes: of payloads that wait to be written; beyond it the least worth is given up.
             A lone checkpoint is taken whatever its size.
         memory_bytes: of payloads that stay in memory beside the disk.
+        write_delay_us: how long what is superseded soon, as a rule, waits to be written.
+        daily_bytes: that may be written in a day; None: as many as come.
         now_us: the clock, microseconds since 1970.
     """
 
@@ -54,14 +59,19 @@ class Transfer:
         max_bytes: int,
         queue_bytes: int,
         memory_bytes: int = 0,
+        write_delay_us: int = 0,
+        daily_bytes: int | None = None,
         now_us: Callable[[], int] = now_us,
     ) -> None:
         with store.reading() as reader:
             loaded = load_index(reader)
+            ledger = WriteLedger(reader.headers("writes"), daily_bytes)
         self._store = store
         self._queue_bytes = queue_bytes
         self._lock = threading.Condition()
-        self._holdings = Holdings(loaded, Limits(max_bytes, queue_bytes, memory_bytes), now_us)
+        limits = Limits(max_bytes, queue_bytes, memory_bytes, write_delay_us)
+        self._holdings = Holdings(loaded, limits, ledger, now_us)
+        self._num_hurrying = 0
         self._is_closing = False
         self._is_busy = False
         self._is_stalled = False
@@ -85,6 +95,11 @@ class Transfer:
             while num_pages > 0 and pages.page(page_key(num_pages - 1)) is None:
                 num_pages -= 1
             return num_pages
+
+    def expect(self, sizes: Sizes) -> None:
+        """Say what a checkpoint takes, on which depends whether it is worth writing."""
+        with self._lock:
+            self._holdings.sizes = sizes
 
     def save(
         self, state: QueuedState, pages: Sequence[QueuedPage], spares: bytes | None = None
@@ -144,6 +159,8 @@ class Transfer:
                 num_dropped=holdings.counts["dropped"],
                 num_damaged=holdings.counts["damaged"],
                 num_evicted=holdings.counts["evicted"],
+                num_superseded=holdings.counts["superseded"],
+                writes=dict(holdings.ledger.sums),
             )
 
     def states(self) -> list[StoredState]:
@@ -202,7 +219,7 @@ class Transfer:
 
     def wait_for_room(self) -> None:
         """Wait until half of the queue is free, or all has been written that can be."""
-        with self._lock:
+        with self._hurrying():
             self._lock.wait_for(
                 lambda: (
                     self._holdings.queue.num_bytes <= self._queue_bytes // 2 or not self._has_work()
@@ -211,7 +228,7 @@ class Transfer:
 
     def flush(self) -> None:
         """Wait until all that was saved before is on disk or given up."""
-        with self._lock:
+        with self._hurrying():
             self._lock.wait_for(lambda: not self._is_busy and not self._has_work())
 
     def close(self) -> None:
@@ -230,7 +247,9 @@ class Transfer:
             with self._lock:
                 self._is_busy = False
                 self._lock.notify_all()
-                self._lock.wait_for(lambda: self._has_work() or self._is_closing)
+                while not (self._has_work() or self._is_closing):
+                    # What waits for its time has nobody to call when that comes.
+                    self._lock.wait(POLL_S if self._holdings.queue else None)
                 if not self._has_work():
                     return
                 self._is_busy = True
@@ -243,12 +262,26 @@ class Transfer:
                 self._after_write(job)
 
     def _has_work(self) -> bool:
-        return bool(self._holdings.queue) or (bool(self._holdings.pending) and not self._is_stalled)
+        at_once = self._is_closing or self._num_hurrying > 0
+        if self._holdings.has_due(at_once):
+            return True
+        return bool(self._holdings.pending) and not self._is_stalled
+
+    @contextmanager
+    def _hurrying(self) -> Iterator[None]:
+        """With the lock held, and nothing due later than now."""
+        with self._lock:
+            self._num_hurrying += 1
+            self._lock.notify_all()
+            try:
+                yield
+            finally:
+                self._num_hurrying -= 1
 
     def _next_transaction(self) -> tuple[Job | None, PendingChanges]:
         """Make room, then take the oldest waiting checkpoint and all small changes."""
         self._holdings.make_room()
-        job = self._holdings.next_job()
+        job = self._holdings.next_job(self._is_closing or self._num_hurrying > 0)
         pending, self._holdings.pending = self._holdings.pending, PendingChanges()
         return job, pending
 

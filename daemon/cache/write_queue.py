@@ -90,9 +90,10 @@ class WriteQueue:
             self._pages[page.header.key] = page
             self.num_bytes += page.header.payload_bytes
 
-    def oldest(self) -> QueuedState | None:
-        """The state to write next."""
-        return next(iter(self._states.values()), None)
+    @property
+    def queued(self) -> Iterable[QueuedState]:
+        """What waits, the oldest first."""
+        return self._states.values()
 
     def job(self, state: QueuedState, keys_up: Iterable[bytes]) -> Job:
         """What has to be written for a state, given the keys of its pages from last to first.

@@ -118,6 +118,16 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
         "(default: 1/8 of the memory, at most 8G)",
     )  # fmt: skip
     group.add_argument(
+        "--cache-writes", default="200G", metavar="SIZE",
+        help="written to the store in a day at most, what saves little being left out from half of"
+        " it on; 0 for as much as comes (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--write-delay", type=whole, default=10, metavar="SECONDS",
+        help="how long checkpoints that are superseded soon, as a rule, wait to be written"
+        " (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
         "--checkpoint-interval", type=positive, metavar="TOKENS",
         help="spacing of checkpoints inside a long prompt (default: by the size of a state)",
     )  # fmt: skip
@@ -157,6 +167,8 @@ def config_of(arguments: argparse.Namespace) -> Config:
             folder=arguments.cache_dir or default_cache_folder(),
             budget_bytes=parse_bytes(arguments.cache_size),
             interval_tokens=arguments.checkpoint_interval,
+            daily_bytes=_daily_bytes(arguments.cache_writes),
+            write_delay_s=arguments.write_delay,
             memory_bytes=_memory_bytes(arguments),
             audit_share=arguments.audit_share,
         ),
@@ -203,3 +215,7 @@ def _memory_bytes(arguments: argparse.Namespace) -> int:
             return parse_bytes(arguments.cache_size)
     alone = arguments.cache_ram.isdecimal()
     return parse_bytes(f"{arguments.cache_ram}M" if alone else arguments.cache_ram)
+
+
+def _daily_bytes(text: str) -> int | None:
+    return None if text == "0" else parse_bytes(text)

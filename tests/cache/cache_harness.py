@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from daemon.cache.checkpoint_cache import CheckpointCache
+from daemon.cache.checkpoint_cache import CacheLimits, CheckpointCache
 from daemon.cache.timeline import StoredTimeline
 from daemon.checkpoint import PAGE_TOKENS, Birth, Found, HostBytes, Reason, Snapshot
 
@@ -21,16 +22,18 @@ def open_cache(
     budget_bytes: int = 64 << 20,
     interval_tokens: int = 1024,
     queue_bytes: int = 64 << 20,
-    memory_bytes: int = 0,
+    **limits: Any,
 ) -> CheckpointCache:
     return CheckpointCache.open(
         path,
+        CacheLimits(
+            budget_bytes=budget_bytes,
+            interval_tokens=interval_tokens,
+            queue_bytes=queue_bytes,
+            **limits,
+        ),
         fingerprint=fingerprint,
         model_name="tests",
-        budget_bytes=budget_bytes,
-        interval_tokens=interval_tokens,
-        queue_bytes=queue_bytes,
-        memory_bytes=memory_bytes,
     )
 
 

@@ -7,7 +7,7 @@ import lmdb
 import pytest
 
 from clients.inspect_cache import main
-from daemon.cache.checkpoint_cache import CheckpointCache
+from daemon.cache.checkpoint_cache import CacheLimits, CheckpointCache
 from daemon.checkpoint import Snapshot
 
 MODEL = b"a model of tests"
@@ -16,11 +16,7 @@ MODEL = b"a model of tests"
 @pytest.fixture
 def cache(tmp_path: Path) -> CheckpointCache:
     cache = CheckpointCache.open(
-        tmp_path,
-        fingerprint=MODEL,
-        model_name="tiny",
-        budget_bytes=64 << 20,
-        interval_tokens=1024,
+        tmp_path, CacheLimits(budget_bytes=64 << 20), fingerprint=MODEL, model_name="tiny"
     )
     timeline = cache.timeline(range(200), "work \x1b[31m")
     timeline.save(Snapshot(64, "prompt", 1, b"state", {0: b"page"}), "system")

@@ -53,6 +53,7 @@ class DaemonProcess:
 
     def __init__(self, cache_dir: Path | None, log: Path, *flags: str | Path) -> None:
         store = ("--cache-dir", cache_dir) if cache_dir else ("--no-cache",)
+        store += ("--write-delay", "0")
         self._log = log
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
