@@ -17,7 +17,10 @@ FIX = "Please repair the function add in calc.py; this is task ALPHA."
 ASK = "What does calc.py say now? This is task BETA."
 FIXED = "I have repaired add: it adds now."
 TOLD = "It says that add returns a + b."
-OTHER = "Repairing a function"
+SUMMARY = "So far: the user asked: {} Nothing of it is done yet."
+TITLE = "Repairing a function"
+
+COMPACTION = "summar|compact|state_snapshot"
 
 COMMANDS = {
     "ALPHA": ("cat calc.py", "sed -i 's/a - b/a + b/' calc.py && python3 -c 'import calc; "
@@ -51,8 +54,10 @@ class Coder:
         prompt = self.tokenizer.decode(request.tokens)
         thinking_open = prompt.rfind("<think>") > prompt.rfind("</think>")
         tasks = list(re.finditer("task (ALPHA|BETA)", prompt))
-        if not tasks:
-            return spell_reply(OTHER, [], reasoning="Short.", thinking_open=thinking_open)
+        if not tasks or _asks_for_a_summary(prompt):
+            asked = {"ALPHA": FIX, "BETA": ASK}.get(tasks[-1][1]) if tasks else None
+            text = SUMMARY.format(asked) if asked else TITLE
+            return spell_reply(text, [], reasoning="Short.", thinking_open=thinking_open)
         task = tasks[-1][1]
         if self.shell is None:
             text = EDIT if task == "ALPHA" else TOLD
@@ -64,6 +69,14 @@ class Coder:
                 f"Step {done + 1}.", [call], reasoning="One step.", thinking_open=thinking_open
             )
         return spell_reply(ANSWERS[task], [], reasoning="Done.", thinking_open=thinking_open)
+
+
+def _asks_for_a_summary(prompt: str) -> bool:
+    """Whether the newest message wants the history compacted, which has not been done yet."""
+    newest = prompt.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+    is_result = newest.startswith("<tool_response>")
+    is_done = "So far: the user asked:" in prompt
+    return not (is_result or is_done) and bool(re.search(COMPACTION, newest[:6000], re.I))
 
 
 EDIT = f"""{FIXED}
