@@ -2,17 +2,18 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
-from conftest import MakeApi
 from http_harness import ApiHarness
 from scripted_app import TextSide
 
 from daemon.api.app import create_app
 from daemon.engine.requests import GenerationRequest
 
+MakeApi = Callable[..., ApiHarness]
 TOOL = {
     "type": "function",
     "function": {
