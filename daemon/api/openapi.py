@@ -65,9 +65,10 @@ def _post(
 
 SESSION = "/v1/cache/sessions/{name:path}"
 OPERATIONS = (
-    _post("/v1/chat/completions", "OpenAI's chat", ChatRequest, ChatCompletion,
-          ChatCompletionChunk),
-    _post("/v1/completions", "Plain text", CompletionRequest, TextCompletion, TextCompletion),
+    *(_post(f"{version}/chat/completions", "OpenAI's chat", ChatRequest, ChatCompletion,
+            ChatCompletionChunk) for version in ("/v1", "")),
+    *(_post(f"{version}/completions", "Plain text", CompletionRequest, TextCompletion,
+            TextCompletion) for version in ("/v1", "")),
     _post("/v1/responses", "OpenAI's responses", ResponsesRequest, ResponseObject, dict),
     _post("/v1/responses/input_tokens", "Length of a prompt", ResponsesRequest, InputTokens),
     _get("/v1/responses/{id}", "A stored response", ResponseObject),
@@ -75,7 +76,8 @@ OPERATIONS = (
               answer=dict[str, Any]),
     _post("/v1/messages", "Anthropic's messages", MessagesRequest, MessageOut, dict),
     _post("/v1/messages/count_tokens", "Length of a prompt", MessagesRequest, InputTokens),
-    _get("/v1/models", "The model that is served", ModelList),
+    *(_get(f"{version}/models", "The model that is served", ModelList)
+      for version in ("/v1", "")),
     _get("/v1/models/{model:path}", "The same, by name", Model),
     _get("/v1/cache/stats", "How much was reused", CacheStats),
     _get("/v1/cache/requests", "Why the last requests reused no more", PlanList),
