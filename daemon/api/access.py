@@ -49,7 +49,7 @@ class Access:
     ) -> None:
         self._app = app
         self._rules = rules
-        self._digests = [_digest(key) for key in rules.keys]
+        self._digests = [_digest(key.encode("utf-8", "surrogateescape")) for key in rules.keys]
         self._allowances = Allowances(rules.requests_per_minute, rules.parallel_requests, now)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,7 +88,7 @@ class Access:
         given = _given_key(request.headers)
         if not given:
             raise KeyRefused("An API key is needed: Authorization: Bearer, or x-api-key.")
-        digest = _digest(given)
+        digest = _digest(given.encode("latin-1"))  # as which headers are decoded
         # All keys are compared, each in constant time: how long it takes tells nothing.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(matches):
@@ -113,6 +113,6 @@ def _given_key(headers: Headers) -> str:
     return token.strip() if scheme.casefold() == "bearer" else headers.get("x-api-key", "")
 
 
-def _digest(key: str) -> bytes:
+def _digest(key: bytes) -> bytes:
     """Of one length, whatever the key's is."""
-    return sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return sha256(key).digest()
