@@ -64,6 +64,7 @@ TOOLS = doc(
 TOOL_CHOICE = doc(
     "`auto`, `none`, `any` and `tool`; `disable_parallel_tool_use` ends the reply after a call"
 )
+MAX_TOKENS = doc("needed; capped to what the context leaves; 0 evaluates and keeps the prompt")
 THINKING = doc(
     "`enabled` and `adaptive` switch it on, `disabled` or none off; `display` omitted leaves the "
     "text to the signature; after `budget_tokens` it is led to its end"
@@ -126,7 +127,7 @@ class MessagesRequest(Struct, kw_only=True):
 
     messages: Annotated[list[AnthropicMessage], Meta(min_length=1), MESSAGES]
     model: Annotated[str | None, doc("its name or an alias, in any case; others answer 404")] = None
-    max_tokens: Annotated[int | None, doc("needed; capped to what the context leaves")] = None
+    max_tokens: Annotated[int | None, MAX_TOKENS] = None
     system: Annotated[str | list[Block] | None, SYSTEM] = None
     stream: Annotated[bool | None, doc("events as the reply comes")] = None
     temperature: Annotated[Temperature | None, doc("0 to 2; 0 is greedy")] = None
@@ -209,8 +210,8 @@ def read_ask(
 
 
 def _refuse_values(asked: MessagesRequest, counting: bool) -> None:
-    if not counting and (asked.max_tokens is None or asked.max_tokens < 1):
-        raise InvalidRequest("max_tokens: must be given, and be at least 1.", "max_tokens")
+    if not counting and (asked.max_tokens is None or asked.max_tokens < 0):
+        raise InvalidRequest("max_tokens: must be given, and be at least 0.", "max_tokens")
     if asked.messages[-1].role == "assistant":
         raise InvalidRequest(
             "messages: the last one is the assistant's; a reply always begins a new message.",

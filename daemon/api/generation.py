@@ -249,7 +249,8 @@ class Generation:
         room = context_length - num_prompt
         if room < 1:
             raise PromptTooLong(num_prompt, context_length)
-        wanted = self._rules.max_tokens or self._service.defaults.max_tokens
+        given, usual = self._rules.max_tokens, self._service.defaults.max_tokens
+        wanted = usual if given is None else given
         request = GenerationRequest(
             id=self.id,
             tokens=self._prompt.tokens,

@@ -293,7 +293,7 @@ def test_pings_during_a_long_prompt(make_api: MakeApi, tokenizer: Tokenizer) -> 
 IMAGE = {"type": "image", "source": {"type": "base64", "data": "", "media_type": "image/png"}}
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": None}, "max_tokens"),
-    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
     ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type"),
     ({"messages": [*USER, {"role": "assistant", "content": "I"}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content[0].text"),
@@ -396,3 +396,12 @@ def test_an_agents_reminder_does_not_end_the_loop(make_api: MakeApi) -> None:
     assert "x = 1" in response
     assert "Be brief." in response
     assert asked_again.rpartition("</tool_response>")[2].count("And now?") == 1
+
+
+def test_a_prompt_may_be_kept_without_an_answer(make_api: MakeApi) -> None:
+    api = make_api("Hi")
+    answer = whole(api, max_tokens=0)
+    assert (answer["content"], answer["stop_reason"]) == ([], "max_tokens")
+    assert api.engine.requests[0].max_tokens == 0
+    kinds = [event["type"] for event in streamed(api, max_tokens=0)]
+    assert kinds == ["message_start", "message_delta", "message_stop"]

@@ -58,6 +58,21 @@ def check_costs(chat: Any, response: Any, message: Any, num_prompt: int) -> None
     assert sum(parts) == num_prompt
 
 
+def test_a_prompt_is_kept_ahead(daemon: DaemonProcess) -> None:
+    asked: Any = {
+        "model": "tiny-coder",
+        "system": "You keep secrets well. " * 60,
+        "messages": [{"role": "user", "content": ASKED}],
+    }
+    with anthropic.Anthropic(base_url=daemon.url, api_key="none") as client:
+        warmed = client.messages.create(max_tokens=0, **asked)
+        answer = client.messages.create(max_tokens=20, **asked)
+    assert warmed.content == []
+    assert warmed.usage.output_tokens == 0
+    written = warmed.usage.cache_creation_input_tokens or 0
+    assert 0 < written <= (answer.usage.cache_read_input_tokens or 0)
+
+
 def test_text_goes_on(daemon: DaemonProcess) -> None:
     create = daemon.openai.completions.create
     prompt = f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
