@@ -32,9 +32,9 @@ class ReplyRules(Struct, frozen=True, kw_only=True):
 
     `max_tokens` None is all that the context leaves, 0 only keeps the prompt. `forbid_calls` keeps
     the tools in the prompt, whose prefix stays the same, and bans the token that opens a call.
-    `single_call` ends the reply after its first tool call. `guide` is the form that it must have, and
-    `thinking_budget` the tokens after which its thinking is ended. `stop_tokens` end it beside the
-    model's own. With `plain` it is text: neither reasoning nor calls are looked for.
+    `single_call` ends the reply after its first tool call. `guide` is the form that it must have,
+    and `thinking_budget` the tokens after which its thinking is ended. `stop_tokens` end it beside
+    the model's own. With `plain` it is text: neither reasoning nor calls are looked for.
     `report_progress` makes pieces of the prompt's progress.
     """
 
