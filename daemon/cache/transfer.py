@@ -110,7 +110,10 @@ class Transfer:
         have gone meanwhile, or the queue is full of worthier ones. See `Holdings.save`.
         """
         with self._lock:
-            kept = not self._is_closing and self._holdings.save(state, pages, spares)
+            if self._is_closing:
+                self._holdings.counts["dropped"] += 1
+                return False
+            kept = self._holdings.save(state, pages, spares)
             self._lock.notify_all()
             return kept
 

@@ -1,5 +1,7 @@
 """The whole of cache/ through its front door."""
 
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -233,6 +235,18 @@ def test_save_after_its_pages_went_is_given_up(tmp_path: Path) -> None:
     cache.close()
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refused(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("daemon.cache.writer_lock.os.open", refused)
+    with pytest.raises(ConfigError, match=f"Cannot write in .*{os.strerror(number)}"):
+        open_cache(tmp_path)
+
+
 def test_two_daemons(tmp_path: Path) -> None:
     cache = open_cache(tmp_path)
     with pytest.raises(StoreInUse, match="Another qwend"):
@@ -263,9 +277,9 @@ def test_close_loses_nothing_and_later_saves_are_counted(tmp_path: Path) -> None
     cache = open_cache(tmp_path)
     sequences = [saved_prompt(cache, 6, first) for first in range(20)]
     cache.close()
-    sequences[0].timeline.extend(range(64))
-    sequences[0].prefill()
-    assert cache.stats().num_written == 20
+    sequences[0].decode(list(range(64)))
+    sequences[0].save(448, "reply")
+    assert (cache.stats().num_written, cache.stats().num_dropped) == (20, 1)
     cache = open_cache(tmp_path)
     assert all(Simulated(cache, s.tokens).resume() for s in sequences)
     cache.close()

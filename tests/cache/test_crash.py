@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import saving_child
 from cache_harness import grid_bytes, open_cache
 
@@ -17,7 +18,6 @@ from daemon.cache.store import Store
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-NUM_KILLS = 15
 
 
 def start_child(folder: Path, first: int, *more: str) -> "subprocess.Popen[str]":
@@ -62,10 +62,11 @@ def assert_every_record_is_sound(folder: Path) -> None:
     store.close()
 
 
-def test_killed_in_the_middle_of_writes(tmp_path: Path) -> None:
-    chooser = random.Random(1)
+@pytest.mark.parametrize("num_kills", [15, pytest.param(200, marks=pytest.mark.slow)])
+def test_killed_in_the_middle_of_writes(tmp_path: Path, num_kills: int) -> None:
+    chooser = random.Random(num_kills)
     first = 0
-    for _ in range(NUM_KILLS):
+    for _ in range(num_kills):
         last = kill_while_saving(tmp_path, first, chooser)
         assert_every_record_is_sound(tmp_path)
         cache = open_cache(tmp_path, budget_bytes=256 << 20)

@@ -4,13 +4,14 @@ import tempfile
 from pathlib import Path
 
 from cache_harness import PAGE_BYTES, STATE_BYTES, Simulated, open_cache
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from msgspec import Struct
 
 from daemon.cache.checkpoint_cache import MIN_BUDGET_BYTES
-from daemon.checkpoint import Birth
+from daemon.cache.policy import WORTH
+from daemon.checkpoint import Birth, Boundary
 
 
 class Saved(Struct, frozen=True):
@@ -71,10 +72,12 @@ class History(RuleBasedStateMachine):
         self.resume(sequence, strict)
         start = len(sequence.pages)
         sequence.prefill()
-        places = st.lists(st.integers(1, 9), max_size=3, unique=True)
-        for num_pages in sorted(data.draw(places)):
-            if start < num_pages <= len(sequence.pages):
-                self.save(sequence, 64 * num_pages)
+        places = st.lists(
+            st.tuples(st.integers(0, len(self.tokens)), st.sampled_from(sorted(WORTH))), max_size=4
+        )
+        boundaries = [Boundary(*place) for place in data.draw(places)]
+        for position in sequence.timeline.positions(boundaries, 64 * start):
+            self.save(sequence, position)
         sequence.decode([1] * num_replied)
         if len(sequence.tokens) // 64 > len(self.tokens) // 64:
             self.save(sequence, len(sequence.tokens) // 64 * 64)
@@ -146,3 +149,25 @@ TestHistory = History.TestCase
 TestHistory.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
 TestHistoryUnderABudget = HistoryUnderABudget.TestCase
 TestHistoryUnderABudget.settings = settings(max_examples=5, stateful_step_count=20, deadline=None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_the_third_to_branch_at_a_place_evaluates_from_there(data: st.DataObject) -> None:
+    """Whatever was kept of the first prompt, the second keeps the state where it leaves it."""
+    shared = data.draw(st.integers(64, 400))
+    lengths = [data.draw(st.integers(80, 300)) for _ in range(3)]
+    prompts = [[7] * shared + [number] * length for number, length in enumerate(lengths)]
+    with tempfile.TemporaryDirectory() as folder:
+        cache = open_cache(Path(folder))
+        for tokens in prompts[:2]:
+            sequence = Simulated(cache, tokens)
+            sequence.resume()
+            start = 64 * len(sequence.pages)
+            sequence.prefill()
+            for position in sequence.timeline.positions([Boundary(len(tokens), "prompt")], start):
+                sequence.save(position)
+        found = Simulated(cache, prompts[2]).resume()
+        assert found is not None
+        assert found.position == shared // 64 * 64
+        cache.close()

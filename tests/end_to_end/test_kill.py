@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from daemon_process import DaemonProcess, StartDaemon, qwend
 
-NUM_KILLS = 5
 FLAGS = ("--strict", "--checkpoint-interval", "64", "--cache-size", "64M")
 """Many checkpoints, and so little room that old ones are evicted all the time."""
 
@@ -78,14 +78,15 @@ def check_sound(store: Path) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.parametrize("num_kills", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_under_load_lose_nothing_that_was_written(
-    start_daemon: StartDaemon, tmp_path: Path
+    start_daemon: StartDaemon, tmp_path: Path, num_kills: int
 ) -> None:
     rng = random.Random(11)
     with start_daemon("--strict", cache_dir=None) as daemon:
         cold, _ = answers(daemon)
     num_checkpoints = 0
-    for _ in range(NUM_KILLS):
+    for _ in range(num_kills):
         with start_daemon(*FLAGS) as daemon, load(daemon, rng) as answered:
             assert answered.wait(60)
             daemon.wait_until(lambda stats: stats["store"]["num_written"] > 0)
