@@ -1,60 +1,80 @@
-"""A prefill batch as the kernels read it: every array arrives whole, whatever the batch before."""
+"""Decode batches as the kernels read them, over a device that only remembers what was written."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("cuda.core")
 
-from fake_driver import FakeDriver
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from daemon.engine.backends.cuda_run import DecodeTables
+from daemon.engine.batch import Span
+from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 
-from daemon.engine.backends.cuda_run import PrefillArrays
-from daemon.engine.batch import Batch, Capture, Span
-from daemon.kernels.runtime.device import Device
-
-MAX_ROWS, MAX_SPANS, MAX_PAGES = 512, 3, 20
+MAX_ROWS, MAX_PAGES = 4, 6
 
 
-@st.composite
-def batches(draw: st.DrawFn) -> Batch:
-    spans = []
-    for slot in range(draw(st.integers(1, MAX_SPANS))):
-        start, count = 64 * draw(st.integers(0, 10)), draw(st.integers(1, MAX_ROWS // MAX_SPANS))
-        pages = tuple(draw(st.permutations(range(50)))[: -(-(start + count) // 64)])
-        captures = (Capture(start + 64, slot + 9),) if count >= 64 and draw(st.booleans()) else ()
-        tokens = np.arange(count, dtype=np.int32) * 3 + slot
-        spans.append(Span(tokens, start, slot, pages, captures, draw(st.booleans())))
-    return Batch("prefill", tuple(spans))
+class Memory:
+    """Int32 words by address."""
+
+    def __init__(self) -> None:
+        self.words: dict[int, int] = {}
+        self.num_writes = 0
+        self._next = 256
+
+    def allocate(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+        array = DeviceArray(self._next, shape, ElementType.of(np.dtype(dtype)), None)
+        self._next += array.num_bytes + 256
+        return array
+
+    def to_device(self, values: np.ndarray[Any, Any]) -> DeviceArray:
+        array = self.allocate(values.shape, values.dtype)
+        self.write(array, values)
+        return array
+
+    def write(self, target: DeviceArray, values: np.ndarray[Any, Any]) -> None:
+        assert target.num_bytes == values.nbytes
+        self.num_writes += 1
+        for i, value in enumerate(values.reshape(-1).tolist()):
+            self.words[target.pointer + 4 * i] = value
+
+    def read(self, array: DeviceArray, count: int) -> list[int]:
+        return [self.words[array.pointer + 4 * i] for i in range(count)]
 
 
-@given(st.lists(batches(), min_size=1, max_size=3))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
-def test_every_batch_arrives_whole(fake_driver: FakeDriver, several: list[Batch]) -> None:
-    device = Device.open()
-    arrays = PrefillArrays(device, MAX_ROWS, MAX_SPANS, MAX_PAGES)
-    for batch in several:
-        run = arrays.run(batch)
-        tokens, positions, sequences = (
-            device.to_host(array) for array in (run.tokens, run.positions, run.sequences)
-        )
-        row = 0
-        chunks = device.to_host(run.tables.chunks).tolist()
-        tiles = {tuple(tile) for tile in device.to_host(run.tiles).tolist()}
-        for index, span in enumerate(batch.spans):
-            rows = slice(row, row + len(span.tokens))
-            np.testing.assert_array_equal(tokens[rows], span.tokens)
-            np.testing.assert_array_equal(positions[rows], np.arange(span.start, span.end))
-            assert (sequences[rows] == index).all()
-            line = device.to_host(run.page_table)[index, : len(span.pages)]
-            np.testing.assert_array_equal(line, span.pages)
-            for at in range(0, len(span.tokens), 64):
-                size = min(64, len(span.tokens) - at)
-                captured = [c.slot for c in span.captures if c.position == span.start + at + 64]
-                history = span.slot if at == 0 else -1
-                assert chunks.pop(0) == [row + at, size, history, *(captured or [-1])]
-                assert (row + at, span.start + at, size, index) in tiles
-            row += len(span.tokens)
-            assert (row - 1 in run.last_rows) == span.samples
-        assert run.num_rows == row
-        assert not chunks
+def span(token: int, start: int, slot: int, pages: tuple[int, ...]) -> Span:
+    return Span(np.array([token], np.int32), start, slot, pages, samples=True)
+
+
+def test_rows_without_a_sequence_are_padding() -> None:
+    memory = Memory()
+    tables = DecodeTables(memory, MAX_ROWS, MAX_PAGES)  # type: ignore[arg-type]
+    tables.fill([span(11, 70, 2, (5, 6)), span(12, 3, 0, (1,))])
+    run = tables.run(4)
+    assert memory.read(run.tokens, 4) == [11, 12, -1, -1]
+    assert memory.read(run.positions, 4) == [70, 3, -1, -1]
+    assert memory.read(run.slots, 4) == [2, 0, -1, -1]
+    assert memory.read(run.captures, 4) == [-1] * 4
+    assert memory.read(run.sequences, 4) == [0, 1, 2, 3]
+
+
+def test_a_line_of_pages_goes_up_when_it_changes() -> None:
+    memory = Memory()
+    tables = DecodeTables(memory, MAX_ROWS, MAX_PAGES)  # type: ignore[arg-type]
+    first, second, longer = (5, 6, 7), (1, 2), (1, 2, 9)
+
+    def lines(*pages: tuple[int, ...]) -> list[list[int]]:
+        """Fill, and read back as many pages of each line as the sequence has."""
+        tables.fill([span(1, 64, i, own) for i, own in enumerate(pages)])
+        table = tables.run(len(pages)).page_table
+        return [memory.read(table.rows(i, i + 1), len(own)) for i, own in enumerate(pages)]
+
+    assert lines(first, second) == [[5, 6, 7], [1, 2]]
+    before = memory.num_writes
+    assert lines(first, second) == [[5, 6, 7], [1, 2]]
+    assert memory.num_writes == before + 1
+    assert lines(first, longer) == [[5, 6, 7], [1, 2, 9]]
+    assert lines(longer) == [[1, 2, 9]]
+    assert lines(first, longer) == [[5, 6, 7], [1, 2, 9]]

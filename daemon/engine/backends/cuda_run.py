@@ -52,14 +52,18 @@ class PrefillRun(NamedTuple):
 
 
 class DecodeTables:
-    """The arrays of decode batches of up to `max_rows` sequences."""
+    """The arrays of decode batches of up to `max_rows` sequences.
+
+    A line of the page table goes up only when it changes: pages stay the same for many steps.
+    """
 
     def __init__(self, device: Device, max_rows: int, max_pages: int) -> None:
         self._device = device
-        self._max_pages = max_pages
         self._rows = device.allocate((4, max_rows), np.int32)
         self._page_table = device.allocate((max_rows, max_pages), np.int32)
         self._sequences = device.to_device(np.arange(max_rows, dtype=np.int32))
+        self._line = np.zeros((1, max_pages), np.int32)
+        self._pages: list[tuple[int, ...] | None] = [None] * max_rows
 
     def run(self, num_rows: int) -> DecodeRun:
         """Views for a batch of `num_rows`, padding included."""
@@ -77,9 +81,12 @@ class DecodeTables:
         rows = np.full(self._rows.shape, NOWHERE, np.int32)
         for i, span in enumerate(spans):
             rows[:3, i] = (span.tokens[0], span.start, span.slot)
-        table = page_table(spans, self._max_pages)
         self._device.write(self._rows, rows)
-        self._device.write(self._page_table.rows(0, len(spans)), table)
+        for i, span in enumerate(spans):
+            if span.pages is not self._pages[i]:
+                self._line[0, : len(span.pages)] = span.pages
+                self._device.write(self._page_table.rows(i, i + 1), self._line)
+                self._pages[i] = span.pages
 
 
 class ProductOrder:
