@@ -85,7 +85,8 @@ def measured(paths: list[Path], peers: dict[str, Any]) -> list[Measured]:
     rows = []
     for name, model in MODELS.items():
         for case, label in CASES.items():
-            if case in ours.get(name, {}):
+            # Which experts eight sequences read is not known, so neither is the limit.
+            if case in ours.get(name, {}) and (name, case) != ("35b-a3b", "decode_8"):
                 peer = peers["tokens_per_s"].get(name, {}).get(case)
                 text = f"{model.label} {label}"
                 rows.append(Measured(text, ours[name][case], peer, limit(model, case)))
