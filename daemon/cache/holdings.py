@@ -254,7 +254,8 @@ class Holdings:
         for state in self.queue.queued:
             header = state.header
             age_us = now_us - header.created_us
-            if is_lazy(header.reason) and not at_once and age_us < self._limits.write_delay_us:
+            is_late = at_once or age_us >= self._limits.write_delay_us
+            if not is_late and is_lazy(header.reason, header.position, self.sizes):
                 continue
             candidate = self.index.candidate(header.key)
             if candidate and is_worth_writing(candidate, self.sizes, pressure):

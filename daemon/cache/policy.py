@@ -46,7 +46,7 @@ EXPECTED_USE: dict[Reason, float] = {
 }  # fmt: skip
 """In powers of two: how much likelier than others a checkpoint is used again, by its reason."""
 
-LAZY_REASONS: frozenset[Reason] = frozenset({"tool", "interval", "junction", "interrupted"})
+LAZY_REASONS: frozenset[Reason] = frozenset({"tool", "interval", "junction"})
 FREE_SHARE = 0.5
 MAX_COMPARED = 64
 
@@ -139,9 +139,12 @@ def keep_score(candidate: Candidate, now_us: int) -> float:
     return worth - 2.0 * math.log2(1.0 + _age(candidate.used_us, now_us)) - penalty
 
 
-def is_lazy(reason: Reason) -> bool:
-    """Whether a checkpoint waits before it is written, because it is superseded soon, as a rule."""
-    return reason in LAZY_REASONS
+def is_lazy(reason: Reason, position: int, sizes: Sizes) -> bool:
+    """Whether a checkpoint waits before it is written, because it is superseded soon, as a rule.
+
+    The cover does not wait: it is what a long prompt goes on from when the daemon is killed.
+    """
+    return reason in LAZY_REASONS and position % sizes.cover_tokens != 0
 
 
 def is_worth_writing(candidate: Candidate, sizes: Sizes, pressure: float) -> bool:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from daemon.checkpoint import PAGE_TOKENS, Boundary, Found, Snapshot
+from daemon.engine.batch import Span
 from daemon.engine.checkpointing import CheckpointStore
 from daemon.engine.memory.residents import Resident
 from daemon.engine.model.model import Model
@@ -29,6 +30,9 @@ from daemon.engine.sequence import Phase, Sequence
 from daemon.errors import DeviceError, DeviceLost, QwendError
 
 logger = logging.getLogger(__name__)
+
+
+KEEP_EVERY_MS = 20_000.0
 
 
 class StepEngine:
@@ -68,6 +72,7 @@ class StepEngine:
         self.wake = wake
         self.sequences: dict[str, Sequence] = {}
         self.saving = Saving(model.backend)
+        self.keep_every_ms = KEEP_EVERY_MS
         store.expect(*self.backend.snapshot_sizes)
 
     # ── commands ──────────────────────────────────────────────────────────────────────────────
@@ -267,10 +272,20 @@ class StepEngine:
             for capture in span.captures:
                 reason = sequence.positions[capture.position]
                 self.saving.begin(sequence, capture.position, capture.slot, sequence.born, reason)
+            self._keep_on_the_way(sequence, span)
             if span.captures and self.scheduler.limits.max_residents:
                 last = span.captures[-1]
                 self._hold(sequence, last.slot, last.position)
         self._release_captures(work)
+
+    def _keep_on_the_way(self, sequence: Sequence, span: Span) -> None:
+        """A slow prompt is kept by time too: a kill costs no more than these seconds."""
+        if span.captures:
+            sequence.kept_ms = sequence.prompt_ms
+        elif sequence.is_kept and sequence.phase is Phase.PREFILL and span.end % PAGE_TOKENS == 0:
+            if sequence.prompt_ms - sequence.kept_ms > self.keep_every_ms:
+                sequence.kept_ms = sequence.prompt_ms
+                self.saving.begin(sequence, span.end, sequence.slot, sequence.born, "interrupted")
 
     def _release_captures(self, work: Work) -> None:
         for span in work.batch.spans:

@@ -62,6 +62,7 @@ class Sequence:
         self.restoring: Future[Snapshot | None] | None = None
         self.was_started = False
         self.prompt_ms = 0.0
+        self.kept_ms = 0.0
         self.decode_ms = 0.0
         self.seed = _seed_of(request)
         self._counts: dict[int, tuple[int, int]] | None = None

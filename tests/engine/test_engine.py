@@ -125,6 +125,20 @@ def test_cancel_after_some_steps(steps: int) -> None:
     assert harness.engine.step() is False
 
 
+def test_a_slow_prompt_is_kept_on_its_way() -> None:
+    store = MemoryStore()
+    harness = TapeHarness(store=store)
+    harness.engine.keep_every_ms = -1.0
+    tokens = prompt(500)
+    harness.submit(tokens, max_tokens=2)
+    for _ in range(4):
+        harness.engine.step()
+    kept = sorted((len(tokens), reason) for (tokens, _), (_, reason) in store.states.items())
+    assert kept == [(128, "interrupted"), (256, "interrupted"), (384, "interrupted")]
+    harness.run()
+    harness.assert_all_places_are_free()
+
+
 def test_cancel_of_an_unknown_or_ended_request_is_ignored() -> None:
     harness = TapeHarness()
     events = harness.submit(prompt(5), max_tokens=1)
