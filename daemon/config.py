@@ -100,6 +100,7 @@ class ReplyConfig(Struct, frozen=True, kw_only=True):
     seed: int | None = None
     max_tokens: int | None = None
     thinking_budget: int | None = None
+    reasoning_effort: str | None = None
     template_options: dict[str, Any] = {}
 
 

@@ -7,6 +7,7 @@ assembly; pure.
 import msgspec
 
 from daemon.api.access import AccessRules, local_hosts
+from daemon.api.reasoning_fields import wish_of
 from daemon.api.service import Limits, ModelFacts, ReplyDefaults, Service
 from daemon.config import Config, ReplyConfig, ServerConfig
 from daemon.engine.requests import SamplingParams
@@ -25,12 +26,13 @@ def configured(service: Service, config: Config, file: GGUFFile, template_source
     reply = config.reply
     given = {name: getattr(reply, name) for name in SAMPLING_FIELDS}
     changes = {name: value for name, value in given.items() if value is not None}
+    wish = wish_of(reply.reasoning_effort, reply.thinking_budget, None)
     return msgspec.structs.replace(
         service,
         sampling=msgspec.structs.replace(_recommended(file), **changes),
         defaults=ReplyDefaults(
-            template_options=reply.template_options,
-            thinking_budget=reply.thinking_budget,
+            template_options=wish.template_options | reply.template_options,
+            thinking_budget=wish.max_tokens,
             max_tokens=reply.max_tokens,
         ),
         access=_access(config.server),

@@ -17,6 +17,7 @@ Made from the source by `python -m docs.flags`; do not edit. A script for llama-
 `qwend serve` in its place: a flag of its has an effect, or none, which a line at the start says, or
 is refused by name. `-ngl 0` computes on the CPU; any other number of layers has no effect, since
 all of them are on the GPU. `--reasoning-format` takes `deepseek` and `auto`; `none` is refused.
+So is whatever is not listed here, such as further flags of speculative decoding.
 """
 
 

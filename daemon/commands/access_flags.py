@@ -6,6 +6,7 @@ Owns the rule that nobody listens beyond this machine without a key by accident.
 import argparse
 import ipaddress
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
         help="another name of this server, beside localhost, for requests without a key",
     )  # fmt: skip
     group.add_argument(
-        "--cors-origin", action="append", default=[], metavar="ORIGIN",
+        "--cors-origin", "--cors-origins", action="append", default=[], metavar="ORIGIN",
         help="let pages of ORIGIN ask from a browser, * for all (default: none)",
     )  # fmt: skip
     group.add_argument(
@@ -64,7 +65,7 @@ def access_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "api_keys": keys,
         "is_local": is_local(arguments.host),
         "allowed_hosts": tuple(arguments.allowed_host),
-        "cors_origins": tuple(origin.rstrip("/") for origin in arguments.cors_origin),
+        "cors_origins": tuple(origin.rstrip("/") for origin in _listed(arguments.cors_origin)),
         "requests_per_minute": arguments.requests_per_minute,
         "parallel_requests": arguments.requests_per_key,
         "log_prompts": arguments.log_prompts,
@@ -86,11 +87,16 @@ def is_local(host: str) -> bool:
 
 
 def _keys(arguments: argparse.Namespace) -> tuple[str, ...]:
-    given = [key for part in arguments.api_key for key in part.split(",")]
+    given = _listed(arguments.api_key)
     if arguments.api_key_file is not None:
         given += _keys_of_file(arguments.api_key_file)
     keys = tuple(dict.fromkeys(key.strip() for key in given if key.strip()))
     return keys or keys_of_environment()
+
+
+def _listed(given: Sequence[str]) -> list[str]:
+    """Values of a flag that may be repeated, or have several with commas between them."""
+    return [value.strip() for part in given for value in part.split(",")]
 
 
 def _keys_of_file(path: Path) -> list[str]:

@@ -24,6 +24,7 @@ ONE_GPU = "one GPU computes"
 MAPPED = "weights are read from the mapped file once, at the start"
 ALWAYS = "it is always so"
 LOG = "the log goes to standard error, one line an event"
+NO_UI = "there is no page to configure"
 CPU = "the GPU computes, or the CPU reference with all cores"
 
 WITHOUT_EFFECT = (
@@ -79,6 +80,31 @@ WITHOUT_EFFECT = (
     Flag(("--log-colors",), "?", LOG),
     Flag(("--log-prefix",), 0, LOG),
     Flag(("--log-timestamps",), 0, LOG),
+    Flag(("--no-log-prefix", "--no-log-timestamps", "--no-log-jsonl"), 0, LOG),
+    Flag(("-Cb", "--cpu-mask-batch", "-Crb", "--cpu-range-batch"), 1, CPU),
+    Flag(("--cpu-strict-batch", "--poll-batch"), 1, CPU),
+    Flag(("--repack", "-nr", "--no-repack", "--no-host"), 0, ON_GPU),
+    Flag(("--op-offload", "--no-op-offload"), 0, ON_GPU),
+    Flag(("-lm", "--load-mode", "-lzm", "--lazy-mode"), 1, MAPPED),
+    Flag(("-fitc", "--fit-ctx"), 1, "qwend check says what fits"),
+    Flag(("-no-kvu", "--no-kv-unified"), 0, "all sequences share the pages of keys and values"),
+    Flag(("-nocb", "--no-cont-batching"), 0, "requests are always evaluated together"),
+    Flag(("-dt", "--defrag-thold"), 1, "pages do not fragment"),
+    Flag(("-cms", "--checkpoint-min-step"), 1, "see --checkpoint-interval"),
+    Flag(("-e", "--escape", "--no-escape"), 0, "no prompt comes from the command line"),
+    Flag(("--repeat-last-n",), 1, "a repetition penalty counts all of prompt and reply"),
+    Flag(("-bs", "--backend-sampling"), 0, "tokens are sampled where the logits are"),
+    Flag(("--mmproj-auto", "--no-mmproj", "--no-mmproj-auto"), 0, "the model reads text only"),
+    Flag(("--mmproj-offload", "--no-mmproj-offload"), 0, "the model reads text only"),
+    Flag(("--sse-ping-interval",), 1, "signs of life come every 5 s, as data that clients count"),
+    Flag(("--cors-methods", "--cors-headers"), 1, "a page that is let in may use all"),
+    Flag(("--no-cors-credentials",), 0, ALWAYS),
+    Flag(("-no-ag", "--no-agent"), 0, "no tools are run here"),
+    Flag(("--ui-config", "--webui-config", "--ui-config-file", "--webui-config-file"), 1, NO_UI),
+    Flag(("--no-ui-mcp-proxy", "--no-webui-mcp-proxy"), 0, NO_UI),
+    Flag(("--tags",), 1, "nothing routes by them"),
+    Flag(("--reasoning-preserve",), 0, "the chat template decides which thinking it shows"),
+    Flag(("--no-skip-chat-parsing",), 0, ALWAYS),
     Flag(("--check-tensors",), 0, "every tensor's form is checked at the start"),
 )
 
@@ -87,6 +113,13 @@ NO_FILES = "one GGUF file on this machine is served; pass it with --model"
 NO_ADAPTER = "adapters are not supported"
 NO_ROPE = "the context is that of the model file"
 NO_SAMPLER = "there is no such stage of sampling"
+NO_TOOLS = "this server runs no tools; the agents that ask it do"
+PRESETS = (
+    *("--gpt-oss-20b-default", "--gpt-oss-120b-default", "--embd-gemma-default"),
+    *("--fim-qwen-1.5b-default", "--fim-qwen-3b-default", "--fim-qwen-7b-default"),
+    *("--fim-qwen-7b-spec", "--fim-qwen-14b-spec", "--fim-qwen-30b-default"),
+    *("--vision-gemma-4b-default", "--vision-gemma-12b-default"),
+)
 TEXT_ONLY = "the model reads and writes text only"
 
 REFUSED = (
@@ -143,6 +176,50 @@ REFUSED = (
     Flag(("--api-prefix",), 1, "put a proxy before it"),
     Flag(("--path",), 1, "no files are served"),
     Flag(("--log-file",), 1, LOG),
+    Flag(("--log-jsonl",), 0, LOG),
+    Flag(("--log-prompts-dir",), 1, "--log-prompts writes them into the log"),
+    Flag(("--spec-default", "-cmoed", "--cpu-moe-draft"), 0, NO_DRAFT),
+    Flag(
+        ("--spec-draft-model", "--spec-draft-hf", "-hfd", "-hfrd", "--hf-repo-draft"), 1, NO_DRAFT
+    ),
+    Flag(("--spec-draft-ngl", "-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft"), 1, NO_DRAFT),
+    Flag(("--spec-draft-n-max", "--spec-draft-n-min"), 1, NO_DRAFT),
+    Flag(("--spec-draft-p-min", "--draft-p-min", "--draft-p-split"), 1, NO_DRAFT),
+    Flag(("-ctkd", "--cache-type-k-draft", "-ctvd", "--cache-type-v-draft"), 1, NO_DRAFT),
+    Flag(("-td", "--threads-draft", "-tbd", "--threads-batch-draft"), 1, NO_DRAFT),
+    Flag(("-devd", "--device-draft", "-otd", "--override-tensor-draft"), 1, NO_DRAFT),
+    Flag(("-ncmoed", "--n-cpu-moe-draft"), 1, NO_DRAFT),
+    Flag(("-lcs", "--lookup-cache-static", "-lcd", "--lookup-cache-dynamic"), 1, NO_DRAFT),
+    Flag(("-cl", "--cache-list"), 0, NO_FILES),
+    Flag(("--models-max",), 1, NO_FILES),
+    Flag(("--models-autoload", "--no-models-autoload"), 0, NO_FILES),
+    Flag(PRESETS, 0, NO_FILES),
+    Flag(("--list-devices",), 0, "nvidia-smi lists them"),
+    Flag(("--image-max-tokens", "--image-min-tokens", "--media-path"), 1, TEXT_ONLY),
+    Flag(("--control-vector-scaled",), 1, NO_ADAPTER),
+    Flag(("--control-vector-layer-range",), 2, NO_ADAPTER),
+    Flag(("--lora-init-without-apply",), 0, NO_ADAPTER),
+    Flag(("--embd-normalize",), 1, "this server makes no embeddings"),
+    Flag(("-ncffn", "--n-cpu-ffn"), 1, ON_GPU),
+    Flag(("--kv-unified-per-slot",), 1, "every request may use all of the context"),
+    Flag(("--yarn-ext-factor", "--yarn-attn-factor"), 1, NO_ROPE),
+    Flag(("--yarn-beta-slow", "--yarn-beta-fast"), 1, NO_ROPE),
+    Flag(("-jf", "--json-schema-file"), 1, "send it with a request"),
+    Flag(("-r", "--reverse-prompt"), 1, "send stop with a request"),
+    Flag(("-sp", "--special", "--spm-infill"), 0, "text is as the model was trained"),
+    Flag(("--sampler-seq", "--sampling-seq"), 1, "the order of the stages is fixed"),
+    Flag(("--top-nsigma", "--top-n-sigma", "--xtc-threshold", "--dynatemp-exp"), 1, NO_SAMPLER),
+    Flag(("--dry-base", "--dry-allowed-length", "--dry-penalty-last-n"), 1, NO_SAMPLER),
+    Flag(("--dry-sequence-breaker", "--adaptive-target", "--adaptive-decay"), 1, NO_SAMPLER),
+    Flag(("--mirostat-lr", "--mirostat-ent"), 1, NO_SAMPLER),
+    Flag(("--reasoning-budget-message",), 1, "its end is in words that Qwen gives for it"),
+    Flag(("--no-reasoning-preserve",), 0, "the chat template decides which thinking it shows"),
+    Flag(("--skip-chat-parsing",), 0, "calls and reasoning are always read"),
+    Flag(("--sleep-idle-seconds",), 1, "the model stays loaded"),
+    Flag(("--cors-credentials",), 0, "a page sends its key itself"),
+    Flag(("--reuse-port",), 0, "one server listens on a port"),
+    Flag(("-ag", "--agent", "--ui-mcp-proxy", "--webui-mcp-proxy"), 0, NO_TOOLS),
+    Flag(("--tools", "--tools-runtime", "--mcp-servers-config", "--mcp-servers-json"), 1, NO_TOOLS),
 )
 
 

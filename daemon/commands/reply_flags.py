@@ -39,6 +39,7 @@ def add_reply_flags(parser: argparse.ArgumentParser) -> None:
         "--thinking-budget", "--reasoning-budget", type=within(int, -1, 2**31), metavar="N",
         help="tokens after which thinking is led to its end; 0: no thinking, -1: no limit",
     )  # fmt: skip
+    group.add_argument("--reasoning-effort", metavar="LEVEL", help="as requests say it")
     group.add_argument("--reasoning", "-rea", choices=("on", "off", "auto"), help="thinking or not")
     group.add_argument(
         "--chat-template-kwargs", metavar="JSON", help="variables for the chat template"
@@ -68,6 +69,7 @@ def reply_settings(arguments: argparse.Namespace) -> ReplyConfig:
         seed=_above(arguments.seed, -1),
         max_tokens=_above(arguments.max_tokens, 0),
         thinking_budget=_above(budget, 0),
+        reasoning_effort=arguments.reasoning_effort,
         template_options=options,
     )
 

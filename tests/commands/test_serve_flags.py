@@ -55,7 +55,7 @@ def test_a_script_for_llama_server() -> None:
 @pytest.mark.parametrize("flag", WITHOUT_EFFECT, ids=lambda flag: flag.names[0])
 def test_a_flag_without_effect_says_so(flag: Flag) -> None:
     for name in flag.names:
-        values = ["1"] if flag.values == 1 else []
+        values = ["1"] * flag.values if isinstance(flag.values, int) else []
         arguments = parse(name, *values)
         assert arguments.notes == (f"{name} has no effect: {flag.why}",)
         assert config_of(arguments) == config()
@@ -65,7 +65,7 @@ def test_a_flag_without_effect_says_so(flag: Flag) -> None:
 def test_a_flag_that_is_refused_is_named(flag: Flag, capsys: pytest.CaptureFixture[str]) -> None:
     for name in flag.names:
         with pytest.raises(SystemExit):
-            parse(name, *(["1"] if flag.values == 1 else []))
+            parse(name, *(["1"] * flag.values if isinstance(flag.values, int) else []))
         assert f"{name}: {flag.why}" in capsys.readouterr().err
 
 
@@ -92,6 +92,7 @@ def test_memory_for_checkpoints(given: str, bytes_in_memory: int) -> None:
 
 
 def test_thinking_by_flags() -> None:
+    assert config("--reasoning-effort", "low").reply.reasoning_effort == "low"
     assert config("--reasoning-budget", "0").reply.template_options == {"enable_thinking": False}
     assert config("--reasoning-budget", "-1").reply.thinking_budget is None
     assert config("--reasoning", "on").reply.template_options == {"enable_thinking": True}
@@ -129,6 +130,11 @@ def test_beyond_this_machine_keys_are_needed(host: str, monkeypatch: pytest.Monk
     monkeypatch.setenv("QWEND_API_KEY", "a, b")
     found = config("--host", host).server
     assert (found.api_keys, found.is_local) == (("a", "b"), False)
+
+
+def test_pages_that_may_ask() -> None:
+    flags = ("--cors-origin", "https://a.example/", "--cors-origins", "https://b.example, *")
+    assert config(*flags).server.cors_origins == ("https://a.example", "https://b.example", "*")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])
