@@ -224,7 +224,7 @@ def _common(one: Sequence[Message] | Sequence[int], other: Sequence[Any]) -> int
     return next((i for i in range(size) if one[i] != other[i]), size)
 
 
-def _surroundings() -> dict[str, Any]:
+def surroundings() -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     server, rows = measure(arguments)
     Console(width=120).print(table(rows))
     if not arguments.no_save:
-        figures = {**_surroundings(), "server": server, "rows": msgspec.to_builtins(rows)}
+        figures = {**surroundings(), "server": server, "rows": msgspec.to_builtins(rows)}
         target = RESULTS / f"agent_session-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
         target.write_text(json.dumps(figures, indent=2) + "\n")
         print(target)

@@ -13,6 +13,7 @@ from daemon.api.service import Service
 from daemon.checkpoint import Boundary
 from daemon.engine.requests import Event, GenerationRequest
 from daemon.errors import EngineStopped, InvalidRequest
+from daemon.text.messages import ToolSpec
 from daemon.text.next_prompt import Beginning, next_beginning
 from daemon.text.prompt import Prompt
 from daemon.text.replay import Cut, shown_tokens
@@ -34,12 +35,18 @@ class EndedReply(Struct, frozen=True, kw_only=True):
     is_whole: bool
     has_form: bool
 
+    @property
+    def tools(self) -> tuple[ToolSpec, ...]:
+        """What could be called."""
+        asked = self.asked
+        return (*asked.tools, *asked.deferred_tools) if isinstance(asked, Conversation) else ()
+
 
 def remember(service: Service, ended: EndedReply) -> None:
     """Keep the tokens of a reply, for when it comes back as text."""
     shown = shown_tokens(service.tokenizer, ended.tokens, ended.cut)
     if ended.is_whole and shown:
-        service.remember(service.prompts.replay_entries(ended.prompt, shown))
+        service.remember(service.prompts.replay_entries(ended.prompt, shown, ended.tools))
 
 
 def prepare_next(service: Service, ended: EndedReply) -> None:
@@ -60,8 +67,7 @@ def prepare_next(service: Service, ended: EndedReply) -> None:
 
 def _beginning(service: Service, ended: EndedReply, asked: Conversation) -> Beginning:
     text = service.tokenizer.decode(shown_tokens(service.tokenizer, ended.tokens, ended.cut))
-    tools = (*asked.tools, *asked.deferred_tools)
-    reply = read_reply(text, tools, thinking_open=ended.prompt.thinking_open)
+    reply = read_reply(text, ended.tools, thinking_open=ended.prompt.thinking_open)
     options = service.defaults.options_for(asked.template_options)
     return next_beginning(service.prompts, asked.messages, asked.tools, options, reply)
 

@@ -13,7 +13,15 @@ from msgspec import Struct
 from daemon.errors import InvalidRequest
 from daemon.text.encoded_frames import EncodedFrames
 from daemon.text.messages import Message, ToolSpec
-from daemon.text.replay import ReplayEntry, SampledTokens, is_faithful, replay_entries
+from daemon.text.replay import (
+    ReplayEntry,
+    SampledTokens,
+    frame_form,
+    is_faithful,
+    replay_entries,
+    says_the_same,
+)
+from daemon.text.reply_key import digests, reply_key
 from daemon.text.template import ChatTemplate, Frame, FrameKind
 from daemon.text.tokenizer import Tokenizer
 
@@ -35,7 +43,8 @@ class Prompt(Struct, frozen=True, kw_only=True):
     the end of system prompt and tools, "user" the start of a user message, "tool" of tool results,
     "prompt" the start of the generation prompt, "mark" where a client marked a message.
     `generation` are the generation prompt's tokens, the last of `tokens`; with `thinking_open` it
-    ends inside `<think>`. `frames` say which tokens show which messages.
+    ends inside `<think>`. `frames` say which tokens show which messages, and `said` is a digest of
+    what these say.
     """
 
     tokens: tuple[int, ...]
@@ -43,6 +52,16 @@ class Prompt(Struct, frozen=True, kw_only=True):
     generation: tuple[int, ...]
     thinking_open: bool
     frames: tuple[PromptFrame, ...] = ()
+    said: str = ""
+
+
+class _History:
+    """The conversation that frames show, for those who need more than their text."""
+
+    def __init__(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> None:
+        self.messages = messages
+        self.tools = tools
+        self.digests = tuple(digests(messages))
 
 
 class PromptBuilder:
@@ -77,11 +96,12 @@ class PromptBuilder:
         if not messages:
             raise InvalidRequest("At least one message is needed.", "messages")
         frames = self._template.render(messages, tools, options)
+        history = _History(messages, tools)
         tokens: list[int] = []
         starts = []
         for frame in frames:
             starts.append(len(tokens))
-            tokens.extend(self._encode(frame))
+            tokens.extend(self._encode(frame, history))
         return Prompt(
             tokens=tuple(tokens),
             boundaries=_boundaries(frames, starts, self._marks(frames, starts, messages)),
@@ -91,15 +111,18 @@ class PromptBuilder:
                 PromptFrame(start, frame.kind, frame.messages)
                 for frame, start in zip(frames, starts, strict=True)
             ),
+            said=history.digests[-1],
         )
 
     def forget(self) -> None:
         """Forget the frames that were encoded, since somebody wants a text to be gone."""
         self._encoded.clear()
 
-    def replay_entries(self, prompt: Prompt, reply_tokens: Sequence[int]) -> list[ReplayEntry]:
-        """What to remember when a reply to `prompt` ends: (frame text, exact tokens) pairs."""
-        return replay_entries(self._tokenizer, prompt.generation, reply_tokens)
+    def replay_entries(
+        self, prompt: Prompt, reply_tokens: Sequence[int], tools: Sequence[ToolSpec] = ()
+    ) -> list[ReplayEntry]:
+        """What to remember when a reply to `prompt` ends: (text or key, exact tokens) pairs."""
+        return replay_entries(self._tokenizer, prompt.generation, reply_tokens, tools, prompt.said)
 
     def _marks(
         self, frames: Sequence[Frame], starts: Sequence[int], messages: Sequence[Message]
@@ -118,16 +141,36 @@ class PromptBuilder:
         """The last token of a text cut anywhere may be another one in the whole."""
         return len(self._encoded.get_or_encode(text, lambda: self._tokenizer.encode(text)))
 
-    def _encode(self, frame: Frame) -> Sequence[int]:
-        sampled = self._sampled.recall(frame.text) if frame.kind == "assistant" else None
+    def _encode(self, frame: Frame, history: _History) -> Sequence[int]:
+        if frame.kind != "assistant" or not frame.messages:
+            return self._encoded.get_or_encode(frame.segments, lambda: self._encode_segments(frame))
+        sampled = self._sampled.recall(frame.text)
+        respelled = None if sampled else self._recall_said(frame, history)
 
         def encode() -> Iterable[int]:
             canonical = self._encode_segments(frame)
             if sampled and is_faithful(self._tokenizer, frame.text, canonical, sampled):
                 return sampled
+            if respelled and self._says_the_same(frame, history, canonical, respelled):
+                return respelled
             return canonical
 
-        return self._encoded.get_or_encode((frame.segments, sampled), encode)
+        return self._encoded.get_or_encode((frame.segments, sampled or respelled), encode)
+
+    def _recall_said(self, frame: Frame, history: _History) -> tuple[int, ...] | None:
+        """What was sampled for a reply that comes back in another spelling."""
+        index, form = frame.messages[0], frame_form(frame.text)
+        if form is None:
+            return None
+        key = reply_key(history.messages[index], form, history.digests[index])
+        return self._sampled.recall(key)
+
+    def _says_the_same(
+        self, frame: Frame, history: _History, canonical: Sequence[int], sampled: Sequence[int]
+    ) -> bool:
+        message, form = history.messages[frame.messages[0]], frame_form(frame.text)
+        assert form is not None
+        return says_the_same(self._tokenizer, message, form, canonical, sampled, history.tools)
 
     def _encode_segments(self, frame: Frame) -> list[int]:
         return [

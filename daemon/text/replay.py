@@ -1,20 +1,28 @@
 """Sampled replies keep their exact tokens when they come back as text.
 
-A model may sample a split of a text that the tokenizer would not choose; re-tokenised history then
-leaves the checkpointed prefix. Owns what to remember of a reply and when a memory may stand for a
-frame. Knows nothing of where memories are kept. Pure functions; any thread.
+A model may sample a split of a text that the tokenizer would not choose, or spell a call otherwise
+than the template does; re-tokenised history then leaves the checkpointed prefix. Owns what to
+remember of a reply and when a memory may stand for a frame. Knows nothing of where memories are
+kept. Pure functions; any thread.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+import msgspec
 from msgspec import Struct
 
-from daemon.text.template import FRAME_END
+from daemon.text.messages import Message, ToolSpec
+from daemon.text.reply_key import Form, reply_key, said
+from daemon.text.reply_message import read_reply
+from daemon.text.template import FRAME_END, FRAME_START
 from daemon.text.tokenizer import Tokenizer
 
 ReplayEntry = tuple[str, tuple[int, ...]]
-"""A frame's text, and the tokens that a reply gave it."""
+"""A frame's text, or what it says as a key, and the tokens that a reply gave it."""
+
+ASSISTANT = f"{FRAME_START}assistant\n"
+THINK, THINK_END = "<think>", "</think>"
 
 
 class Cut(Struct, frozen=True):
@@ -28,30 +36,64 @@ class SampledTokens(Protocol):
     """Where remembered replies are kept; any thread may ask."""
 
     def recall(self, frame_text: str) -> tuple[int, ...] | None:
-        """The tokens remembered for exactly this text."""
+        """The tokens remembered for exactly this text, or key."""
         ...
 
 
 def replay_entries(
-    tokenizer: Tokenizer, generation: Sequence[int], reply: Sequence[int]
+    tokenizer: Tokenizer,
+    generation: Sequence[int],
+    reply: Sequence[int],
+    tools: Sequence[ToolSpec] = (),
+    before: str = "",
 ) -> list[ReplayEntry]:
     """What to remember of a reply: its frame with the thinking and, if any, without.
+
+    Each by its text, and by what it says; the one with the thinking also by what was said before
+    it, for clients that send no thinking back.
 
     Args:
         generation: tokens of the generation prompt.
         reply: sampled tokens, with or without the stop token.
+        tools: what could be called; they give the arguments their types.
+        before: the digest of the messages before it, see `reply_key.digests`.
 
     Returns:
-        One or two entries; none for a reply that is no valid UTF-8 or holds control tokens,
-        since clients never see those and cannot send them back.
+        None for a reply that is no valid UTF-8 or holds control tokens, since clients never see
+        those and cannot send them back.
     """
     reply = _without_stop(tokenizer, reply)
     if any(map(tokenizer.is_control, reply)):
         return []
     frame = (*generation, *reply, *tokenizer.encode(FRAME_END))
+    text = _text(tokenizer, frame)
+    if text is None:
+        return []
     bare = _drop_thinking(tokenizer, frame)
-    entries = [(_text(tokenizer, tokens), tokens) for tokens in (frame, bare) if tokens]
-    return [(text, tokens) for text, tokens in entries if text is not None]
+    entries = [(text, frame)]
+    message = read_frame(text, tools)
+    form = frame_form(text)
+    if message is not None and form is not None:
+        silent = msgspec.structs.replace(message, reasoning=None)
+        keys = {reply_key(message, form, before), reply_key(silent, form, before)}
+        entries += [(key, frame) for key in sorted(keys)]
+        entries += [(reply_key(message, "bare", before), bare)] if bare else []
+    return entries + [(bare_text, bare) for bare_text in [_text(tokenizer, bare)] if bare_text]
+
+
+def frame_form(text: str) -> Form | None:
+    """The form of an assistant's frame; None while its thinking is not closed."""
+    if not text.startswith(ASSISTANT + THINK):
+        return "bare"
+    return "full" if THINK_END in text else None
+
+
+def read_frame(text: str, tools: Sequence[ToolSpec]) -> Message | None:
+    """What an assistant's frame says; None when it is no such frame."""
+    if not (text.startswith(ASSISTANT) and text.endswith(FRAME_END)):
+        return None
+    inner = text.removeprefix(ASSISTANT).removesuffix(FRAME_END)
+    return read_reply(inner, tools, thinking_open=False)
 
 
 def shown_tokens(tokenizer: Tokenizer, reply: Sequence[int], cut: Cut | None) -> tuple[int, ...]:
@@ -79,10 +121,44 @@ def is_faithful(
 ) -> bool:
     """Whether remembered tokens spell `text` and have exactly the control tokens of `canonical`."""
     return (
-        all(0 <= token < tokenizer.num_real_tokens for token in remembered)
+        _are_tokens(tokenizer, remembered)
         and _control(tokenizer, remembered) == _control(tokenizer, canonical)
         and tokenizer.decode(remembered) == text
     )
+
+
+def says_the_same(
+    tokenizer: Tokenizer,
+    message: Message,
+    form: Form,
+    canonical: Sequence[int],
+    remembered: Sequence[int],
+    tools: Sequence[ToolSpec],
+) -> bool:
+    """Whether remembered tokens say in this form what a message does, with other spelling.
+
+    They must have exactly the control tokens of `canonical`; thinking that the client sent must be
+    the same.
+    """
+    text = _text(tokenizer, remembered) if _are_tokens(tokenizer, remembered) else None
+    found = None if text is None else read_frame(text, tools)
+    return (
+        text is not None
+        and found is not None
+        and frame_form(text) == form
+        and _control(tokenizer, remembered) == _control(tokenizer, canonical)
+        and said(found) == said(message)
+        and (form == "bare" or _has_thinking_of(message, found))
+    )
+
+
+def _has_thinking_of(message: Message, found: Message) -> bool:
+    given = (message.reasoning or "").strip()
+    return not given or given == (found.reasoning or "").strip()
+
+
+def _are_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> bool:
+    return all(0 <= token < tokenizer.num_real_tokens for token in tokens)
 
 
 def _without_stop(tokenizer: Tokenizer, reply: Sequence[int]) -> Sequence[int]:
@@ -91,7 +167,7 @@ def _without_stop(tokenizer: Tokenizer, reply: Sequence[int]) -> Sequence[int]:
 
 def _drop_thinking(tokenizer: Tokenizer, frame: tuple[int, ...]) -> tuple[int, ...]:
     """The frame as templates write it once a newer question came; () without a clean joint."""
-    opening, closing = tokenizer.encode("<think>"), tokenizer.encode("</think>")
+    opening, closing = tokenizer.encode(THINK), tokenizer.encode(THINK_END)
     if len(opening) != 1 or len(closing) != 1 or opening[0] not in frame:
         return ()
     start = frame.index(opening[0])

@@ -94,7 +94,7 @@ def test_what_a_stop_string_cut_off_is_not_prepared(make_api: MakeApi, text: Tex
     api = that_works_ahead(make_api("\n</think>\n\nOne. STOP Two."))
     _, ahead = ask(api, [QUESTION], stop="STOP")
     assert ahead is not None
-    assert text.tokenizer.decode(ahead.tokens).endswith("\nOne.<|im_end|>\n")
+    assert text.tokenizer.decode(ahead.tokens).endswith("\nOne. <|im_end|>\n")
 
 
 @pytest.mark.parametrize(
