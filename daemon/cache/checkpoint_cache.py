@@ -10,6 +10,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from daemon.cache.copier import Allocate, plain_buffer
 from daemon.cache.policy import Sizes
 from daemon.cache.prefix_hash import PrefixChain
 from daemon.cache.sampled_text import SampledText
@@ -169,15 +170,16 @@ class CheckpointCache:
             store.close()
             raise
 
-    def expect(self, state_bytes: int, page_bytes: int) -> None:
-        """Say what states and pages take in memory, on which depends how many are worth it."""
+    def expect(self, state_bytes: int, page_bytes: int, allocate: Allocate = plain_buffer) -> None:
+        """Say what states and pages take in memory, on which depends how many are worth it, and
+        where the buffers come from that they are read into."""
         self._sizes = Sizes(
             state_bytes=footprint(state_bytes),
             page_bytes=footprint(page_bytes),
             budget_bytes=self._limits.checkpoint_bytes,
             interval_tokens=self._limits.interval_tokens,
         )
-        self._transfer.expect(self._sizes)
+        self._transfer.expect(self._sizes, allocate)
 
     def timeline(self, tokens: Sequence[int], session: str) -> StoredTimeline:
         """Begin with a prompt; `session` groups checkpoints for people, not for look-up."""

@@ -5,9 +5,11 @@ Owns the verification of a restore. Runs on a reading thread; what it finds wron
 """
 
 from collections.abc import Mapping
+from concurrent.futures import Future, wait
 
 from msgspec import Struct
 
+from daemon.cache.copier import Copier
 from daemon.cache.prefix_hash import TOKEN_BYTES
 from daemon.cache.records import (
     NO_PARENT,
@@ -45,8 +47,8 @@ class Wanted(Struct, frozen=True):
     at_hand: Mapping[bytes, HostBytes]
 
 
-def read_checkpoint(reader: Reader, wanted: Wanted) -> Snapshot:
-    """Read and verify a state and all its pages.
+def read_checkpoint(reader: Reader, wanted: Wanted, copier: Copier) -> Snapshot:
+    """Read and verify a state and all its pages; their payloads are copied all at once.
 
     Raises:
         DamagedPage: a page is missing or wrong.
@@ -55,29 +57,44 @@ def read_checkpoint(reader: Reader, wanted: Wanted) -> Snapshot:
     state = wanted.state
     if len(wanted.chain) != state.num_pages or len(wanted.tokens) != state.position * 4:
         raise DamagedRecord("a state whose position is not that of its pages")
-    content = _read_state(reader, wanted)
+    copies: list[Future[HostBytes | None]] = []
+    try:
+        copies.append(_begin_state(reader, wanted, copier))
+        copies += [_begin_page(reader, wanted, i, copier) for i in range(len(wanted.chain))]
+    finally:
+        # Whoever fails must not close the view under the copies that have begun.
+        wait(copies)
+    content = copies[0].result()
+    if content is None:
+        raise DamagedRecord("a state whose checksum does not match")
     pages: dict[int, HostBytes] = {}
-    for index, key in enumerate(wanted.chain):
-        at_hand = wanted.at_hand.get(key)
-        pages[index] = _read_page(reader, wanted, index) if at_hand is None else at_hand
+    for index, copy in enumerate(copies[1:]):
+        page = copy.result()
+        if page is None:
+            raise DamagedPage(wanted.chain[index], "a page whose checksum does not match")
+        pages[index] = page
     return Snapshot(state.position, state.born, state.num_grid_pages, content, pages)
 
 
-def _read_state(reader: Reader, wanted: Wanted) -> HostBytes:
-    at_hand = wanted.at_hand.get(wanted.state.key)
-    if at_hand is not None:
-        return at_hand
-    header, payload = read_state(reader, wanted.state.key)
+def _begin_state(reader: Reader, wanted: Wanted, copier: Copier) -> "Future[HostBytes | None]":
+    key = wanted.state.key
+    if key in wanted.at_hand:
+        return _present(wanted.at_hand[key])
+    header = _state_header(reader, key)
     if header.tip != wanted.chain[-1] or header.position != wanted.state.position:
         raise DamagedRecord("a state of another position or other pages")
     if header.fingerprint != wanted.state.fingerprint:
         raise DamagedRecord("a state of another model")
-    return payload
+    return copier.copy(reader.chunks("states", key, header.payload_bytes), header.payload_sum)
 
 
-def _read_page(reader: Reader, wanted: Wanted, index: int) -> HostBytes:
+def _begin_page(
+    reader: Reader, wanted: Wanted, index: int, copier: Copier
+) -> "Future[HostBytes | None]":
     key = wanted.chain[index]
-    header, payload = read_page(reader, key)
+    if key in wanted.at_hand:
+        return _present(wanted.at_hand[key])
+    header = _page_header(reader, key)
     start = index * _PAGE_TOKEN_BYTES
     if header.tokens != wanted.tokens[start : start + _PAGE_TOKEN_BYTES]:
         raise DamagedPage(key, "a page of other tokens")
@@ -85,7 +102,17 @@ def _read_page(reader: Reader, wanted: Wanted, index: int) -> HostBytes:
         raise DamagedPage(key, "a page of another place")
     if header.fingerprint != wanted.state.fingerprint:
         raise DamagedPage(key, "a page of another model")
-    return payload
+    try:
+        chunks = reader.chunks("pages", key, header.payload_bytes)
+    except DamagedRecord as error:
+        raise DamagedPage(key, str(error)) from error
+    return copier.copy(chunks, header.payload_sum)
+
+
+def _present(payload: HostBytes) -> "Future[HostBytes | None]":
+    future: Future[HostBytes | None] = Future()
+    future.set_result(payload)
+    return future
 
 
 def read_state(reader: Reader, key: bytes) -> tuple[StateHeader, bytes]:
@@ -94,10 +121,7 @@ def read_state(reader: Reader, key: bytes) -> tuple[StateHeader, bytes]:
     Raises:
         DamagedRecord: it is missing or wrong.
     """
-    record = reader.header("states", key)
-    if record is None:
-        raise DamagedRecord("a state without header")
-    header = decode_state(key, record)
+    header = _state_header(reader, key)
     payload = reader.payload("states", key, header.payload_bytes)
     if checksum(payload) != header.payload_sum:
         raise DamagedRecord("a state whose checksum does not match")
@@ -110,14 +134,28 @@ def read_page(reader: Reader, key: bytes) -> tuple[PageHeader, bytes]:
     Raises:
         DamagedPage: it is missing or wrong.
     """
-    record = reader.header("pages", key)
-    if record is None:
-        raise DamagedPage(key, "a page without header")
+    header = _page_header(reader, key)
     try:
-        header = decode_page(key, record)
         payload = reader.payload("pages", key, header.payload_bytes)
     except DamagedRecord as error:
         raise DamagedPage(key, str(error)) from error
     if checksum(payload) != header.payload_sum:
         raise DamagedPage(key, "a page whose checksum does not match")
     return header, payload
+
+
+def _state_header(reader: Reader, key: bytes) -> StateHeader:
+    record = reader.header("states", key)
+    if record is None:
+        raise DamagedRecord("a state without header")
+    return decode_state(key, record)
+
+
+def _page_header(reader: Reader, key: bytes) -> PageHeader:
+    record = reader.header("pages", key)
+    if record is None:
+        raise DamagedPage(key, "a page without header")
+    try:
+        return decode_page(key, record)
+    except DamagedRecord as error:
+        raise DamagedPage(key, str(error)) from error

@@ -95,13 +95,21 @@ class Reader:
         Raises:
             DamagedRecord: a chunk is missing or has another length.
         """
+        return b"".join(self.chunks(table, key, num_bytes))
+
+    def chunks(self, table: str, key: bytes, num_bytes: int) -> list[memoryview]:
+        """The payload in pieces as they lie in the file, while this view is open.
+
+        Raises:
+            DamagedRecord: as `payload`.
+        """
         chunks = []
         for number, start in enumerate(range(0, num_bytes, CHUNK_BYTES)):
             chunk = self._txn.get(_chunk_key(key, number), db=self._tables[_PAYLOADS[table]])
             if chunk is None or len(chunk) != min(CHUNK_BYTES, num_bytes - start):
                 raise DamagedRecord("a payload with a missing chunk")
             chunks.append(chunk)
-        return b"".join(chunks)
+        return chunks
 
 
 class Store:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from daemon.cache.checkpoint_reader import DamagedPage, read_checkpoint
+from daemon.cache.copier import Allocate, Copier
 from daemon.cache.holdings import SHRINK, Holdings, Limits
 from daemon.cache.index_loader import load_index
 from daemon.cache.pending_changes import PendingChanges
@@ -76,6 +77,7 @@ class Transfer:
         self._is_busy = False
         self._is_stalled = False
         self._has_warned = False
+        self._copier = Copier()
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="checkpoint-reader")
         self._writer = threading.Thread(target=self._write_all, name="checkpoint-writer")
         self._writer.daemon = True
@@ -96,10 +98,12 @@ class Transfer:
                 num_pages -= 1
             return num_pages
 
-    def expect(self, sizes: Sizes) -> None:
-        """Say what a checkpoint takes, on which depends whether it is worth writing."""
+    def expect(self, sizes: Sizes, allocate: Allocate) -> None:
+        """Say what a checkpoint takes, on which depends whether it is worth writing, and where the
+        buffers come from that it is read into."""
         with self._lock:
             self._holdings.sizes = sizes
+            self._copier.allocate = allocate
 
     def save(
         self, state: QueuedState, pages: Sequence[QueuedPage], spares: bytes | None = None
@@ -241,6 +245,7 @@ class Transfer:
             self._lock.notify_all()
         self._writer.join()
         self._readers.shutdown()
+        self._copier.close()
         self._store.close()
 
     # ── the writer's thread ───────────────────────────────────────────────────────────────────
@@ -329,7 +334,7 @@ class Transfer:
             if wanted is None:
                 return None
             with self._store.reading() as reader:
-                snapshot = read_checkpoint(reader, wanted)
+                snapshot = read_checkpoint(reader, wanted, self._copier)
         except (DamagedRecord, StoreError) as error:
             self._drop_damaged(state.key, error)
             return None

@@ -4,7 +4,7 @@
 All calls come from the engine thread. Positions are multiples of PAGE_TOKENS.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -54,8 +54,13 @@ class Timeline(Protocol):
 class CheckpointStore(Protocol):
     """Where checkpoints live."""
 
-    def expect(self, state_bytes: int, page_bytes: int) -> None:
-        """Called once, first: how large states and pages will be."""
+    def expect(
+        self, state_bytes: int, page_bytes: int, allocate: Callable[[int], memoryview]
+    ) -> None:
+        """Called once, first: how large states and pages will be, and who has buffers for them.
+
+        `allocate` gives one of undefined content at once, on any thread.
+        """
         ...
 
     def timeline(self, tokens: Sequence[int], session: str) -> Timeline:
@@ -66,7 +71,9 @@ class CheckpointStore(Protocol):
 class NoCheckpoints:
     """A store that keeps nothing, for those who ask for none."""
 
-    def expect(self, state_bytes: int, page_bytes: int) -> None:
+    def expect(
+        self, state_bytes: int, page_bytes: int, allocate: Callable[[int], memoryview]
+    ) -> None:
         """Nothing to prepare."""
 
     def timeline(self, tokens: Sequence[int], session: str) -> "NoTimeline":

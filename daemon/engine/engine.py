@@ -73,7 +73,7 @@ class StepEngine:
         self.sequences: dict[str, Sequence] = {}
         self.saving = Saving(model.backend)
         self.keep_every_ms = KEEP_EVERY_MS
-        store.expect(*self.backend.snapshot_sizes)
+        store.expect(*self.backend.snapshot_sizes, self.backend.host_buffer)
 
     # ── commands ──────────────────────────────────────────────────────────────────────────────
 

@@ -16,7 +16,7 @@ class MemoryStore:
         self.states: dict[tuple[Tokens, Birth], tuple[Snapshot, Reason]] = {}
         self.pages: dict[tuple[Tokens, bool], bytes] = {}
 
-    def expect(self, state_bytes: int, page_bytes: int) -> None:
+    def expect(self, state_bytes: int, page_bytes: int, allocate: object) -> None:
         self.sizes = state_bytes, page_bytes
 
     def timeline(self, tokens: Sequence[int], session: str) -> "MemoryTimeline":

@@ -45,6 +45,9 @@ class TapeModel:
     def snapshot_sizes(self) -> tuple[int, int]:
         return 4, 4 * PAGE_TOKENS
 
+    def host_buffer(self, num_bytes: int) -> memoryview:
+        return memoryview(bytearray(num_bytes))
+
     # ── Model ─────────────────────────────────────────────────────────────────────────────────
 
     def logits(self, batch: Batch) -> list[int]:

@@ -163,6 +163,13 @@ class Backend(Protocol):
         """Bytes of a state and of a page, as they are read and written; after `allocate`."""
         ...
 
+    def host_buffer(self, num_bytes: int) -> memoryview:
+        """Host memory that snapshots are written from fastest, content undefined.
+
+        Any thread; at once. It is the caller's until the last view of it goes.
+        """
+        ...
+
     def clear_slot(self, slot: int) -> None:
         """The state before the first token."""
         ...

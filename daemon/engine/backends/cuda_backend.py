@@ -181,6 +181,10 @@ class CudaBackend:
         """As they lie in device memory."""
         return self._memory.slots.memory.shape[1], self._memory.layout.page_bytes
 
+    def host_buffer(self, num_bytes: int) -> memoryview:
+        """Pinned, where one is at hand."""
+        return self._pool.take(num_bytes)
+
     def clear_slot(self, slot: int) -> None:
         """The state before the first token is zero."""
         self._memory.clear_slot(slot)

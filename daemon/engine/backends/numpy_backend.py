@@ -137,6 +137,10 @@ class NumpyBackend:
         """Float32 both."""
         return self.rules[0].nbytes + self.convs[0].nbytes, self.pool.content[:, :, 0].nbytes
 
+    def host_buffer(self, num_bytes: int) -> memoryview:
+        """Ordinary memory."""
+        return np.empty(num_bytes, np.uint8).data
+
     def clear_slot(self, slot: int) -> None:
         """The state before the first token is zero."""
         self.rules[slot] = 0

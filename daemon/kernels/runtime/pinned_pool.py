@@ -63,8 +63,10 @@ class PinnedPool:
             threading.Thread(target=_pin_ahead, args=arguments, name="pinning", daemon=True).start()
 
     def take(self, num_bytes: int) -> memoryview:
-        """A buffer of undefined content; never waits."""
-        shelf = self._shelves[num_bytes]
+        """A buffer of undefined content; any thread, never waits."""
+        shelf = self._shelves.get(num_bytes)
+        if shelf is None:
+            return np.empty(num_bytes, np.uint8).data
         if len(shelf.free) <= shelf.num_ready // 2:
             self._wanted.set()
         try:
