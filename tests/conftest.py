@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,9 +13,10 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    """The runtime calls it instead of CUDA."""
+def fake_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+    """The runtime calls it instead of CUDA. What was taken from it is given back to it."""
     pytest.importorskip("cuda.core")
     from fake_driver import install_fake_driver
 
-    return install_fake_driver(monkeypatch)
+    yield install_fake_driver(monkeypatch)
+    gc.collect()

@@ -1,6 +1,7 @@
 """A CUDA driver without a card: memory is the host's, copies happen at once, launches are recorded.
 
-Any call can be made to fail. Enumerations and structs are the real module's.
+Nothing is computed: what a kernel would write stays zero, so every sampled token is token 0. Any
+call can be made to fail. Enumerations and structs are the real module's.
 """
 
 import ctypes
@@ -100,7 +101,7 @@ class FakeDriver:
         return (self._status(),)
 
     def _take(self, num_bytes: int) -> int:
-        memory = np.empty(num_bytes + 256, np.uint8)
+        memory = np.zeros(num_bytes + 256, np.uint8)
         pointer = -(-memory.ctypes.data // 256) * 256
         self._memory[pointer] = memory
         return pointer

@@ -1,0 +1,64 @@
+"""From a request to an answer on a GPU that computes nothing: all of the path but the kernels.
+
+Weights are packed, batches recorded, tokens sampled, snapshots saved and restored by the code that
+does so on a card; the driver under it only moves bytes, so a reply is a row of token 0.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_driver import FakeDriver
+from starlette.testclient import TestClient
+
+from daemon.assemble import assemble
+from daemon.config import CacheConfig, Config, EngineConfig, ModelConfig
+
+MESSAGES = [
+    {"role": "system", "content": "Answer briefly. " * 100},
+    {"role": "user", "content": "What is a page? " * 30},
+]
+KERNELS = (
+    "quant_pack quant_gemm quant_gemv quant_activations delta_prepare delta_scan delta_gate "
+    "delta_step kv_append attention_prefill_wgmma attention_decode attention_decode_merge "
+    "embed_tiles sample"
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return Config(
+        model=ModelConfig(),
+        engine=EngineConfig(device="cuda", context=4096, key_format="q8_0", value_format="q4_0"),
+        cache=CacheConfig(folder=tmp_path / "store"),
+    )
+
+
+def ask(client: TestClient, messages: list[dict[str, str]], **options: Any) -> dict[str, Any]:
+    body = {"messages": messages, "max_tokens": 70, **options}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    usage: dict[str, Any] = answer.json()["usage"]
+    return usage
+
+
+def test_answers_batches_and_resumes_also_after_a_restart(
+    config: Config, fake_driver: FakeDriver
+) -> None:
+    fake_driver.free_bytes = 4 * 2**30
+    with assemble(config) as daemon, TestClient(daemon.app(), "http://127.0.0.1") as client:
+        first = ask(client, MESSAGES)
+        assert first["completion_tokens"] == 70
+        assert first["prompt_tokens_details"]["cached_tokens"] == 0
+        again = ask(client, MESSAGES, n=1, logprobs=True, top_logprobs=3)
+        reused = again["prompt_tokens_details"]["cached_tokens"]
+        assert first["prompt_tokens"] - reused <= 64
+        ask(client, MESSAGES, response_format={"type": "json_object"})
+        assert set(KERNELS.split()) <= set(fake_driver.launched)
+    longer = [*MESSAGES, {"role": "assistant", "content": "64 tokens."}, MESSAGES[1]]
+    with assemble(config) as daemon, TestClient(daemon.app(), "http://127.0.0.1") as client:
+        resumed = ask(client, longer)
+    assert resumed["prompt_tokens_details"]["cached_tokens"] >= reused
