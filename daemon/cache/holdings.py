@@ -7,6 +7,7 @@ calls with its lock held, mostly on the engine's thread, so everything here must
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from msgspec import Struct
 
@@ -238,7 +239,7 @@ class Holdings:
     def _drop_superseded(self) -> None:
         """What its conversation passed while it waited, and nobody will miss, is never written."""
         oldest_us = self._now_us() - self._limits.write_delay_us
-        for state in list(self.queue.queued):
+        for state in list(islice(self.queue.queued, MANY_STATES)):
             key = state.header.key
             candidate = self.index.candidate(key)
             if state.header.created_us > oldest_us or not self._may_go(key) or candidate is None:

@@ -62,7 +62,9 @@ def assert_every_record_is_sound(folder: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("num_kills", [15, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_kills", [15, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
 def test_killed_in_the_middle_of_writes(tmp_path: Path, num_kills: int) -> None:
     chooser = random.Random(num_kills)
     first = 0

@@ -78,7 +78,9 @@ def check_sound(store: Path) -> dict[str, Any]:
     return document
 
 
-@pytest.mark.parametrize("num_kills", [5, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_kills", [5, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
+)
 def test_kills_under_load_lose_nothing_that_was_written(
     start_daemon: StartDaemon, tmp_path: Path, num_kills: int
 ) -> None:
