@@ -31,7 +31,6 @@ from daemon.api.app import create_app
 from daemon.engine.requests import GenerationRequest
 from daemon.text.messages import Message, ToolCall, ToolSpec
 from daemon.text.prompt import Prompt, PromptBuilder
-from daemon.text.replay import ReplayEntry
 
 CONTEXT = 1 << 20
 
@@ -63,28 +62,24 @@ class Session(Struct, frozen=True):
         return [f"{self.name}: {outcome.fault}" for outcome in self.outcomes if outcome.fault]
 
 
-class PlainPrompts:
+class PlainPrompts(PromptBuilder):
     """Builds prompts as told, and beside each the one of a server without our rules."""
 
-    def __init__(self, builder: PromptBuilder) -> None:
-        self._builder = builder
-        self.header = ""
-        self.tokens: tuple[int, ...] = ()
+    header = ""
+    plain: tuple[int, ...] = ()
 
     def build(
-        self, messages: Sequence[Message], tools: Sequence[ToolSpec], options: Mapping[str, Any]
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[ToolSpec] = (),
+        options: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """See PromptBuilder.build."""
         system = [message.content for message in messages if message.role == "system"]
         others = [message for message in messages if message.role != "system"]
         first = Message(role="system", content=self.header + "\n\n".join(system))
-        plain = [first, *others] if system else others
-        self.tokens = self._builder.build(plain, tools, options).tokens
-        return self._builder.build(messages, tools, options)
-
-    def replay_entries(self, prompt: Prompt, reply_tokens: Sequence[int]) -> list[ReplayEntry]:
-        """See PromptBuilder.replay_entries."""
-        return self._builder.replay_entries(prompt, reply_tokens)
+        self.plain = super().build([first, *others] if system else others, tools, options).tokens
+        return super().build(messages, tools, options)
 
 
 def shared(prompts: Sequence[Sequence[int]]) -> float:
@@ -140,8 +135,9 @@ async def _replay_all(files: Sequence[Path]) -> list[Session]:
     sessions = []
     try:
         for file in files:
-            service = scripted_service(text, engine, RememberedReplies(), None)
-            prompts = PlainPrompts(service.prompts)
+            replies = RememberedReplies()
+            service = scripted_service(text, engine, replies, None)
+            prompts = PlainPrompts(text.tokenizer, text.template, replies)
             app = create_app(msgspec.structs.replace(service, prompts=prompts))
             transport = httpx.ASGITransport(app)
             outcomes = []
@@ -154,7 +150,7 @@ async def _replay_all(files: Sequence[Path]) -> list[Session]:
                     engine.requests.clear()
                     fault = await _replay(client, record)
                     tokens = engine.requests[-1].tokens if engine.requests else ()
-                    outcomes.append(Outcome(fault, tokens, prompts.tokens))
+                    outcomes.append(Outcome(fault, tokens, prompts.plain))
             sessions.append(Session(file.stem, outcomes))
     finally:
         engine.stop()

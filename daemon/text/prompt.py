@@ -24,6 +24,7 @@ from daemon.text.replay import (
 from daemon.text.reply_key import digests, reply_key
 from daemon.text.template import ChatTemplate, Frame, FrameKind
 from daemon.text.tokenizer import Tokenizer
+from daemon.text.tool_spellings import ToolSpellings
 
 BoundaryReason = Literal["system", "user", "tool", "prompt", "mark"]
 
@@ -78,6 +79,7 @@ class PromptBuilder:
         self._template = template
         self._sampled = sampled
         self._encoded = EncodedFrames()
+        self._spellings = ToolSpellings()
 
     def build(
         self,
@@ -95,6 +97,7 @@ class PromptBuilder:
         """
         if not messages:
             raise InvalidRequest("At least one message is needed.", "messages")
+        tools = [self._spellings.first(tool) for tool in tools]
         frames = self._template.render(messages, tools, options)
         history = _History(messages, tools)
         tokens: list[int] = []

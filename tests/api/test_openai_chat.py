@@ -338,3 +338,20 @@ def test_a_rich_schema_is_accepted_as_it_is(make_api: MakeApi) -> None:
     prompt = api.service.tokenizer.decode(api.engine.requests[0].tokens)
     assert '"$ref": "#/$defs/edit"' in prompt
     assert "mcp__x.y-z" in prompt
+
+
+def test_a_call_that_comes_back_in_another_order_keeps_its_tokens(
+    make_api: MakeApi, tokenizer: Tokenizer
+) -> None:
+    call = (
+        "<tool_call>\n<function=edit>\n<parameter=path>\na.py\n</parameter>\n"
+        "<parameter=new>\nx\n</parameter>\n</function>\n</tool_call>"
+    )
+    api = make_api(THOUGHT + call)
+    answer = post(api)["choices"][0]["message"]
+    answer["tool_calls"][0]["function"]["arguments"] = '{"new":"x","path":"a.py"}'
+    result = {"role": "tool", "tool_call_id": answer["tool_calls"][0]["id"], "content": "done"}
+    post(api, messages=[{"role": "user", "content": "hello"}, answer, result])
+    first, second = api.engine.requests
+    reply = tokenizer.encode(THOUGHT + call)
+    assert second.tokens[: len(first.tokens) + len(reply)] == (*first.tokens, *reply)

@@ -332,7 +332,9 @@ def test_sealed_reasoning_comes_back(text: str) -> None:
     assert unseal(seal(text + "x").replace("qwend1", "qwend2")) is None
 
 
-@pytest.mark.parametrize("sealed", [None, "", "ENCabc", "qwend1.", "qwend1.!!!!", "qwend1.0.AAAA", "qwend1.é.é"])
+@pytest.mark.parametrize(
+    "sealed", [None, "", "ENCabc", "qwend1.", "qwend1.!!!!", "qwend1.0.AAAA", "qwend1.é.é"]
+)
 def test_foreign_seals_are_no_text(sealed: str | None) -> None:
     assert unseal(sealed) is None
 
