@@ -39,6 +39,7 @@ from daemon.load_progress import LoadProgress
 from daemon.metrics import Metrics
 from daemon.service_settings import configured
 from daemon.text.constrainer import Constrainer
+from daemon.text.normalisers import Normaliser, read_names
 from daemon.text.prompt import PromptBuilder
 from daemon.text.prompt_history import FrameShape, PastPrompt, PromptHistory
 from daemon.text.template import FRAME_END, FRAME_START, ChatTemplate
@@ -168,7 +169,12 @@ def assemble(config: Config) -> Daemon:
         engine=audit or engine,
         engine_state=lambda: "ok" if engine.failure is None else "stopped",
         tokenizer=tokenizer,
-        prompts=PromptBuilder(tokenizer, template, replies),
+        prompts=PromptBuilder(
+            tokenizer,
+            template,
+            replies,
+            Normaliser(read_names(config.cache.normalise)),
+        ),
         constrainer=Constrainer(tokenizer),
         remember=replies.remember,
         cache_stats=lambda: _cache_stats(cache, audit),

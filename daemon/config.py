@@ -51,6 +51,7 @@ class CacheConfig(Struct, frozen=True, kw_only=True):
     `memory_bytes` of payloads stay in memory beside the disk, `daily_bytes` may be written to it in
     a day, and what is superseded soon, as a rule, waits `write_delay_s` before. `audit_share` is
     the share of resumed requests that are evaluated again, cold, when the device is idle.
+    `normalise` names the rules that take noise out of conversations.
     """
 
     enabled: bool = True
@@ -61,6 +62,7 @@ class CacheConfig(Struct, frozen=True, kw_only=True):
     daily_bytes: int | None = None
     write_delay_s: float = 10.0
     audit_share: float = 0.0
+    normalise: str = "safe"
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):

@@ -1,4 +1,7 @@
-"""Makes tests/ importable, so that every folder's tests find `fakes`; a driver without a card."""
+"""Makes tests/ importable, so that every folder's tests find `fakes`; a driver without a card.
+
+No property test looks at the time that an example takes.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from fake_driver import FakeDriver
+
+settings.register_profile("qwend", deadline=None)
+settings.load_profile("qwend")
 
 
 @pytest.fixture

@@ -16,10 +16,6 @@ from daemon.text.messages import Message, ToolCall, ToolSpec
 JOINT = "\n\n"
 """Between two texts of a message, which the client wrote as separate blocks."""
 
-BILLING = "x-anthropic-billing-header:"
-"""Begins a system block that is addressed to the provider; it changes from one agent to the next
-and would make every prompt's beginning another."""
-
 REMINDER = "<system-reminder>"
 """Begins a text that an agent, not its user, puts behind a tool's result. Shown as a message of the
 user it would end the loop of tools, and templates drop the thinking before a new question."""
@@ -118,10 +114,7 @@ def _blocks(content: str | list[Block]) -> list[Block]:
 
 
 def _system(system: str | list[Block] | None, marks_tools: bool) -> Iterator[Message]:
-    blocks = [
-        block for block in _blocks(system or []) if not (block.text or "").startswith(BILLING)
-    ]
-    if blocks:
+    if blocks := _blocks(system or []):
         message = _system_message(blocks, "system")
         marks = (0, *message.marks) if marks_tools else message.marks
         yield msgspec.structs.replace(message, marks=marks)

@@ -56,7 +56,7 @@ MESSAGES = doc(
     "the exact text), redacted_thinking, tool_use, tool_result with text and tool_reference; "
     "`cache_control` marks a place to keep; images and documents are refused"
 )
-SYSTEM = doc("text, or text blocks; a block with the provider's billing header is left out")
+SYSTEM = doc("text, or text blocks; a line with the provider's billing header is left out")
 TOOLS = doc(
     "name, description, input_schema; `defer_loading` leaves a tool out of the prompt until a "
     "tool_reference shows it; tools that the provider would run are passed over"

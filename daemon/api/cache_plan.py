@@ -53,7 +53,7 @@ class CachePlan(Struct, frozen=True, kw_only=True):
 
     Of `evaluated_tokens`, `new_tokens` stand nowhere in the nearest earlier request, and
     `lost_tokens` had been evaluated for it before; `lost_s` is what these cost. Times are
-    estimates while the request has not ended.
+    estimates while the request has not ended. `normalised` are the rules that changed the prompt.
     """
 
     object: str = "cache.plan"
@@ -72,6 +72,7 @@ class CachePlan(Struct, frozen=True, kw_only=True):
     summary: str
     nearest: NearestRequest | None
     difference: Difference | None
+    normalised: tuple[str, ...] = ()
 
     def without_text(self) -> "CachePlan":
         """The same for others than who asked."""
@@ -97,6 +98,7 @@ class CachePlan(Struct, frozen=True, kw_only=True):
             "message": difference.message if difference else None,
             "role": difference.role if difference else None,
             "part": difference.part if difference else None,
+            "normalised": ",".join(self.normalised) or None,
         }
         return "; ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
 
@@ -112,6 +114,7 @@ class Draft(Struct, frozen=True, kw_only=True):
     reach: Reach
     nearest: Nearest | None
     difference: Difference | None
+    normalised: tuple[str, ...] = ()
 
 
 class CachePlanner:
@@ -149,6 +152,7 @@ class CachePlanner:
             reach=self._reach(prompt.tokens),
             nearest=nearest,
             difference=difference,
+            normalised=prompt.normalised,
         )
 
     def remember(self, draft: Draft, prompt: Prompt) -> None:
@@ -200,6 +204,7 @@ def plan_of(draft: Draft, found: Found | None, status: Status, token_s: float) -
         summary="",
         nearest=_nearest_out(draft),
         difference=draft.difference,
+        normalised=draft.normalised,
     )
     return msgspec.structs.replace(plan, summary=_summary(plan, draft))
 

@@ -136,6 +136,11 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
         help="share of resumed requests, such as 0.01, to evaluate again cold when idle and compare"
         " (%(default)s)",
     )  # fmt: skip
+    group.add_argument(
+        "--normalise", default="safe", metavar="RULES",
+        help="rules that take clients' noise out of prompts, with commas; safe, all, none"
+        " (%(default)s)",
+    )  # fmt: skip
     group.add_argument("--no-cache", action="store_true", help="find and keep no checkpoints")
 
 
@@ -171,6 +176,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
             write_delay_s=arguments.write_delay,
             memory_bytes=_memory_bytes(arguments),
             audit_share=arguments.audit_share,
+            normalise=arguments.normalise,
         ),
         server=ServerConfig(
             host=arguments.host,

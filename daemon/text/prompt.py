@@ -13,6 +13,7 @@ from msgspec import Struct
 from daemon.errors import InvalidRequest
 from daemon.text.encoded_frames import EncodedFrames
 from daemon.text.messages import Message, ToolSpec
+from daemon.text.normalisers import SAFE, Conversation, Normaliser
 from daemon.text.replay import (
     ReplayEntry,
     SampledTokens,
@@ -24,7 +25,6 @@ from daemon.text.replay import (
 from daemon.text.reply_key import digests, reply_key
 from daemon.text.template import ChatTemplate, Frame, FrameKind
 from daemon.text.tokenizer import Tokenizer
-from daemon.text.tool_spellings import ToolSpellings
 
 BoundaryReason = Literal["system", "user", "tool", "prompt", "mark"]
 
@@ -45,7 +45,7 @@ class Prompt(Struct, frozen=True, kw_only=True):
     "prompt" the start of the generation prompt, "mark" where a client marked a message.
     `generation` are the generation prompt's tokens, the last of `tokens`; with `thinking_open` it
     ends inside `<think>`. `frames` say which tokens show which messages, and `said` is a digest of
-    what these say.
+    what these say. `normalised` names the rules that changed the conversation.
     """
 
     tokens: tuple[int, ...]
@@ -54,6 +54,7 @@ class Prompt(Struct, frozen=True, kw_only=True):
     thinking_open: bool
     frames: tuple[PromptFrame, ...] = ()
     said: str = ""
+    normalised: tuple[str, ...] = ()
 
 
 class _History:
@@ -70,16 +71,22 @@ class PromptBuilder:
 
     Args:
         sampled: the exact tokens of earlier replies.
+        normaliser: what is taken out of conversations before they are rendered; None: what is
+            safe.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate, sampled: SampledTokens
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        sampled: SampledTokens,
+        normaliser: Normaliser | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._sampled = sampled
+        self._normaliser = normaliser or Normaliser(SAFE)
         self._encoded = EncodedFrames()
-        self._spellings = ToolSpellings()
 
     def build(
         self,
@@ -97,7 +104,8 @@ class PromptBuilder:
         """
         if not messages:
             raise InvalidRequest("At least one message is needed.", "messages")
-        tools = [self._spellings.first(tool) for tool in tools]
+        given, fired = self._normaliser.apply(Conversation(tuple(messages), tuple(tools)))
+        messages, tools = given.messages, given.tools
         frames = self._template.render(messages, tools, options)
         history = _History(messages, tools)
         tokens: list[int] = []
@@ -115,6 +123,7 @@ class PromptBuilder:
                 for frame, start in zip(frames, starts, strict=True)
             ),
             said=history.digests[-1],
+            normalised=fired,
         )
 
     def forget(self) -> None:
