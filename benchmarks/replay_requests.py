@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 from scripted_app import scripted_engine, scripted_service, spell_reply, text_side
 
-from daemon.api.anthropic_messages_content import BILLING
 from daemon.api.app import create_app
 from daemon.engine.requests import GenerationRequest
 from daemon.text.messages import Message, ToolCall, ToolSpec
+from daemon.text.normalisers import BILLING
 from daemon.text.prompt import Prompt, PromptBuilder
 
 CONTEXT = 1 << 20
@@ -162,7 +162,7 @@ def _billing_header(body: dict[str, Any] | None) -> str:
     """The system block that this server leaves out."""
     blocks = (body or {}).get("system")
     first = blocks[0]["text"] if isinstance(blocks, list) and blocks else ""
-    return f"{first}\n\n" if first.startswith(BILLING) else ""
+    return f"{first}\n\n" if BILLING.match(first) else ""
 
 
 async def _replay(client: httpx.AsyncClient, record: dict[str, Any]) -> str:

@@ -169,12 +169,7 @@ def assemble(config: Config) -> Daemon:
         engine=audit or engine,
         engine_state=lambda: "ok" if engine.failure is None else "stopped",
         tokenizer=tokenizer,
-        prompts=PromptBuilder(
-            tokenizer,
-            template,
-            replies,
-            Normaliser(read_names(config.cache.normalise)),
-        ),
+        prompts=PromptBuilder(tokenizer, template, replies, _normaliser(config.cache)),
         constrainer=Constrainer(tokenizer),
         remember=replies.remember,
         cache_stats=lambda: _cache_stats(cache, audit),
@@ -189,6 +184,10 @@ def assemble(config: Config) -> Daemon:
         created=int(time.time()),
     )
     return Daemon(configured(service, config, file, template_source), engine, cache)
+
+
+def _normaliser(config: CacheConfig) -> Normaliser:
+    return Normaliser(read_names(config.normalise))
 
 
 def _audit(
