@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.replay_requests import READERS, Answered
-from daemon.api.anthropic_messages_response import MessageWriter
+from daemon.api.anthropic_messages_response import PING, MessageWriter
 from daemon.api.cache_plan import CachePlan, Restored
 from daemon.api.openai_chat_response import ChatWriter, Head
 from daemon.api.openai_responses_request import ResponsesRequest
@@ -104,3 +104,23 @@ def answered_whole(path: str, body: bytes) -> Answered:
         "".join(block.get("text", "") for block in blocks),
         [(block["name"], block["input"]) for block in blocks if block["type"] == "tool_use"],
     )
+
+
+@pytest.mark.parametrize("path", WRITERS)
+def test_our_own_mistake_ends_a_stream_without_its_text(path: str) -> None:
+    last = WRITERS[path]().error(ZeroDivisionError("secret"))
+    assert last.endswith(b"\n\n")
+    assert b"secret" not in last
+    assert b"its log says more" in last
+
+
+def test_thinking_that_is_not_shown_gives_signs_of_life() -> None:
+    now = [0.0]
+    writer = MessageWriter("msg_1", "m", 9, shows_thinking=False, clock=lambda: now[0])
+    thought = Piece((ReasoningDelta("x"),))
+    assert b"content_block_start" in writer.piece(BEGUN) + writer.piece(thought)
+    assert writer.piece(thought) == b""
+    now[0] += 2.5
+    assert writer.piece(thought) == PING
+    assert writer.piece(thought) == b""
+    assert b"signature_delta" in writer.end(OUTCOME)
