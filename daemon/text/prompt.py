@@ -26,6 +26,9 @@ from daemon.text.reply_key import digests, reply_key
 from daemon.text.template import ChatTemplate, Frame, FrameKind
 from daemon.text.tokenizer import Tokenizer
 
+MAX_SHARED = 8
+"""Frames with several tools' results in which each one's place is looked for, the last ones."""
+
 BoundaryReason = Literal["system", "user", "tool", "prompt", "mark"]
 
 
@@ -115,7 +118,12 @@ class PromptBuilder:
             tokens.extend(self._encode(frame, history))
         return Prompt(
             tokens=tuple(tokens),
-            boundaries=_boundaries(frames, starts, self._marks(frames, starts, messages)),
+            boundaries=_boundaries(
+                frames,
+                starts,
+                self._marks(frames, starts, messages),
+                self._inner_results(frames, starts, messages),
+            ),
             generation=tuple(tokens[starts[-1] :]),
             thinking_open=_is_thinking_open(frames[-1].text),
             frames=tuple(
@@ -148,6 +156,17 @@ class PromptBuilder:
                         yield end
                     elif (text := _text_before(frame.text, content, mark)) is not None:
                         yield start + max(0, self._num_tokens(text) - 1)
+
+    def _inner_results(
+        self, frames: Sequence[Frame], starts: Sequence[int], messages: Sequence[Message]
+    ) -> Iterator[int]:
+        """Where the further results of the last frames begin that show several tools' results."""
+        shared = [pair for pair in zip(frames, starts, strict=True) if len(pair[0].messages) > 1]
+        for frame, start in [pair for pair in shared if pair[0].kind == "tool"][-MAX_SHARED:]:
+            for index in frame.messages[1:]:
+                text = _text_before(frame.text, messages[index].content, 0)
+                if text is not None:
+                    yield start + max(0, self._num_tokens(text) - 1)
 
     def _num_tokens(self, text: str) -> int:
         """The last token of a text cut anywhere may be another one in the whole."""
@@ -203,12 +222,16 @@ def _text_before(frame: str, content: str, mark: int) -> str | None:
 
 
 def _boundaries(
-    frames: Sequence[Frame], starts: Sequence[int], marks: Iterable[int]
+    frames: Sequence[Frame],
+    starts: Sequence[int],
+    marks: Iterable[int],
+    inner_results: Iterable[int],
 ) -> tuple[tuple[int, BoundaryReason], ...]:
     after_system = next(
         dropwhile(lambda pair: pair[0].kind == "system", zip(frames, starts, strict=True))
     )
-    reasons: dict[int, BoundaryReason] = dict.fromkeys(marks, "mark")
+    reasons: dict[int, BoundaryReason] = dict.fromkeys(inner_results, "tool")
+    reasons |= dict.fromkeys(marks, "mark")
     for frame, start in zip(frames, starts, strict=True):
         if frame.kind == "user" or frame.kind == "tool":
             reasons[start] = frame.kind

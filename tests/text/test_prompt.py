@@ -59,7 +59,11 @@ def test_boundaries_lie_between_frames(
     start = tiny.control_tokens["<|im_start|>"]
     positions = [position for position, _ in prompt.boundaries]
     assert positions == sorted(set(positions))
-    assert all(position and prompt.tokens[position] == start for position in positions)
+    assert all(0 < position < len(prompt.tokens) for position in positions)
+    inside = [
+        p for p, reason in prompt.boundaries if prompt.tokens[p] != start and reason != "tool"
+    ]
+    assert not inside, "only a frame of several tools' results is cut"
     assert prompt.boundaries[-1] == (len(prompt.tokens) - len(prompt.generation), "prompt")
 
 
@@ -70,6 +74,20 @@ def test_boundaries_of_an_agent_loop(qwen: Tokenizer, template: ChatTemplate) ->
     assert [reasons.get(start) for start in frames] == [
         *(None, "system", None, "tool", None, "user", "prompt")
     ]
+
+
+def test_each_of_several_tools_results_has_a_boundary(
+    qwen: Tokenizer, template: ChatTemplate
+) -> None:
+    results = [message("tool", f"result {number}: " + "word " * 40) for number in range(3)]
+    history = [message("user", "look"), message("assistant", "I look."), *results]
+    prompt = PromptBuilder(qwen, template, Memory()).build(history)
+    places = [position for position, reason in prompt.boundaries if reason == "tool"]
+    assert len(places) == 3
+    for place, number in zip(places[1:], (1, 2), strict=True):
+        rest = qwen.decode(prompt.tokens[place:])
+        assert rest.find(f"result {number}") < 20
+        assert f"result {number}" not in qwen.decode(prompt.tokens[:place])
 
 
 def test_no_boundary_at_the_very_start(qwen: Tokenizer, template: ChatTemplate) -> None:
