@@ -195,6 +195,10 @@ def positions(prompt: Prompt, sizes: Sizes) -> dict[int, Reason]:
         one_before = boundary.position // PAGE_TOKENS * PAGE_TOKENS - PAGE_TOKENS
         if boundary.reason == "prompt" and one_before > 0:
             _want(wanted, one_before, "interval")
+        # A short reply ends before the next page: it is gone on from behind the generation prompt.
+        end = prompt.num_tokens // PAGE_TOKENS * PAGE_TOKENS
+        if boundary.reason == "prompt" and end == one_before + 2 * PAGE_TOKENS:
+            _want(wanted, end, "reply")
     wanted |= dict.fromkeys(_cover(prompt, sizes.cover_tokens, sorted(wanted)), "interval")
     possible = [p for p in wanted if max(prompt.start, 0) < p <= sizes.max_position]
     kept = sorted(possible, key=lambda position: (WORTH[wanted[position]], position))

@@ -160,6 +160,7 @@ def test_positions_leave_out_what_is_stored(tmp_path: Path) -> None:
         1024: "interval",
         1152: "interval",
         1216: "prompt",
+        1280: "reply",
     }
     sequence.prefill()
     sequence.save(640, "user")

@@ -48,13 +48,19 @@ def test_boundaries_are_aligned_down_and_the_first_page_has_none() -> None:
     assert placed(500, (63, "system"), (64, "user")) == {64: "user"}
 
 
+def test_a_page_that_ends_inside_the_generation_prompt_is_kept_for_short_replies() -> None:
+    assert placed(260, (254, "prompt"))[256] == "reply"
+    assert 256 not in placed(255, (250, "prompt"))
+    assert placed(263, (257, "prompt"))[256] == "prompt"
+
+
 def test_the_worthier_reason_is_recorded() -> None:
     wanted = placed(500, (130, "user"), (140, "system"), (150, "prompt"))
     assert wanted == {64: "interval", 128: "system"}
 
 
 def test_a_page_before_a_prompts_end_is_kept_too() -> None:
-    assert placed(900, (890, "prompt")) == {768: "interval", 832: "prompt"}
+    assert placed(895, (890, "prompt")) == {768: "interval", 832: "prompt"}
 
 
 def test_cover_lies_where_boundaries_leave_room() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from template_sources import OFFICIAL_STYLE
 
 from daemon.text.messages import Message, ToolCall, ToolSpec
+from daemon.text.next_prompt import next_beginning
 from daemon.text.prompt import Prompt, PromptBuilder
 from daemon.text.reply_key import digests, reply_key
 from daemon.text.template import ChatTemplate
@@ -152,6 +153,22 @@ def test_behind_a_new_question_the_sampled_spelling_stays_without_its_thinking(
     text = qwen.decode(prompts.build([*history, USER], [TOOL]).tokens)
     assert SAMPLED.partition("</think>\n\n")[2] in text
     assert "Think twice" not in text
+
+
+@pytest.mark.parametrize("reasoning", ["Think twice.", None])
+def test_history_is_append_only_where_a_template_keeps_past_thinking(
+    remembered: Remembered, reasoning: str | None
+) -> None:
+    prompts, prompt, sampled = remembered
+    history = [USER, echo(reasoning=reasoning), RESULT]
+    keep = {"preserve_thinking": True}
+    asked = prompts.build([*history, USER], [TOOL], keep)
+    assert goes_on(prompt, sampled, asked)
+    answer = Message(role="assistant", content="Yes.", reasoning="Sure.")
+    beginning = next_beginning(prompts, [*history, USER], [TOOL], keep, answer)
+    following = prompts.build([*history, USER, answer, USER], [TOOL], keep)
+    assert beginning.tokens[: len(asked.tokens)] == asked.tokens
+    assert following.tokens[: len(beginning.tokens)] == beginning.tokens
 
 
 def test_a_memory_that_says_something_else_is_not_used(qwen: Tokenizer) -> None:
