@@ -5,6 +5,7 @@ Owns the choices, none of the doing: no store, no clock, no thread.
 
 import math
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
 
 from msgspec import Struct
@@ -30,7 +31,8 @@ PROMPT_SHARE = 4
 """One prompt takes at most 1/4 of the budget for its states."""
 
 TAIL_SPREAD: dict[Reason, int] = {"tool": 4, "user": 8}
-"""At distance d from a prompt's end, checkpoints of these reasons are d / spread apart or more."""
+"""At distance d from a prompt's end, checkpoints of these reasons are d / spread apart or more, if
+they would be more than a quarter of those that the prompt may take."""
 
 MAX_COVER_TOKENS = 8192
 AGE_US = 60 * 1_000_000
@@ -186,7 +188,7 @@ def positions(prompt: Prompt, sizes: Sizes) -> dict[int, Reason]:
     Boundaries are aligned down to whole pages. A junction lies where the prompt leaves an earlier
     one: its state passes by during this evaluation and serves the third prompt to branch there.
     """
-    wanted = _with_meaning(prompt)
+    wanted = _with_meaning(prompt, sizes)
     split = prompt.num_shared
     if prompt.start < split < prompt.num_tokens // PAGE_TOKENS * PAGE_TOKENS:
         _want(wanted, split, "junction")
@@ -206,9 +208,9 @@ def positions(prompt: Prompt, sizes: Sizes) -> dict[int, Reason]:
     return {position: wanted[position] for position in sorted(kept)}
 
 
-def _with_meaning(prompt: Prompt) -> dict[int, Reason]:
+def _with_meaning(prompt: Prompt, sizes: Sizes) -> dict[int, Reason]:
     wanted: dict[int, Reason] = {}
-    for boundary in _near_the_tail(prompt):
+    for boundary in _near_the_tail(prompt, sizes):
         assert 0 <= boundary.position <= prompt.num_tokens
         _want(wanted, boundary.position // PAGE_TOKENS * PAGE_TOKENS, boundary.reason)
     return wanted
@@ -218,12 +220,14 @@ def _want(wanted: dict[int, Reason], position: int, reason: Reason) -> None:
     wanted[position] = max(wanted.get(position, reason), reason, key=WORTH.__getitem__)
 
 
-def _near_the_tail(prompt: Prompt) -> list[Boundary]:
-    """All boundaries but those of a reason that may be many, which thin out towards the start."""
+def _near_the_tail(prompt: Prompt, sizes: Sizes) -> list[Boundary]:
+    """All boundaries but those of a reason that are many, which thin out towards the start."""
+    counts = Counter(boundary.reason for boundary in prompt.boundaries)
     kept = []
     last: dict[Reason, int] = {}
     for boundary in sorted(prompt.boundaries, key=lambda b: b.position, reverse=True):
-        spread = TAIL_SPREAD.get(boundary.reason)
+        many = counts[boundary.reason] > sizes.max_states // 4
+        spread = TAIL_SPREAD.get(boundary.reason) if many else None
         distance = prompt.num_tokens - boundary.position
         neighbour = last.get(boundary.reason)
         if spread and neighbour is not None and neighbour - boundary.position < distance / spread:

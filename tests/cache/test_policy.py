@@ -85,6 +85,15 @@ def test_tool_results_thin_out_towards_the_start() -> None:
     assert len(kept) < 25
 
 
+def test_a_few_tool_results_stay_however_far_back() -> None:
+    wanted = placed(60_000, *((end, "tool") for end in (640, 1280, 1920)), sizes=LARGE)
+    assert [position for position, reason in wanted.items() if reason == "tool"] == [
+        640,
+        1280,
+        1920,
+    ]
+
+
 def test_cover_follows_the_size_of_a_state() -> None:
     assert LARGE.cover_tokens == 8192
     small_state = msgspec.structs.replace(LARGE, state_bytes=LARGE.page_bytes * 10)
