@@ -257,7 +257,7 @@ def _daemon(model: Path, store: Path, arguments: argparse.Namespace) -> Daemon:
         Config(
             model=ModelConfig(path=model),
             engine=EngineConfig(device=arguments.device, context=arguments.ctx),
-            cache=CacheConfig(folder=store),
+            cache=CacheConfig(folder=store, interval_tokens=arguments.checkpoint_interval),
             server=ServerConfig(allowed_hosts=("qwend",)),
         )
     )
@@ -293,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overlap", action="store_true")
     parser.add_argument("--model", type=Path, help="GGUF file (default: the embedded model)")
     parser.add_argument("--ctx", type=int, default=65_536)
+    parser.add_argument("--checkpoint-interval", type=int, metavar="TOKENS", help="as of serve")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--no-save", action="store_true", help="print only")
     arguments = parser.parse_args(argv)
@@ -303,7 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{num_ahead:,} tokens evaluated while nobody waited; {time.perf_counter() - began:.0f} s"
     )
     if not arguments.no_save:
-        figures = {**surroundings(), "overlap": arguments.overlap, "ahead": num_ahead,
+        figures = {**surroundings(), "overlap": arguments.overlap,
+                   "interval": arguments.checkpoint_interval, "ahead": num_ahead,
                    "rows": msgspec.to_builtins(rows)}  # fmt: skip
         target = RESULTS / f"traces-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
         target.write_text(json.dumps(figures, indent=2) + "\n")
