@@ -22,7 +22,7 @@ MakeApi = Callable[..., ApiHarness]
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[CheckpointCache]:
     cache = open_cache(tmp_path / "store")
-    for number, session in enumerate(("work/main", "side")):
+    for number, session in enumerate(("shop/main", "side")):
         timeline = cache.timeline(prompt(2, number), session)
         timeline.save(Snapshot(64, "prompt", 1, b"state", {0: b"page"}), "system")
         timeline.save(Snapshot(128, "prompt", 2, b"state", {1: b"page"}), "prompt")
@@ -53,8 +53,8 @@ def call(
 
 def test_list_and_look(api: ApiHarness) -> None:
     rows = call(api, "GET").json()["data"]
-    assert {row["session"] for row in rows} == {"work/main", "side"}
-    by_name = call(api, "GET", "/work/main").json()
+    assert {row["session"] for row in rows} == {"shop/main", "side"}
+    by_name = call(api, "GET", "/shop/main").json()
     assert by_name in rows
     assert call(api, "GET", f"/{by_name['id']}").json() == by_name
     assert (by_name["num_tokens"], len(by_name["checkpoints"])) == (128, 2)
@@ -85,12 +85,12 @@ def test_rename_pin_and_fork(api: ApiHarness) -> None:
 
 
 def test_export_wipe_import(api: ApiHarness) -> None:
-    exported = call(api, "GET", "/work/main/export")
+    exported = call(api, "GET", "/shop/main/export")
     assert exported.status_code == 200
     assert ".qwend-session" in exported.headers["content-disposition"]
-    wiped = call(api, "DELETE", "/work/main").json()["wiped"]
-    assert wiped["session"] == "work/main"
-    assert call(api, "GET", "/work/main").status_code == 404
+    wiped = call(api, "DELETE", "/shop/main").json()["wiped"]
+    assert wiped["session"] == "shop/main"
+    assert call(api, "GET", "/shop/main").status_code == 404
     back = call(api, "POST", "/import?session=back", content=exported.content)
     assert (back.status_code, back.json()["num_tokens"]) == (201, 128)
     refused = call(api, "POST", "/import", content=exported.content[:-1])
