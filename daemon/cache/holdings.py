@@ -244,7 +244,7 @@ class Holdings:
             candidate = self.index.candidate(key)
             if state.header.created_us > oldest_us or not self._may_go(key) or candidate is None:
                 continue
-            if candidate.is_superseded and not is_worth_writing(candidate, 0.0):
+            if candidate.is_superseded and not is_worth_writing(candidate, self.sizes, 0.0):
                 self.forget(self.index.remove_state(key), None)
                 self.counts["superseded"] += 1
 
@@ -259,7 +259,7 @@ class Holdings:
             if not is_late and is_lazy(header.reason, header.position, self.sizes):
                 continue
             candidate = self.index.candidate(header.key)
-            if candidate and is_worth_writing(candidate, pressure):
+            if candidate and is_worth_writing(candidate, self.sizes, pressure):
                 return state
         return None
 

@@ -149,15 +149,15 @@ def is_lazy(reason: Reason, position: int, sizes: Sizes) -> bool:
     return reason in LAZY_REASONS and position % sizes.cover_tokens != 0
 
 
-def is_worth_writing(candidate: Candidate, pressure: float) -> bool:
+def is_worth_writing(candidate: Candidate, sizes: Sizes, pressure: float) -> bool:
     """Whether a checkpoint is worth its bytes on disk, or only the memory that it is in.
 
-    A superseded one must save more than a page, which is what anybody may lose anyway. When half of
-    the day's allowance is spent (`pressure` 0.5), every one must save 64 tokens, and twice as many
-    with each further 1/16; when all is spent, none is.
+    A superseded one must save a sixteenth of the cover's distance: 512 tokens on a large model.
+    When half of the day's allowance is spent (`pressure` 0.5), every one must save 64 tokens, and
+    twice as many with each further 1/16; when all is spent, none is.
     """
     saved = evaluation_cost(candidate.before, candidate.position)
-    if candidate.is_superseded and candidate.position - candidate.before <= PAGE_TOKENS:
+    if candidate.is_superseded and saved < sizes.cover_tokens / 16:
         return False
     if pressure < FREE_SHARE:
         return True

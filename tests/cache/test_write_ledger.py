@@ -13,7 +13,7 @@ from cache_harness import (
 )
 
 from daemon.cache.checkpoint_cache import CacheLimits, CheckpointCache
-from daemon.cache.policy import Candidate, is_worth_writing
+from daemon.cache.policy import Candidate, Sizes, is_worth_writing
 from daemon.cache.store import Store, footprint
 from daemon.cache.write_ledger import KEPT_DAYS, WriteLedger, Writes, read_ledger, write_stats
 
@@ -63,14 +63,15 @@ def weighed(gap: int, *, is_superseded: bool = False) -> Candidate:
 
 
 def test_the_more_of_a_day_is_spent_the_more_a_checkpoint_must_save() -> None:
+    sizes = Sizes(state_bytes=150 << 20, page_bytes=34 << 16, budget_bytes=20 << 30)
     shares = (0.0, 0.5, 0.6, 0.75, 0.9, 0.99, 1.0, 2.0)
 
     def written(gap: int) -> int:
-        return sum(is_worth_writing(weighed(gap), share) for share in shares)
+        return sum(is_worth_writing(weighed(gap), sizes, share) for share in shares)
 
     assert [written(gap) for gap in (64, 256, 1024, 10_000, 100_000)] == [2, 3, 4, 5, 6]
-    assert not is_worth_writing(weighed(64, is_superseded=True), 0.0)
-    assert is_worth_writing(weighed(128, is_superseded=True), 0.0)
+    assert not is_worth_writing(weighed(256, is_superseded=True), sizes, 0.0)
+    assert is_worth_writing(weighed(8192, is_superseded=True), sizes, 0.0)
 
 
 def test_a_spent_allowance_leaves_checkpoints_in_memory(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_what_is_passed_while_it_waits_is_never_written(tmp_path: Path) -> None:
     )
     sequence = Simulated(cache, prompt(8))
     sequence.prefill()
-    sequence.save(64, "tool")
+    sequence.save(64 * 4, "tool")
     with cache._transfer.looking():
         assert not cache._transfer._holdings.has_due(at_once=False)
     clock[0] += 11_000_000
