@@ -174,9 +174,9 @@ def decode(products: Products) -> list[dict[str, object]]:
     device.fill(out, 0)
     middle = products.activations.operand(16, FFN)
 
-    def run(plan: Plan, epilogue: int, tokens: int, upcoming: Plan | None = None) -> None:
+    def run(plan: Plan, epilogue: int, tokens: int) -> None:
         target = middle if epilogue == SWIGLU else out
-        gemv.multiply(plan, panels, tokens, target, epilogue, upcoming)
+        gemv.multiply(plan, panels, tokens, target, epilogue)
 
     results: list[dict[str, object]] = []
     for name, (matrix, epilogue) in shapes.items():
@@ -230,8 +230,7 @@ def whole_token(products: Products, gemv: GemvKernels, layers: Layers) -> list[d
                 convert = products.activations.convert
                 jobs.append(partial(convert, hidden, panels, PANELS, norm))
             target = middle if epilogue == SWIGLU else out
-            upcoming = plans[(number + 1) % len(plans)][0]
-            jobs.append(partial(gemv.multiply, plan, panels, tokens, target, epilogue, upcoming))
+            jobs.append(partial(gemv.multiply, plan, panels, tokens, target, epilogue))
         ms = products.median_ms(partial(run_all, jobs))
         rate = num_bytes / ms / 1e6
         print(f"all linear m={tokens:2} {num_bytes / 1e9:.2f} GB {ms:.3f} ms {rate:.0f} GB/s")

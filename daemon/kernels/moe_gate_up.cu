@@ -82,9 +82,8 @@ struct Output {
 
     __device__ __forceinline__ void write(int slot, int token, int k, float gate, float up) const {
         const float y = gate / (1.0f + __expf(-gate)) * up;
-        const int panel = slot * NUM_PANELS + token / 8;
-        u8* at = hidden + (long long)(panel * hidden_blocks + k / 256) * 4096 + k % 64 / 8 * 512 +
-                 (token % 8 * 4 + k % 256 / 64) * 16 + k % 8 * 2;
+        u8* panels = hidden + (long long)slot * NUM_PANELS * hidden_blocks * 4096;
+        u8* at = panel_place(panels, token, k, hidden_blocks * 256);
         *(u16*)at = float_half(y * ACTIVATION_SCALE);
     }
 };

@@ -12,12 +12,12 @@
 // Macros: EXPERTS (at most 1024), USED (at most 32), COLUMNS (a multiple of 256), SHARED (1: a row
 // after those of the experts is the shared expert's gate).
 #include "mma.cuh"
+#include "operand.cuh"
 #include "quads.cuh"
 #include "warp.cuh"
 
 constexpr int PER_LANE = (EXPERTS + 31) / 32;
 constexpr float MIN_SUM = 6.103515625e-05f;
-constexpr float ACTIVATION_SCALE = 0.125f;
 constexpr int MAX_ROWS = 16;
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
@@ -116,9 +116,7 @@ __device__ __forceinline__ void write_panel_row(
         const int c = 4 * (threadIdx.x + q * THREADS);
         if (c >= COLUMNS) continue;
         const float4 v = product(quad_of(x + row * COLUMNS, c, COLUMNS), quad_of(norm, c, COLUMNS));
-        const int unit = (row / 8 * (COLUMNS / 256) + c / 256) * 8 + c % 64 / 8;
-        u8* at = panels + unit * 512 + (row % 8 * 4 + c % 256 / 64) * 16 + c % 8 * 2;
-        *(uint2*)at = make_uint2(
+        *(uint2*)panel_place(panels, row, c, COLUMNS) = make_uint2(
             half2_of(v.x * scale, v.y * scale), half2_of(v.z * scale, v.w * scale));
     }
 }

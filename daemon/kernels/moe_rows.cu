@@ -6,6 +6,7 @@
 //
 // Macros: COLUMNS (a multiple of 256), USED, SHARED (1: there is a shared expert).
 #include "mma.cuh"
+#include "operand.cuh"
 #include "quads.cuh"
 #include "warp.cuh"
 
@@ -14,7 +15,6 @@ constexpr int WARPS = THREADS / 32;
 constexpr int QUADS = (COLUMNS + 4 * THREADS - 1) / (4 * THREADS);
 constexpr int RANKS = USED + 1;
 constexpr int UNITS = COLUMNS / 8;  // of 16 bytes, eight a chunk
-constexpr float ACTIVATION_SCALE = 0.125f;
 
 // Where a row's copy for a rank lies, and the low bits of its number in its expert's group.
 struct Line {

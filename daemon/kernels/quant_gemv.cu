@@ -7,8 +7,6 @@
 // before the end. Then cut stripes are joined: within a block through shared memory, between blocks
 // by the last of them, which awaits the others' sums. The order of all sums depends on the matrices
 // and the card alone: a token's bits are the same whatever the other tokens are.
-// A warp that has used its last tile brings the beginning of the next launch's weights into the L2
-// cache: memory goes on working while this launch ends and the small ones between run.
 // Bound: bytes of the weights, each read once.
 //
 // Macros: TYPES (bit mask of QuantTypes), NUM_PANELS (1: up to 8 tokens, 2: up to 16), SLOTS and
@@ -58,8 +56,6 @@ __device__ __forceinline__ void issue_copy(
 
 __device__ __forceinline__ void issue_nothing() {}
 
-__device__ __forceinline__ void prefetch(const u8* from, int bytes) { prefetch_bulk(from, bytes); }
-
 __device__ __forceinline__ void wait_for_slot(Ring& ring) {
     barrier_wait(ring.full + ring.slot, ring.phase);
 }
@@ -73,8 +69,6 @@ __device__ __forceinline__ void issue_copy(
 
 __device__ __forceinline__ void issue_nothing() { copy_async_commit(); }
 
-__device__ __forceinline__ void prefetch(const u8*, int) {}
-
 __device__ __forceinline__ void wait_for_slot(Ring&) {
     copy_async_wait<SLOTS - 1>();
     __syncwarp();
@@ -86,27 +80,6 @@ constexpr int MAX_SEAMS = TEAMS + 2;
 
 __device__ __forceinline__ int deal_bytes(int max_pieces) {
     return TEAMS * max_pieces * int(sizeof(Piece)) + MAX_SEAMS * int(sizeof(Seam));
-}
-
-// The beginning of the next launch's weights: `bytes` of each team's, from what it is dealt.
-struct Upcoming {
-    const u8* deals;  // of all blocks; null: nothing is known of the next launch
-    int max_pieces, bytes;
-};
-
-constexpr int PREFETCH_BYTES = 1024;  // a request
-
-__device__ void prefetch_upcoming(const Upcoming& u, int team, int part, int lane) {
-    if (u.deals == nullptr) return;
-    const u8* deal = u.deals + team / TEAMS * (long long)deal_bytes(u.max_pieces);
-    const Piece* p = (const Piece*)deal + team % TEAMS * u.max_pieces;
-    for (int left = u.bytes; left > 0 && p->num_units > 0; p++) {
-        const int bytes = min(left, p->num_units * TEAM_WARPS * p->tile_bytes);
-        for (int at = (part * 32 + lane) * PREFETCH_BYTES; at < bytes;
-             at += 32 * TEAM_WARPS * PREFETCH_BYTES)
-            prefetch(p->units + at, min(PREFETCH_BYTES, bytes - at));
-        left -= bytes;
-    }
 }
 
 // The tiles that a warp has yet to ask for.
@@ -341,13 +314,12 @@ __device__ __forceinline__ void start_ring(Worker& w) {
     for (int s = 0; s < SLOTS; s++) issue_next(w.ring, s, w.ahead, w.part, w.lane);
 }
 
-// deals: u8 [blocks, deal_bytes(max_pieces)]; upcoming: the next launch's or null; panels: fp16
-// panels of x, [NUM_PANELS, num_blocks * 8, 32 lanes, 8]; rows: float32 [num_tokens, stride] or
-// null; out_panels: fp16 panels or null; partial: float4 [slots, SUMS], all words AWAITED.
+// deals: u8 [blocks, deal_bytes(max_pieces)]; panels: fp16 panels of x, [NUM_PANELS,
+// num_blocks * 8, 32 lanes, 8]; rows: float32 [num_tokens, stride] or null; out_panels: fp16 panels
+// or null; partial: float4 [slots, SUMS], all words AWAITED.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) quant_gemv(
-    const u8* deals, const u8* upcoming, const u8* panels, float* rows, u8* out_panels,
-    float4* partial, int max_pieces, int upcoming_max_pieces, int upcoming_bytes, int num_blocks,
-    int num_tokens, int stride) {
+    const u8* deals, const u8* panels, float* rows, u8* out_panels, float4* partial,
+    int max_pieces, int num_blocks, int num_tokens, int stride) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ u64 full[WARPS * SLOTS];
     allow_next_kernel();
@@ -386,8 +358,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) quant_gemv(
         }
         if (p->sums < 0) finish(out, p->row, p->num_rows, total, w.part, lane);
     }
-    const int team = blockIdx.x * TEAMS + warp / TEAM_WARPS;
-    prefetch_upcoming({upcoming, upcoming_max_pieces, upcoming_bytes}, team, w.part, lane);
     __syncthreads();
     // The last first: what goes to another block must not wait for what comes from one.
     for (int s = MAX_SEAMS - 1 - warp / TEAM_WARPS; s >= 0; s -= TEAMS)

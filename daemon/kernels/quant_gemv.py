@@ -27,7 +27,7 @@ from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.kernel import Kernel, Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
-PARAMETERS = ("pointer",) * 6 + ("int32",) * 6
+PARAMETERS = ("pointer",) * 5 + ("int32",) * 4
 ROOMY_SHARED_BYTES = 200 * 1024
 """Cards with as much have four teams a multiprocessor, others two."""
 
@@ -84,16 +84,11 @@ class Plan(NamedTuple):
 
 
 class GemvShape(NamedTuple):
-    """How a launch fills the card.
-
-    `ring_bytes` of a block are in flight; `prefetch_bytes` of each team's share of the next
-    matrix are brought into the L2 cache.
-    """
+    """How a launch fills the card; `ring_bytes` of a block are in flight."""
 
     warps: int
     blocks_per_sm: int
     ring_bytes: int
-    prefetch_bytes: int
 
     @property
     def teams(self) -> int:
@@ -106,7 +101,7 @@ def choose_shape(shared_bytes_per_block: int) -> GemvShape:
     warps = 16 if shared_bytes_per_block >= ROOMY_SHARED_BYTES else 8
     sums = _sums_bytes(warps // TEAM_WARPS, MAX_TOKENS)
     room = shared_bytes_per_block - STATIC_SHARED_BYTES - LISTS_BYTES - sums
-    return GemvShape(warps, 1, min(MAX_RING_BYTES, room), 0)
+    return GemvShape(warps, 1, min(MAX_RING_BYTES, room))
 
 
 class GemvKernels:
@@ -132,14 +127,12 @@ class GemvKernels:
         num_tokens: int,
         out: DeviceArray,
         epilogue: int,
-        upcoming: Plan | None = None,
     ) -> None:
         """Multiply `num_tokens` (1 to 16) rows.
 
         Args:
             panels: the rows as fp16 panels (quant_activations), or an earlier SWIGLU's output.
             out: float32 `[num_tokens, rows]` for STORE and ADD; panels for SWIGLU.
-            upcoming: what the next launch will multiply by, if that is known.
         """
         assert 0 < num_tokens <= MAX_TOKENS
         num_panels = -(-num_tokens // PANEL_TOKENS)
@@ -151,14 +144,11 @@ class GemvKernels:
         rows, out_panels = (0, out) if epilogue == SWIGLU else (out, 0)
         assert matrix.paired == (epilogue == SWIGLU)
         assert out.num_bytes >= num_tokens * stride * (2 if epilogue == SWIGLU else 4)
-        deals = (plan.deals, upcoming.deals if upcoming else 0)
-        lengths = (plan.max_pieces, upcoming.max_pieces if upcoming else 0)
         kernel.launch(
             self._device.stream,
             (self._num_blocks, 1, 1),
             (32 * shape.warps, 1, 1),
-            *(*deals, panels, rows, out_panels, self._partial),
-            *(*lengths, shape.prefetch_bytes),
+            *(plan.deals, panels, rows, out_panels, self._partial, plan.max_pieces),
             *(matrix.columns // BLOCK_COLUMNS, num_tokens, stride),
             shared_bytes=shared_bytes(shape, slots, slot_bytes, num_panels, plan.max_pieces),
             dependent=True,

@@ -26,7 +26,6 @@ from daemon.engine.backends.cuda_run import (
     DecodeTables,
     PrefillArrays,
     PrefillRun,
-    ProductOrder,
 )
 from daemon.engine.backends.cuda_weights import CudaMatrix, CudaTable, WeightLoader
 from daemon.engine.batch import Batch
@@ -93,8 +92,6 @@ class CudaBackend:
         self._pool = PinnedPool(device, limits.pinned_bytes)
         self._graphs: dict[int, Graph] = {}
         self._warm: set[int] = set()
-        self._order = ProductOrder()
-        self._is_decoding = False
         self._mixer: ExpertMixer | None = None
         self._operand_layout = PANELS
 
@@ -205,11 +202,9 @@ class CudaBackend:
 
     def evaluate(self, batch: Batch, forward: Callable[[Run], Logits]) -> Logits:
         """Prefill calls the operations; decode records them per bucket and replays."""
-        self._is_decoding = batch.kind == "decode"
-        self._operand_layout = PANELS if self._is_decoding else CHUNKS
+        self._operand_layout = PANELS if batch.kind == "decode" else CHUNKS
         if batch.kind == "prefill":
             return forward(self._prefill_arrays.run(batch))
-        self._order.begin()
         bucket = next(size for size in BUCKETS if size >= len(batch.spans))
         self._decode_tables.fill(batch.spans)
         run = self._decode_tables.run(bucket)
@@ -357,9 +352,7 @@ class CudaBackend:
 
     def _multiply(self, matrix: CudaMatrix, x: Operand, out: DeviceArray, epilogue: int) -> None:
         if x.layout == PANELS:
-            # A prompt's head is the only product of few rows outside a decode step.
-            upcoming = self._order.successor(matrix.gemv) if self._is_decoding else None
-            self._gemv.multiply(matrix.gemv, x.array, x.num_rows, out, epilogue, upcoming)
+            self._gemv.multiply(matrix.gemv, x.array, x.num_rows, out, epilogue)
         else:
             self._gemm.multiply(matrix.gemm, x.array, x.num_rows, out, epilogue)
 

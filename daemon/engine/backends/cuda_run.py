@@ -13,7 +13,6 @@ from daemon.checkpoint import PAGE_TOKENS
 from daemon.engine.batch import Batch, Span
 from daemon.kernels.attention_tiles import query_tiles
 from daemon.kernels.delta_prefill import PrefillSpan, PrefillTables, chunk_tables
-from daemon.kernels.quant_gemv import Plan
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray
 
@@ -87,33 +86,6 @@ class DecodeTables:
                 self._line[0, : len(span.pages)] = span.pages
                 self._device.write(self._page_table.rows(i, i + 1), self._line)
                 self._pages[i] = span.pages
-
-
-class ProductOrder:
-    """The matrices of a decode step in order, learnt as the first one runs.
-
-    Each product can then bring its successor's weights nearer while it ends; the last one's
-    successor is the first of the next step.
-    """
-
-    def __init__(self) -> None:
-        self._plans: list[Plan] = []
-        self._next = 0
-        self._is_known = False
-
-    def begin(self) -> None:
-        """A step begins; if one has run before, all of its products are known."""
-        self._is_known = self._is_known or self._next > 0
-        self._next = 0
-
-    def successor(self, plan: Plan) -> Plan | None:
-        """What the step multiplies by after `plan`, the product that comes now."""
-        self._next += 1
-        if not self._is_known:
-            self._plans.append(plan)
-            return None
-        assert self._plans[self._next - 1] is plan, "every step has the same products"
-        return self._plans[self._next % len(self._plans)]
 
 
 class PrefillArrays:

@@ -12,10 +12,10 @@
 // WEIGHT_STAGES, CHUNK_STAGES, EPILOGUE (0 store, 1 add to a residual, 2 SwiGLU of paired rows,
 // 3 SiLU, times the rows that were stored before).
 #pragma once
+#include "operand.cuh"
 #include "quant_blocks.cuh"
 #include "warp.cuh"
 
-constexpr float ACTIVATION_SCALE = 0.125f;
 constexpr int CHUNK_BYTES = COLUMNS * 128;  // 64 columns of W for all tokens of a tile
 
 // 64 rows of a matrix.

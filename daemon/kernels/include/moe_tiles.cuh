@@ -1,13 +1,13 @@
 // What the two expert kernels of decode share: a warp's ring of weight tiles, and their products
 // with up to 16 rows. Macros: TYPES, NUM_PANELS, SLOTS, SLOT_BYTES, BULK_COPIES as in quant_gemv.
 #pragma once
+#include "operand.cuh"
 #include "quant_blocks.cuh"
 #include "warp.cuh"
 #if BULK_COPIES
 #include "pipeline.cuh"
 #endif
 
-constexpr float ACTIVATION_SCALE = 0.125f;  // x in fp16 is x / 8: values up to 524,000 fit
 constexpr int MAX_ROWS = 16;
 constexpr int TOKENS = 8 * NUM_PANELS;
 
@@ -57,8 +57,6 @@ __device__ __forceinline__ void issue_nothing() {}
 __device__ __forceinline__ void wait_for_slot(Ring& ring) {
     barrier_wait(ring.full + ring.slot, ring.phase);
 }
-
-__device__ __forceinline__ void prefetch(const u8* from, int bytes) { prefetch_bulk(from, bytes); }
 #else
 __device__ __forceinline__ void start_ring(Ring&, int) {}
 
@@ -75,8 +73,6 @@ __device__ __forceinline__ void wait_for_slot(Ring&) {
     copy_async_wait<SLOTS - 1>();
     __syncwarp();
 }
-
-__device__ __forceinline__ void prefetch(const u8*, int) {}
 #endif
 
 typedef float Sums[NUM_PANELS][2][4];  // even and odd steps apart, to shorten the chain of products

@@ -44,8 +44,3 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes,
         "l"(from), "r"(bytes), "r"(shared_address(barrier))
         : "memory");
 }
-
-// Brings contiguous bytes (a multiple of 16) into the L2 cache.
-__device__ __forceinline__ void prefetch_bulk(const void* from, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
