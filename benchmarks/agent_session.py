@@ -147,7 +147,7 @@ def _usage(answer: dict[str, Any]) -> tuple[int, int]:
 
 
 @contextmanager
-def _own_qwend(store: Path, model: Path | None, flags: Sequence[str]) -> Iterator[Server]:
+def own_qwend(store: Path, model: Path | None, flags: Sequence[str]) -> Iterator[Server]:
     """`qwend serve`, ended by kill -9."""
     chosen = ["--model", str(model)] if model else []
     command = [sys.executable, "-m", "daemon", "serve", "--port", "0", "--cache-dir", str(store)]
@@ -192,11 +192,11 @@ def measure(arguments: argparse.Namespace) -> tuple[str, list[Row]]:
         return server.name(), run(before, server, new, arguments.pause)
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder)
-        with _own_qwend(store, arguments.model, arguments.flags) as server:
+        with own_qwend(store, arguments.model, arguments.flags) as server:
             rows = run(before, server, new, arguments.pause)
             name = server.name()
             time.sleep(arguments.pause)
-        with _own_qwend(store, arguments.model, arguments.flags) as server:
+        with own_qwend(store, arguments.model, arguments.flags) as server:
             after = [request for request in requests if request.after_restart]
             return name, rows + run(after, server, new, 0)
 

@@ -67,9 +67,9 @@ class Bench:
         self.read_gbps = self.products.read_rate()
         self.rows: list[Row] = []
 
-    def normal(self, first: int, *rest: int) -> DeviceArray:
-        """Random float32; beyond 1,024 rows they repeat."""
-        few = self.rng.normal(size=(min(first, 1024), *rest)).astype(np.float32)
+    def normal(self, first: int, *rest: int, dtype: ElementType = F32) -> DeviceArray:
+        """Random values; beyond 1,024 rows they repeat."""
+        few = self.rng.normal(size=(min(first, 1024), *rest)).astype(dtype.carrier)
         repeats = -(-first // len(few))
         return self.device.to_device(np.concatenate([few] * repeats)[:first])
 
@@ -94,7 +94,7 @@ class Bench:
 class DeltaLayer:
     """Weights and states of NUM_LAYERS layers; all have the same weights."""
 
-    def __init__(self, bench: Bench, num_slots: int) -> None:
+    def __init__(self, bench: Bench, num_slots: int, projections: ElementType) -> None:
         self.bench, device = bench, bench.device
         self.constants = DeltaConstants(
             bench.normal(SIZES.conv_dim, 4),
@@ -102,22 +102,22 @@ class DeltaLayer:
             bench.normal(SIZES.num_v_heads),
             bench.normal(128),
         )
-        self.types = DeltaTypes(F32, F32, F16)
-        size = DeltaSlots.slot_bytes(SIZES, NUM_LAYERS, F32)
+        self.types = DeltaTypes(projections, F16)
+        size = DeltaSlots.slot_bytes(SIZES, NUM_LAYERS)
         memory = device.allocate((num_slots * size,), ElementType.U8)
         device.fill(memory, 0)
-        self.states = DeltaSlots(memory, SIZES, NUM_LAYERS, num_slots, F32)
+        self.states = DeltaSlots(memory, SIZES, NUM_LAYERS, num_slots)
 
     def inputs(self, num_rows: int) -> DeltaInputs:
         """Random projections."""
         columns = SIZES.conv_dim + SIZES.value_size + 2 * SIZES.num_v_heads
-        self.rows = self.bench.normal(num_rows, columns)
+        self.rows = self.bench.normal(num_rows, columns, dtype=self.types.projections)
         return DeltaInputs.of_rows(self.rows, SIZES)
 
 
 def delta_decode(bench: Bench, num_sequences: int) -> None:
     """All layers of a token, each started before the one before has ended."""
-    layer = DeltaLayer(bench, num_sequences)
+    layer = DeltaLayer(bench, num_sequences, F32)
     step = DeltaStep(bench.device, bench.compiler, SIZES, layer.types, EPS)
     inputs = layer.inputs(num_sequences)
     upload = bench.device.to_device
@@ -139,7 +139,7 @@ def delta_decode(bench: Bench, num_sequences: int) -> None:
 
 def delta_prefill(bench: Bench, num_tokens: int) -> None:
     """Prepare, scan and gate of one layer."""
-    layer = DeltaLayer(bench, 1)
+    layer = DeltaLayer(bench, 1, F16)
     chunks, spans = chunk_tables([PrefillSpan(0, num_tokens, 0)])
     tables = PrefillTables(*(bench.device.to_device(x) for x in (chunks, spans)))
     space = bench.device.allocate((workspace_bytes(SIZES, len(chunks)),), ElementType.U8)
@@ -151,7 +151,7 @@ def delta_prefill(bench: Bench, num_tokens: int) -> None:
         return lambda: prefill(inputs, layer.constants, layer.states, index, tables, out)
 
     columns = SIZES.conv_dim + SIZES.value_size
-    num_bytes = num_tokens * (4 * columns + 2 * SIZES.value_size)
+    num_bytes = num_tokens * 2 * (columns + SIZES.value_size)
     flops = num_tokens * SIZES.num_v_heads * 170e3
     name = f"delta net, prefill, {num_tokens} tokens, a layer"
     bench.time(name, [run(index) for index in range(4)], num_bytes, flops)
@@ -163,7 +163,9 @@ def delta_prefill(bench: Bench, num_tokens: int) -> None:
 class Cache:
     """Random queries and projections, and pages of q8_0 with whatever lies in memory as zeros."""
 
-    def __init__(self, bench: Bench, num_sequences: int, length: int, num_rows: int) -> None:
+    def __init__(
+        self, bench: Bench, num_sequences: int, length: int, num_rows: int, projections: ElementType
+    ) -> None:
         device = bench.device
         self.layout = KvLayout(2, KV_HEADS, KvFormat.Q8_0, KvFormat.Q8_0)
         pages = -(-length // PAGE_TOKENS)
@@ -172,7 +174,7 @@ class Cache:
         self.pool = device.allocate((table.size, self.layout.page_bytes), ElementType.U8)
         device.fill(self.pool, 0)
         columns = (2 * Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
-        self.projections = bench.normal(num_rows, columns)
+        self.projections = bench.normal(num_rows, columns, dtype=projections)
         halves = bench.rng.normal(size=(num_rows, Q_HEADS, HEAD_DIM)).astype(np.float16)
         self.queries = device.to_device(halves, F16)
         self.out = device.allocate((padded_tokens(num_rows), Q_HEADS * HEAD_DIM), F16)
@@ -180,7 +182,7 @@ class Cache:
 
 def attention_decode(bench: Bench, num_sequences: int, length: int) -> None:
     """One token of each sequence, over two layers in turn."""
-    cache = Cache(bench, num_sequences, length, num_sequences)
+    cache = Cache(bench, num_sequences, length, num_sequences, F32)
     kernel = AttentionDecode(
         bench.device, bench.compiler, cache.layout, Q_HEADS, num_sequences, F32, F16
     )
@@ -197,8 +199,8 @@ def attention_decode(bench: Bench, num_sequences: int, length: int) -> None:
 
 def attention_prefill(bench: Bench, num_tokens: int, before: int) -> None:
     """A chunk of one sequence after `before` tokens."""
-    cache = Cache(bench, 1, before + num_tokens, num_tokens)
-    kernel = AttentionPrefill(bench.device, bench.compiler, cache.layout, Q_HEADS, F32, F16)
+    cache = Cache(bench, 1, before + num_tokens, num_tokens, F16)
+    kernel = AttentionPrefill(bench.device, bench.compiler, cache.layout, Q_HEADS, F16, F16)
     tiles = bench.device.to_device(query_tiles([(0, before, num_tokens, 0)]))
 
     def run(layer: int) -> Callable[[], None]:

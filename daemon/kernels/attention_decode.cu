@@ -10,7 +10,7 @@
 // Bytes: all K and V pages of the sequences once; bound by memory.
 //
 // Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head, 1 … 16), WARPS,
-// STAGES (ring depth, in half strips), PROJECTION_BF16, OUTPUT (0: f32, 1: bf16, 2: operand).
+// STAGES (ring depth, in half strips), PROJECTION_F16, OUTPUT (0: f32, 1: operand).
 #include "attention_output.cuh"
 #include "attention_strip.cuh"
 
@@ -123,7 +123,7 @@ __device__ __forceinline__ float4 load_now(const float* address) {
 // Merges a head's splits: a thread takes four places, and all its loads are under way together.
 extern "C" __global__ void __launch_bounds__(HEAD_DIM / 4) attention_decode_merge(
     const float* partials,                 // f32 [sequences, kv_heads, max_splits, PARTIAL_FLOATS]
-    const void* projections,               // f32 or bf16 [sequences, row_stride]: the gates
+    const void* projections,               // f32 or f16 [sequences, row_stride]: the gates
     const int* __restrict__ positions,     // i32 [sequences]
     void* __restrict__ output,             // [sequences, q_heads, 256], or panels
     int row_stride,                        // in elements

@@ -55,7 +55,7 @@ def defines(
         "GROUP": group,
         "WARPS": shape.warps,
         "STAGES": shape.stages,
-        "PROJECTION_BF16": int(projection is ElementType.BF16),
+        "PROJECTION_F16": int(projection is ElementType.F16),
         "OUTPUT": OUTPUTS[output],
     }
 

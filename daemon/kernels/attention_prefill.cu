@@ -10,7 +10,7 @@
 // heads flops against the tensor cores' rate: bound by arithmetic.
 //
 // Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head), HEADS (of a
-// block: 1 or 2, a divisor of GROUP), PROJECTION_BF16, OUTPUT (0: f32, 1: bf16, 2: operand).
+// block: 1 or 2, a divisor of GROUP), PROJECTION_F16, OUTPUT (0: f32, 1: operand).
 #include "attention_rows.cuh"
 #include "attention_tile.cuh"
 

@@ -10,7 +10,7 @@
 // its sequence, not on the span, the tile's other rows or the launch.
 //
 // Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head, even),
-// PROJECTION_BF16, OUTPUT (0: f32, 1: bf16, 2: operand).
+// PROJECTION_F16, OUTPUT (0: f32, 1: operand).
 #include "attention_rows.cuh"
 #include "attention_wgmma.cuh"
 

@@ -12,7 +12,7 @@ import numpy as np
 from daemon.kernels.kv_format import HEAD_DIM, PAGE_TOKENS, KvLayout
 from daemon.kernels.runtime.device_array import ElementType
 
-OUTPUTS = {ElementType.F32: 0, ElementType.BF16: 1, ElementType.F16: 2}
+OUTPUTS = {ElementType.F32: 0, ElementType.F16: 1}
 """Values of the macro OUTPUT."""
 
 TILE_BYTES = PAGE_TOKENS * HEAD_DIM * 2
@@ -36,7 +36,7 @@ def variant_defines(
     return {
         **layout.defines,
         "GROUP": group,
-        "PROJECTION_BF16": int(projection is ElementType.BF16),
+        "PROJECTION_F16": int(projection is ElementType.F16),
         "OUTPUT": OUTPUTS[output],
     }
 

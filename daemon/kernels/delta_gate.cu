@@ -1,6 +1,6 @@
 // Prefill of a gated delta net layer, last part: RMS norm of each head's output, times SiLU(z).
 //
-// Takes outputs from the workspace of delta_scan. Bytes: 768 a head and token in bf16; bound by
+// Takes outputs from the workspace of delta_scan. Bytes: 768 a head and token in fp16; bound by
 // them. Block: one value head of one chunk, 4 warps of 16 tokens; a warp takes a token's head.
 #include "delta_tiles.cuh"
 #include "operand.cuh"
@@ -10,7 +10,7 @@ constexpr int ROWS = CHUNK / WARPS;
 
 // Grid (v_heads, chunks).
 extern "C" __global__ void __launch_bounds__(WARPS * 32) delta_gate(
-    const Activation* z,       // [rows, z_stride]: v heads
+    const Projection* z,       // [rows, z_stride]: v heads
     const float* norm,         // [HEAD_DIM]
     const ChunkEntry* chunks,  // [chunks]
     u8* workspace,             // see Workspace
@@ -37,11 +37,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) delta_gate(
         const float4 o = make_float4(left.x, left.y, right.x, right.y);
         const float scale = reciprocal_root(warp_sum(dot4(o, o)) / HEAD_DIM + norm_eps);
         const float4 y = gated(o, scale, weight, gate);
-#if OUTPUT == 2
+#if OUTPUT
         *(u32*)chunk_place(out, row + i, column, padded_rows) = operand_pair(y.x, y.y);
         *(u32*)chunk_place(out, row + i, column + 2, padded_rows) = operand_pair(y.z, y.w);
 #else
-        store4(static_cast<Output*>(out) + (row + i) * v_heads * HEAD_DIM + column, y);
+        float* rows = static_cast<float*>(out) + (row + i) * v_heads * HEAD_DIM;
+        *reinterpret_cast<float4*>(rows + column) = y;
 #endif
     }
 }

@@ -9,7 +9,7 @@
 // substitution, joined by products whose operands are split into two fp16 (11 + 11 bits).
 // Source of the form: arXiv 2412.06464. Padding rows have q = k = v = beta = g = 0, which is exact.
 //
-// Bytes a token for 16 k / 48 v heads in bf16: 20.5 KB read, 32.9 KB written; bound by them.
+// Bytes a token for 16 k / 48 v heads in fp16: 20.5 KB read, 32.9 KB written; bound by them.
 // Block: one key head of one chunk, 4 warps of 16 tokens each.
 #include "delta_tiles.cuh"
 
@@ -33,20 +33,20 @@ struct Shared {
 
 // A warp's 16 tokens of one head: raw rows with their history, 4 channels a lane.
 struct HeadRows {
-    Activation4 raw[ROWS + CONV_WIDTH - 1];
+    Projection4 raw[ROWS + CONV_WIDTH - 1];
 
     // `column` is the lane's first channel; `ring` holds the rows before the chunk, or is null.
-    __device__ void load(const Activation* rows, int stride, int column, int first, int num_rows,
-                         const Activation* ring, int conv_dim) {
+    __device__ void load(const Projection* rows, int stride, int column, int first, int num_rows,
+                         const float* ring, int conv_dim) {
 #pragma unroll
         for (int i = 0; i < ROWS + CONV_WIDTH - 1; ++i) {
             const int row = first + i - (CONV_WIDTH - 1);
             if (row < 0 && ring != nullptr)
-                raw[i] = load4(ring + (row + CONV_RING) * conv_dim + column);
+                raw[i] = load4_kept(ring + (row + CONV_RING) * conv_dim + column);
             else if (row < num_rows)
                 raw[i] = load4(rows + static_cast<long long>(row) * stride + column);
             else
-                raw[i] = Activation4{};
+                raw[i] = Projection4{};
         }
     }
 
@@ -99,14 +99,14 @@ __device__ __forceinline__ float2 running_sums(float first, float second, int la
 }
 
 // Gates of a value head by one warp: beta and G to shared memory, decays to the workspace.
-__device__ void write_gates(float* beta, float* sums, u8* decays, const Gate* gates, int stride,
+__device__ void write_gates(float* beta, float* sums, u8* decays, const Projection* gates, int stride,
                             int head, int v_heads, int num_rows, float rate, float bias, int lane) {
     float b[2] = {0.0f, 0.0f}, g[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int row = lane * 2 + i;
         if (row >= num_rows) continue;
-        const Gate* gate = gates + static_cast<long long>(row) * stride;
+        const Projection* gate = gates + static_cast<long long>(row) * stride;
         b[i] = sigmoid(to_float(gate[head]));
         g[i] = log_decay(to_float(gate[v_heads + head]), bias, rate);
     }
@@ -348,12 +348,12 @@ struct Inversion {
 // Grid (k_heads, chunks), 128 threads. Dynamic shared memory: Shared, then beta and G of each of
 // the v_heads / k_heads value heads that share the key head: value head = k_head + i * k_heads.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) delta_prepare(
-    const Activation* qkv,      // [rows, qkv_stride]: q heads, k heads, v heads
-    const Gate* gates,          // [rows, gates_stride]: beta per v head, alpha per v head
+    const Projection* qkv,      // [rows, qkv_stride]: q heads, k heads, v heads
+    const Projection* gates,          // [rows, gates_stride]: beta per v head, alpha per v head
     const float4* taps,         // [conv_dim] of 4 taps, oldest first
     const float* rates,         // [v_heads]: -exp(A_log)
     const float* dt_bias,       // [v_heads]
-    const Activation* rings,    // [slots, ring_stride]: this layer's [CONV_RING, conv_dim]
+    const float* rings,    // [slots, ring_stride]: this layer's [CONV_RING, conv_dim]
     const ChunkEntry* chunks,   // [chunks]
     u8* workspace,              // see Workspace
     int qkv_stride, int gates_stride, long long ring_stride, int k_heads, int v_heads) {
@@ -370,9 +370,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) delta_prepa
     if (entry.num_rows == 0) return;
     const Workspace work{workspace, k_heads, v_heads};
     const int conv_dim = (2 * k_heads + v_heads) * HEAD_DIM;
-    const Activation* rows = qkv + static_cast<long long>(entry.first_row) * qkv_stride;
-    const Gate* gate_rows = gates + static_cast<long long>(entry.first_row) * gates_stride;
-    const Activation* ring = entry.history < 0 ? nullptr : rings + entry.history * ring_stride;
+    const Projection* rows = qkv + static_cast<long long>(entry.first_row) * qkv_stride;
+    const Projection* gate_rows = gates + static_cast<long long>(entry.first_row) * gates_stride;
+    const float* ring = entry.history < 0 ? nullptr : rings + entry.history * ring_stride;
     const int first = warp * ROWS;
 
     const int key = (k_heads + k_head) * HEAD_DIM + lane * 4, query = k_head * HEAD_DIM + lane * 4;

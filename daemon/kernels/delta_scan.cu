@@ -172,9 +172,9 @@ __device__ __forceinline__ void store_outputs(u8* panel, const TokenOperand& o, 
 
 // Where the block's head and columns lie in the slots, and the rows that a convolution ring keeps.
 struct SlotColumns {
-    const Activation* qkv;
+    const Projection* qkv;
     float* rules;
-    Activation* rings;
+    float* rings;
     long long rule_stride, ring_stride;
     int qkv_stride, k_heads, v_heads, v_head, split;
 
@@ -189,12 +189,12 @@ struct SlotColumns {
     // span's first chunk are in the ring already.
     __device__ void keep_rows(int slot, ChunkEntry entry, int channel, int count) const {
         const int conv_dim = (2 * k_heads + v_heads) * HEAD_DIM;
-        Activation* ring = rings + slot * ring_stride;
+        float* ring = rings + slot * ring_stride;
         for (int i = threadIdx.x; i < CONV_RING * count; i += THREADS) {
             const int row = entry.num_rows - 1 - i / count, at = channel + i % count;
             if (row >= 0 || entry.history < 0)
                 ring[(row + CHUNK) % CONV_RING * conv_dim + at] =
-                    qkv[static_cast<long long>(entry.first_row + row) * qkv_stride + at];
+                    to_float(qkv[static_cast<long long>(entry.first_row + row) * qkv_stride + at]);
         }
     }
 
@@ -277,9 +277,9 @@ __device__ __forceinline__ void advance(KeyColumns& state, TokenOperand& outputs
 
 // Grid (v_heads * HEAD_DIM / BLOCK_COLUMNS, spans). Dynamic shared memory: Buffers.
 extern "C" __global__ void __launch_bounds__(THREADS) delta_scan(
-    const Activation* qkv,     // [rows, qkv_stride]: for the convolution rows that slots keep
+    const Projection* qkv,     // [rows, qkv_stride]: for the convolution rows that slots keep
     float* rules,              // [slots, rule_stride]: this layer's [v_heads, 128 k, 128 v]
-    Activation* rings,         // [slots, ring_stride]: this layer's [CONV_RING, conv_dim]
+    float* rings,              // [slots, ring_stride]: this layer's [CONV_RING, conv_dim]
     const ChunkEntry* chunks,  // [chunks]
     const SpanEntry* spans,    // [spans]
     u8* workspace,             // see Workspace

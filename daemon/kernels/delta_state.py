@@ -1,8 +1,8 @@
 """Where the recurrent states of all slots lie, and how one moves between device and host.
 
 A slot is one stretch of memory, so a snapshot is one copy: first the rule states of all delta-net
-layers, float32 `[layers, v_heads, 128 k, 128 v]`, then their convolution rows, of the activations'
-type, `[layers, CONV_RING, conv_dim]`; the row of position p lies at p mod CONV_RING. Engine thread.
+layers, float32 `[layers, v_heads, 128 k, 128 v]`, then their convolution rows, float32 too,
+`[layers, CONV_RING, conv_dim]`; the row of position p lies at p mod CONV_RING. Engine thread.
 """
 
 from __future__ import annotations
@@ -64,27 +64,25 @@ class DeltaSizes(NamedTuple):
         return self.value_size * HEAD_DIM
 
 
-OUTPUTS = {ElementType.F32: 0, ElementType.BF16: 1, ElementType.F16: 2}
+OUTPUTS = {ElementType.F32: 0, ElementType.F16: 1}
 """Values of the macro OUTPUT."""
 
 
 class DeltaTypes(NamedTuple):
-    """Element types: of qkv, z and kept rows; of beta and alpha, each F32 or BF16; of outputs.
+    """Element types, each F32 or F16: of projected rows, and of outputs.
 
     Outputs of F16 are an operand of quantized products, in the layout that the kernel's kind takes.
     """
 
-    activations: ElementType
-    gates: ElementType
+    projections: ElementType
     outputs: ElementType
 
     @property
     def defines(self) -> dict[str, str | int]:
         """Macros of the kernels."""
-        assert {self.activations, self.gates} <= {ElementType.F32, ElementType.BF16}
+        assert self.projections in (ElementType.F32, ElementType.F16)
         return {
-            "ACTIVATION_BF16": int(self.activations is ElementType.BF16),
-            "GATES_BF16": int(self.gates is ElementType.BF16),
+            "PROJECTION_F16": int(self.projections is ElementType.F16),
             "OUTPUT": OUTPUTS[self.outputs],
         }
 
@@ -138,33 +136,27 @@ class DeltaSlots:
         sizes: DeltaSizes,
         num_layers: int,
         num_slots: int,
-        activations: ElementType,
     ) -> None:
-        slot_bytes = DeltaSlots.slot_bytes(sizes, num_layers, activations)
+        slot_bytes = DeltaSlots.slot_bytes(sizes, num_layers)
         assert memory.num_bytes == num_slots * slot_bytes
         assert memory.pointer % 16 == 0
         self.sizes = sizes
         self.memory = memory.view((num_slots, slot_bytes), ElementType.U8)
         self._num_layers = num_layers
-        self._activations = activations
 
     @staticmethod
-    def slot_bytes(sizes: DeltaSizes, num_layers: int, activations: ElementType) -> int:
+    def slot_bytes(sizes: DeltaSizes, num_layers: int) -> int:
         """Bytes of one slot, a multiple of 16."""
-        ring = CONV_RING * sizes.conv_dim * activations.num_bytes
-        return num_layers * (sizes.rule_floats * 4 + ring)
+        return num_layers * (sizes.rule_floats + CONV_RING * sizes.conv_dim) * 4
 
     def rules(self, layer: int) -> tuple[DeviceArray, int]:
         """One layer's rule states: the array that starts at slot 0's, and floats per slot."""
-        offset = layer * self.sizes.rule_floats * 4
-        return self._at(offset, ElementType.F32)
+        return self._at(layer * self.sizes.rule_floats)
 
     def rings(self, layer: int) -> tuple[DeviceArray, int]:
-        """One layer's convolution rows: the array that starts at slot 0's, elements per slot."""
-        element = self._activations
-        ring = CONV_RING * self.sizes.conv_dim * element.num_bytes
-        offset = self._num_layers * self.sizes.rule_floats * 4 + layer * ring
-        return self._at(offset, element)
+        """One layer's convolution rows: the array that starts at slot 0's, and floats per slot."""
+        ring = CONV_RING * self.sizes.conv_dim
+        return self._at(self._num_layers * self.sizes.rule_floats + layer * ring)
 
     def slot(self, slot: int) -> DeviceArray:
         """The bytes of one slot."""
@@ -186,7 +178,7 @@ class DeltaSlots:
         """The inverse of `read`; keep pinned bytes until the stream has passed."""
         device.write(self.slot(slot), host)
 
-    def _at(self, offset: int, element: ElementType) -> tuple[DeviceArray, int]:
+    def _at(self, floats: int) -> tuple[DeviceArray, int]:
         num_slots, slot_bytes = self.memory.shape
-        size = (num_slots * slot_bytes - offset) // element.num_bytes
-        return self.memory.view((size,), element, offset), slot_bytes // element.num_bytes
+        size = num_slots * slot_bytes // 4 - floats
+        return self.memory.view((size,), ElementType.F32, floats * 4), slot_bytes // 4

@@ -24,9 +24,9 @@ static_assert(COLUMN_GROUPS == 32, "a warp's lanes span the columns");
 struct ThreadChannels {
     int index[CHANNELS_PER_THREAD];  // in a projected row (q heads, k heads, v heads)
     float4 taps[CHANNELS_PER_THREAD];
-    Activation past[CHANNELS_PER_THREAD][CONV_WIDTH - 1];
+    float past[CHANNELS_PER_THREAD][CONV_WIDTH - 1];
 
-    __device__ __forceinline__ void load(const float4* all_taps, const Activation* ring, int newest,
+    __device__ __forceinline__ void load(const float4* all_taps, const float* ring, int newest,
                                          int head, int k_heads, int v_heads) {
         const int conv_dim = (2 * k_heads + v_heads) * HEAD_DIM;
         const int first_head[3] = {head % k_heads, k_heads + head % k_heads, 2 * k_heads + head};
@@ -46,16 +46,15 @@ struct ThreadChannels {
 
     // Channels after convolution and SiLU to `mixed`; the current row to the rings of the slot and,
     // with the rows before it, of a capture. q and k are kept by the first head that uses them.
-    __device__ __forceinline__ void mix(float* mixed, const Activation* row, Activation* ring,
-                                        Activation* capture, int newest, int conv_dim,
+    __device__ __forceinline__ void mix(float* mixed, const Projection* row, float* ring,
+                                        float* capture, int newest, int conv_dim,
                                         bool keeps_keys) const {
 #pragma unroll
         for (int i = 0; i < CHANNELS_PER_THREAD; ++i) {
             const int c = threadIdx.x + i * THREADS;
             if (c >= CHANNELS) break;
-            const Activation now = row[index[i]];
-            mixed[c] = silu(convolve(taps[i], to_float(past[i][0]), to_float(past[i][1]),
-                                     to_float(past[i][2]), to_float(now)));
+            const float now = to_float(row[index[i]]);
+            mixed[c] = silu(convolve(taps[i], past[i][0], past[i][1], past[i][2], now));
             if (c < 2 * HEAD_DIM && !keeps_keys) continue;
             // The overwritten row is older than any tap, so other blocks may still read the ring.
             ring[newest * conv_dim + index[i]] = now;
@@ -109,15 +108,15 @@ struct Reads {
 // Grid (v_heads, sequences). Slots, captures and positions must have been written at least two
 // launches before; a sequence with slot -1 is padding and is left out.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) delta_step(
-    const Activation* qkv,   // [sequences, qkv_stride]: q heads, k heads, v heads
-    const Activation* z,     // [sequences, z_stride]: v heads
-    const Gate* gates,       // [sequences, gates_stride]: beta per v head, alpha per v head
+    const Projection* qkv,   // [sequences, qkv_stride]: q heads, k heads, v heads
+    const Projection* z,     // [sequences, z_stride]: v heads
+    const Projection* gates, // [sequences, gates_stride]: beta per v head, alpha per v head
     const float4* taps,      // [conv_dim] of 4 taps, oldest first
     const float* rates,      // [v_heads]: -exp(A_log)
     const float* dt_bias,    // [v_heads]
     const float4* norm,      // [HEAD_DIM / 4]
     float* rules,            // [slots, rule_stride]: this layer's [v_heads, 128 k, 128 v]
-    Activation* rings,       // [slots, ring_stride]: this layer's [CONV_RING, conv_dim]
+    float* rings,            // [slots, ring_stride]: this layer's [CONV_RING, conv_dim]
     const int* slots,        // [sequences]
     const int* captures,     // [sequences]: slot that gets a copy of the new state, or -1
     const int* positions,    // [sequences]: of the token
@@ -134,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) delta_step(
     const int newest = positions[sequence] % CONV_RING;
     const long long first = (static_cast<long long>(head) * HEAD_DIM + warp) * HEAD_DIM + lane * 4;
     float* rule = rules + slot * rule_stride + first;
-    Activation* ring = rings + slot * ring_stride;
+    float* ring = rings + slot * ring_stride;
 
     // Before the wait: what earlier kernels of this step do not write. The state is next needed
     // after all other layers have passed through the L2 cache, so it should not stay there.
@@ -149,9 +148,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) delta_step(
 
     wait_for_previous_kernel();
     allow_next_kernel();
-    const Gate* gate = gates + sequence * gates_stride + head;
+    const Projection* gate = gates + sequence * gates_stride + head;
     const float beta_in = to_float(gate[0]), alpha = to_float(gate[v_heads]);
-    const Activation4 z4 = load4(z + sequence * z_stride + head * HEAD_DIM + lane * 4);
+    const Projection4 z4 = load4(z + sequence * z_stride + head * HEAD_DIM + lane * 4);
     channels.mix(mixed, qkv + sequence * qkv_stride, ring,
                  capture < 0 ? nullptr : rings + capture * ring_stride, newest,
                  (2 * k_heads + v_heads) * HEAD_DIM, head < k_heads);
@@ -181,10 +180,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) delta_step(
     const float4 o = combine(error, kq, reads.by_q, decay * q_scale);
     const float scale = reciprocal_root(warp_sum(dot4(o, o)) / HEAD_DIM + norm_eps);
     const float4 y = gated(o, scale, weight, to_float4(z4));
-#if OUTPUT == 2
+#if OUTPUT
     *(uint2*)panel_place(out, sequence, head * HEAD_DIM + lane * 4, v_heads * HEAD_DIM) =
         make_uint2(operand_pair(y.x, y.y), operand_pair(y.z, y.w));
 #else
-    store4(static_cast<Output*>(out) + (sequence * v_heads + head) * HEAD_DIM + lane * 4, y);
+    static_cast<float4*>(out)[(sequence * v_heads + head) * (HEAD_DIM / 4) + lane] = y;
 #endif
 }

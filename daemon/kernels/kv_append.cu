@@ -6,7 +6,7 @@
 // (kv_format.cuh). Bytes a row: the projections read once, queries and 2 x kv_heads page rows
 // written; latency-bound in decode. A row's bits depend on nothing but the row.
 //
-// Compile-time: K_FORMAT, V_FORMAT (KvFormat), PROJECTION_BF16 (0: f32 rows, 1: bf16 rows).
+// Compile-time: K_FORMAT, V_FORMAT (KvFormat), PROJECTION_F16 (0: f32 rows, 1: f16 rows).
 #include "kv_format.cuh"
 
 constexpr int WARPS = 8;
@@ -14,12 +14,12 @@ constexpr int ROTARY_PAIRS = 32;
 
 // Lane l holds dims 8 l … 8 l + 7 of a head.
 __device__ __forceinline__ void load_head(float (&x)[8], const void* row, size_t first, int lane) {
-#if PROJECTION_BF16
+#if PROJECTION_F16
     uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const u16*>(row) + first + lane * 8);
     u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
     for (int i = 0; i < 4; ++i) {
-        x[2 * i] = __uint_as_float(words[i] << 16);
-        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+        x[2 * i] = half_to_float(u16(words[i]));
+        x[2 * i + 1] = half_to_float(u16(words[i] >> 16));
     }
 #else
     const float4* source =
@@ -50,7 +50,7 @@ __device__ __forceinline__ void rotate(float (&x)[8], const float* cosines, cons
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) kv_append(
-    const void* projections,                 // f32 or bf16 [rows, row_stride]: (q | gate)s, k, v
+    const void* projections,                 // f32 or f16 [rows, row_stride]: (q | gate)s, k, v
     const int* __restrict__ positions,       // i32 [rows]; negative: the row is padding
     const int* __restrict__ sequences,       // i32 [rows]: the row's line of page_table
     const int* __restrict__ page_table,      // i32 [sequences, table_stride]

@@ -15,9 +15,9 @@ PARAMETERS = ("pointer",) * 9 + ("float32",) * 2 + ("int32",) * 4 + ("int64",) *
 
 
 def defines(layout: KvLayout, projection: ElementType) -> dict[str, str | int]:
-    """Macros for a layout and the element type of projected rows (F32 or BF16)."""
-    assert projection in (ElementType.F32, ElementType.BF16)
-    return {**layout.defines, "PROJECTION_BF16": int(projection is ElementType.BF16)}
+    """Macros for a layout and the element type of projected rows (F32 or F16)."""
+    assert projection in (ElementType.F32, ElementType.F16)
+    return {**layout.defines, "PROJECTION_F16": int(projection is ElementType.F16)}
 
 
 class KvAppend:

@@ -15,12 +15,15 @@ from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU, stripes_of
 from daemon.kernels.quant_pack import BLOCK_COLUMNS, PackedMatrix
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
-from daemon.kernels.runtime.device_array import DeviceArray
+from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.kernel import Kernel, Module
 
 SOURCE = Path(__file__).with_suffix(".cu")
 PARAMETERS = ("pointer",) * 4 + ("int32",) * 5
 HOPPER = "sm_90a"
+STORE_HALF = 4
+"""STORE to an array of fp16."""
+
 WEIGHT_STAGES = 2
 CHUNK_STAGES = 4
 STATIC_SHARED_BYTES = 2048
@@ -76,15 +79,17 @@ class GemmKernels:
 
         Args:
             chunks: the rows in quant_activations' CHUNKS layout, or an earlier SWIGLU's output.
-            out: float32 `[num_tokens, rows]` for STORE and ADD; chunks for SWIGLU.
+            out: float32 `[num_tokens, rows]` for ADD, that or fp16 for STORE; chunks for SWIGLU.
         """
         matrix, swiglu = plan.matrix, epilogue == SWIGLU
         assert matrix.paired == swiglu
         assert epilogue in (STORE, ADD, SWIGLU)
+        if epilogue == STORE and out.dtype is ElementType.F16:
+            epilogue = STORE_HALF
         stride = matrix.rows // 2 if swiglu else matrix.rows
         padded = padded_tokens(num_tokens)
         assert chunks.num_bytes >= padded * matrix.columns * 2
-        assert out.num_bytes >= (padded * stride * 2 if swiglu else num_tokens * stride * 4)
+        assert out.num_bytes >= (padded * stride * 2 if swiglu else num_tokens * stride * out.dtype.num_bytes)
         row_tiles = plan.num_stripes // 2 if self._hopper else plan.num_stripes
         columns = self._tile_columns(row_tiles, num_tokens)
         tiles = row_tiles * -(-num_tokens // columns)

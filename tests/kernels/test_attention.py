@@ -40,11 +40,6 @@ def from_bf16(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def to_bf16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
 def fp8_table() -> np.ndarray[Any, Any]:
     code = np.arange(256)
     exponent, mantissa = (code >> 3) & 15, code & 7
@@ -121,9 +116,8 @@ def make_case(
         line[:count] = order[first : first + count]
     columns = (2 * q_heads + 2 * kv_heads) * HEAD_DIM + 8
     rows = rng.normal(size=(sum(lengths), columns)).astype(np.float32)
-    carried = to_bf16(rows) if projection is BF16 else rows
-    rows = from_bf16(carried) if projection is BF16 else rows
-    projections = device.to_device(carried, projection)
+    rows = rows.astype(projection.carrier)
+    projections = device.to_device(rows, projection)
     positions = device.to_device(np.concatenate([np.arange(n) for n in lengths]).astype(np.int32))
     sequences = device.to_device(np.repeat(np.arange(len(lengths)), lengths).astype(np.int32))
     page_table = device.to_device(table)
@@ -266,14 +260,14 @@ def test_compiles_within_the_spill_budget(arch: str, formats: tuple[KvFormat, Kv
     shared = BYTES_OF_ARCH.get(arch, SMALL_SHARED)
     compiler = Compiler(arch, None)
     shape = attention_decode.choose_shape(layout, 6, 132, shared)
-    tiled = attention_prefill.variant(layout, 6, F32, F16, shared)
+    tiled = attention_prefill.variant(layout, 6, F16, F16, shared)
     variants = [
         (kv_append.SOURCE, kv_append.defines(layout, F32), 48),
         (attention_decode.SOURCE, attention_decode.defines(layout, 6, shape, F32, F16), 0),
         (tiled.source, tiled.defines, SPILL_BUDGET[tiled.heads]),
     ]
     if attention_prefill_wgmma.fits(arch, 6):
-        hopper = attention_prefill_wgmma.variant(layout, 6, F32, F16)
+        hopper = attention_prefill_wgmma.variant(layout, 6, F16, F16)
         variants.append((hopper.source, hopper.defines, WGMMA_SPILL_BUDGET))
     for source, defines, budget in variants:
         report = compiler.report(source, defines)
@@ -289,7 +283,7 @@ def test_query_tiles_lie_on_the_grid() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("formats", MIXED, ids=FORMAT_IDS)
-@pytest.mark.parametrize("projection", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("projection", [F32, F16], ids=["f32", "f16"])
 def test_append(
     device: Device,
     compiler: Compiler,

@@ -35,14 +35,13 @@ from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 
-F32, BF16 = ElementType.F32, ElementType.BF16
-F16 = ElementType.F16
+F32, F16 = ElementType.F32, ElementType.F16
 TYPES = {
-    "f32": DeltaTypes(F32, F32, F32),
-    "bf16": DeltaTypes(BF16, F32, BF16),
-    "operand": DeltaTypes(F32, F32, F16),
+    "f32": DeltaTypes(F32, F32),
+    "operand": DeltaTypes(F32, F16),
+    "f16": DeltaTypes(F16, F16),
 }
-TOLERANCES = {F32: 1e-5, BF16: 4e-3, F16: 5e-4}
+TOLERANCES = {F32: 1e-5, F16: 5e-4}
 """Of the norm of decoded outputs: one rounding to the output's type."""
 EPS = 1e-6
 SPILL_BUDGET = 64
@@ -60,7 +59,7 @@ class Layer(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Projections of consecutive tokens; values that the activations' type can hold."""
+    """Projections of consecutive tokens; values that fp16 can hold."""
 
     qkv: Floats
     z: Floats
@@ -73,16 +72,6 @@ class Rows(NamedTuple):
 
 def joined(parts: list[Rows]) -> Rows:
     return Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-def bf16_bits(x: Floats) -> np.ndarray:
-    """Round to nearest even, as uint16."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def from_bf16(bits: np.ndarray) -> Floats:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def random_layer(sizes: DeltaSizes, rng: np.random.Generator) -> Layer:
@@ -98,14 +87,14 @@ def random_layer(sizes: DeltaSizes, rng: np.random.Generator) -> Layer:
 
 def random_rows(sizes: DeltaSizes, num: int, rng: np.random.Generator) -> Rows:
     def rounded(*shape: int) -> Floats:
-        return from_bf16(bf16_bits(rng.normal(0, 1, shape)))
+        return rng.normal(0, 1, shape).astype(np.float16).astype(np.float32)
 
     heads = sizes.num_v_heads
     return Rows(
         rounded(num, sizes.conv_dim),
         rounded(num, sizes.value_size),
-        rng.normal(0, 1, (num, heads)).astype(np.float32),
-        rng.normal(0, 1, (num, heads)).astype(np.float32),
+        rounded(num, heads),
+        rounded(num, heads),
     )
 
 
@@ -158,10 +147,10 @@ class Bench:
     ) -> None:
         self.device, self.sizes, self.types = device, sizes, types
         self.constants = DeltaConstants(*(device.to_device(x) for x in layer))
-        size = DeltaSlots.slot_bytes(sizes, NUM_LAYERS, types.activations)
+        size = DeltaSlots.slot_bytes(sizes, NUM_LAYERS)
         memory = device.allocate((NUM_SLOTS * size,), ElementType.U8)
         device.fill(memory, 0xFF)
-        self.states = DeltaSlots(memory, sizes, NUM_LAYERS, NUM_SLOTS, types.activations)
+        self.states = DeltaSlots(memory, sizes, NUM_LAYERS, NUM_SLOTS)
         self.step = DeltaStep(device, compiler, sizes, types, EPS)
         workspace = device.allocate((workspace_bytes(sizes, 24),), ElementType.U8)
         device.fill(workspace, 0xFF)
@@ -194,22 +183,11 @@ class Bench:
         return self.device.to_host(self.states.slot(slot)).tobytes()
 
     def _inputs(self, rows: Rows) -> DeltaInputs:
-        packed = np.concatenate([rows.qkv, rows.z], axis=1)
-        gates = np.concatenate([rows.beta, rows.alpha], axis=1)
-        self._kept = self._to_device(packed, self.types.activations), self.device.to_device(gates)
-        width = self.sizes.conv_dim
-        item = self.types.activations.num_bytes
-        main, small = self._kept
-        return DeltaInputs(
-            Columns(main.pointer, packed.shape[1]),
-            Columns(main.pointer + width * item, packed.shape[1]),
-            Columns(small.pointer, gates.shape[1]),
-        )
-
-    def _to_device(self, x: Floats, element: ElementType) -> DeviceArray:
-        if element is BF16:
-            return self.device.to_device(bf16_bits(x), BF16)
-        return self.device.to_device(x.astype(np.float32))
+        packed = np.concatenate(rows, axis=1)
+        padding = np.full((len(packed), -packed.shape[1] % 4), np.nan)
+        packed = np.concatenate([packed, padding], axis=1)
+        self._kept = self.device.to_device(packed.astype(self.types.projections.carrier))
+        return DeltaInputs.of_rows(self._kept, self.sizes)
 
     def _output(self, num_rows: int) -> DeviceArray:
         padded = padded_tokens(num_rows) if self.types.outputs is F16 else num_rows
@@ -221,7 +199,7 @@ class Bench:
         values = self.device.to_host(out)
         if out.dtype is F16:
             return of_operand(values.view(np.uint8), num_rows, self.sizes.value_size)
-        return from_bf16(values) if out.dtype is BF16 else values
+        return values
 
 
 SIZES = [DeltaSizes(2, 6), DeltaSizes(16, 16), DeltaSizes(4, 8)]
@@ -394,13 +372,13 @@ def test_tables_follow_the_grid() -> None:
 def test_workspace_and_slots_are_as_large_as_promised() -> None:
     sizes = DeltaSizes.checked(16, 48, 128, 128, 4)
     assert workspace_bytes(sizes, 1) == 16 * 32768 + 48 * (32768 + 512)
-    slot = DeltaSlots.slot_bytes(sizes, 48, BF16)
-    assert slot == 48 * (48 * 128 * 128 * 4 + CONV_RING * 10240 * 2)
+    slot = DeltaSlots.slot_bytes(sizes, 48)
+    assert slot == 48 * (48 * 128 * 128 + CONV_RING * 10240) * 4
 
 
 def test_parts_of_projected_rows() -> None:
     sizes = DeltaSizes(2, 6)
-    rows = DeviceArray(4096, (3, 2064), BF16, None)
+    rows = DeviceArray(4096, (3, 2064), F16, None)
     inputs = DeltaInputs.of_rows(rows, sizes)
     assert inputs == (
         Columns(4096, 2064),
@@ -431,9 +409,9 @@ def test_blocks_fit_the_cards() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_for_every_architecture(arch: str) -> None:
     compiler = Compiler(arch, None)
-    types = TYPES["bf16"].defines
+    types = TYPES["f16"].defines
     sources = {
-        delta_step.SOURCE: types,
+        delta_step.SOURCE: TYPES["operand"].defines,
         delta_prefill.PREPARE: types,
         delta_prefill.SCAN: {**types, "SCAN_WARPS": 4, "DEPTH": 1},
         delta_prefill.GATE: types,

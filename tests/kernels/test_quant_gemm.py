@@ -8,12 +8,12 @@ pytest.importorskip("cuda.core")
 
 from daemon.kernels import quant_gemm
 from daemon.kernels.quant_activations import CHUNKS, ActivationKernels
-from daemon.kernels.quant_gemm import GemmKernels
+from daemon.kernels.quant_gemm import STORE_HALF, GemmKernels
 from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU
 from daemon.kernels.quant_pack import Packer, RawMatrix
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
 from daemon.kernels.runtime.device import Device
-from daemon.kernels.runtime.device_array import DeviceArray
+from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 
 TOLERANCE = 1e-3
 """Of the norm: weights and activations are rounded to fp16, sums are float32."""
@@ -24,7 +24,7 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:  # type: ign
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("epilogue", [ADD, SWIGLU])
+@pytest.mark.parametrize("epilogue", [ADD, SWIGLU, STORE_HALF])
 def test_compiles_with_few_spills_and_no_serialized_products(arch: str, epilogue: int) -> None:
     columns = 256 if arch == "sm_90a" else 128
     defines = quant_gemm.defines(5, columns, 13440, epilogue, 3)
@@ -74,6 +74,23 @@ def test_each_format_against_float64(bench: Bench, format: str) -> None:
     bench.gemm.multiply(plan, bench.chunks(x), 333, out, STORE)
     got = bench.device.to_host(out)
     assert relative_error(got, x.astype(np.float64) @ values.T) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [(256, 72), (65, 130), (65, 64), (1,)])
+def test_rows_of_fp16_are_the_float32_ones_rounded(bench: Bench, rows: tuple[int, ...]) -> None:
+    parts = [matrix("Q5_K", count, 512, 3 + count)[0] for count in rows]
+    plan = bench.gemm.plan(bench.packer.pack(parts))
+    operand = bench.chunks(np.random.default_rng(4).normal(0, 3e4, (75, 512)).astype(np.float32))
+    results = []
+    for dtype in (ElementType.F32, ElementType.F16):
+        out = bench.device.allocate((75, sum(rows)), dtype)
+        bench.device.fill(out, 0xFF)
+        bench.gemm.multiply(plan, operand, 75, out, STORE)
+        results.append(bench.device.to_host(out))
+    full, half = results
+    assert np.abs(full).max() > 65504
+    np.testing.assert_array_equal(half, np.clip(full, -65504, 65504).astype(np.float16))
 
 
 @pytest.mark.gpu

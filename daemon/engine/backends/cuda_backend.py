@@ -52,7 +52,7 @@ from daemon.kernels.runtime.graph import Graph
 from daemon.kernels.runtime.pinned_pool import PinnedPool
 from daemon.kernels.sample import Choice, Sample
 
-F32 = ElementType.F32
+F32, F16 = ElementType.F32, ElementType.F16
 Run = DecodeRun | PrefillRun
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 Logits = DeviceArray | Float32
@@ -104,7 +104,7 @@ class CudaBackend:
     def numerics(self) -> str:
         """The card's architecture, how work is dealt to it, and the formats of keys and values."""
         formats = f"{self._limits.k_format.name}/{self._limits.v_format.name}"
-        return f"cuda {self._device.arch}; {self._device.num_sms} SMs; KV {formats}; kernels 2"
+        return f"cuda {self._device.arch}; {self._device.num_sms} SMs; KV {formats}; kernels 3"
 
     def attach(self) -> None:
         """Make the GPU current in the engine's thread."""
@@ -229,10 +229,8 @@ class CudaBackend:
         return self._operand(x, self._space.narrow, self._operand_layout, weight)
 
     def project(self, matrix: CudaMatrix, x: Operand) -> DeviceArray:
-        """Float32 `[rows, matrix rows]`."""
-        out = self._space.projected.view((x.num_rows, matrix.rows))
-        self._multiply(matrix, x, out, STORE)
-        return out
+        """`[rows, matrix rows]`: float32 in decode, fp16 in prefill, which is bound by bytes here."""
+        return self._project(matrix, x, F32 if x.layout == PANELS else F16)
 
     def add_project(self, matrix: CudaMatrix, x: Operand, residual: DeviceArray) -> DeviceArray:
         """In the residual's place."""
@@ -245,7 +243,7 @@ class CudaBackend:
         if matrix.is_paired:
             self._multiply(matrix, x, out, SWIGLU)
         else:
-            self._convert.gate(self.project(matrix, x), out, x.layout)
+            self._convert.gate(self._project(matrix, x, F32), out, x.layout)
         return Operand(out, x.num_rows, x.layout)
 
     def delta_net(self, run: Run, layer: int, weights: DeltaNetWeights, x: DeviceArray) -> Operand:
@@ -265,7 +263,7 @@ class CudaBackend:
         """Append, then attend: split over keys in decode, over query tiles in prefill."""
         heads = (run.num_rows, self.shape.attention.num_heads, HEAD_DIM)
         queries = self._space.queries.view(heads)
-        self._kv_append(
+        self._kv_append[x.dtype](
             x, run.positions, run.sequences, run.page_table, self._memory.pool, layer, queries,
             (weights.q_norm, weights.k_norm), self._frequencies, self.shape.rope.magnitude,
             self._eps, dependent=isinstance(run, DecodeRun),
@@ -350,6 +348,11 @@ class CudaBackend:
         self._convert.convert(x, array, layout, norm, self._eps)
         return Operand(array, x.shape[0], layout)
 
+    def _project(self, matrix: CudaMatrix, x: Operand, dtype: ElementType) -> DeviceArray:
+        out = self._space.projected.view((x.num_rows, matrix.rows), dtype)
+        self._multiply(matrix, x, out, STORE)
+        return out
+
     def _multiply(self, matrix: CudaMatrix, x: Operand, out: DeviceArray, epilogue: int) -> None:
         if x.layout == PANELS:
             self._gemv.multiply(matrix.gemv, x.array, x.num_rows, out, epilogue)
@@ -360,13 +363,13 @@ class CudaBackend:
         common, layout = (self._device, self._compiler), self._memory.layout
         max_rows = self._limits.decode_rows
         sizes, heads = self._memory.slots.sizes, shape.attention.num_heads
-        operand = ElementType.F16
-        types = DeltaTypes(F32, F32, operand)
-        self._delta_step = DeltaStep(*common, sizes, types, self._eps)
-        self._delta_prefill = DeltaPrefill(*common, sizes, types, self._eps, self._space.chunks)
-        self._kv_append = KvAppend(*common, layout, F32)
-        self._attention_decode = AttentionDecode(*common, layout, heads, max_rows, F32, operand)
-        self._attention_prefill = AttentionPrefill(*common, layout, heads, F32, operand)
+        self._delta_step = DeltaStep(*common, sizes, DeltaTypes(F32, F16), self._eps)
+        self._delta_prefill = DeltaPrefill(
+            *common, sizes, DeltaTypes(F16, F16), self._eps, self._space.chunks
+        )
+        self._kv_append = {dtype: KvAppend(*common, layout, dtype) for dtype in (F32, F16)}
+        self._attention_decode = AttentionDecode(*common, layout, heads, max_rows, F32, F16)
+        self._attention_prefill = AttentionPrefill(*common, layout, heads, F16, F16)
         self._sample = Sample(*common, shape.vocab_size, max_rows)
         if shape.experts is not None:
             self._mixer = ExpertMixer(*common, shape, shape.experts, self._limits.max_rows)

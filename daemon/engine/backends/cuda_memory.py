@@ -102,10 +102,10 @@ class SequenceMemory:
         with device.region(PAGES):
             self.pool = device.allocate((num_pages, self.layout.page_bytes), ElementType.U8)
         sizes, layers = delta_sizes(shape), shape.num_delta_layers
-        slot_bytes = DeltaSlots.slot_bytes(sizes, layers, F32)
+        slot_bytes = DeltaSlots.slot_bytes(sizes, layers)
         with device.region(STATES):
             memory = device.allocate((num_slots, slot_bytes), ElementType.U8)
-        self.slots = DeltaSlots(memory, sizes, layers, num_slots, F32)
+        self.slots = DeltaSlots(memory, sizes, layers, num_slots)
         self._events: deque[Any] = deque()
         self._buffers = buffers
         self._buffers.prepare(slot_bytes, READY_STATES)
@@ -148,7 +148,7 @@ class Workspace:
     """Arrays that every step overwrites; recorded graphs keep their addresses.
 
     `residual` float32 `[rows, hidden]`; `narrow` and `wide` fp16 operands of hidden size and of
-    any; `projected` float32, into a mixer; `queries` 16 bits; `picked` the rows whose logits are
+    any; `projected` into a mixer, float32 in decode and fp16 in prefill; `queries` 16 bits; `picked` the rows whose logits are
     wanted; `chunks` the delta net's between its prefill kernels.
 
     Args:
@@ -162,7 +162,8 @@ class Workspace:
         self.residual = allocate((rows, shape.hidden), F32)
         self.narrow = allocate((rows * shape.hidden,), ElementType.F16)
         self.wide = allocate((rows * widths.operand,), ElementType.F16)
-        self.projected = allocate((rows * max(widths.projected, stacked_columns),), F32)
+        projected = max(rows * widths.projected, 2 * limits.decode_rows * widths.projected)
+        self.projected = allocate((max(projected, 2 * rows * stacked_columns),), ElementType.F16)
         layout = kv_layout(shape, limits)
         queries = ElementType.BF16 if layout.queries_are_bf16 else ElementType.F16
         self.queries = allocate((rows * shape.attention.num_heads * HEAD_DIM,), queries)

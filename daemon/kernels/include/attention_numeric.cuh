@@ -90,13 +90,6 @@ __device__ __forceinline__ void load_matrix_transposed(u32 (&r)[4], u32 address)
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
-// Transposes an 8 x 8 matrix of 16-bit values that a warp holds, two a lane.
-__device__ __forceinline__ u32 transpose_matrix(u32 x) {
-    u32 y;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
 // Fills with zeros, and reads nothing, where there is nothing to copy.
 __device__ __forceinline__ void copy_async_16_or_zero(u32 shared, const void* global, bool exists) {
     const int bytes = exists ? 16 : 0;

@@ -1,5 +1,5 @@
 // What the attention kernels share besides the pages: the tiles of a prompt, and the gated output.
-// Needs PROJECTION_BF16 and OUTPUT (0: f32, 1: bf16, 2: an operand of quantized products).
+// Needs PROJECTION_F16 (0: f32 rows, 1: f16 rows) and OUTPUT (0: f32, 1: an operand of products).
 #pragma once
 #include "kv_format.cuh"
 #include "operand.cuh"
@@ -43,23 +43,21 @@ struct GatedRow {
 
     // Two adjacent dims, of which `dim` is even.
     __device__ __forceinline__ void write(int dim, float low, float high) const {
-#if PROJECTION_BF16
+#if PROJECTION_F16
         const u32 gates = *reinterpret_cast<const u32*>(
             static_cast<const u16*>(projections) + gate + dim);
-        low *= sigmoid(__uint_as_float(gates << 16));
-        high *= sigmoid(__uint_as_float(gates & 0xffff0000u));
+        low *= sigmoid(half_to_float(u16(gates)));
+        high *= sigmoid(half_to_float(u16(gates >> 16)));
 #else
         const float2 gates =
             *reinterpret_cast<const float2*>(static_cast<const float*>(projections) + gate + dim);
         low *= sigmoid(gates.x);
         high *= sigmoid(gates.y);
 #endif
-#if OUTPUT == 2
+#if OUTPUT
         u8* place = is_decode ? panel_place(output, row, first_column + dim, columns)
                               : chunk_place(output, row, first_column + dim, padded_rows);
         *reinterpret_cast<u32*>(place) = operand_pair(low, high);
-#elif OUTPUT == 1
-        *reinterpret_cast<u32*>(static_cast<u16*>(output) + target + dim) = pack_bf16(low, high);
 #else
         *reinterpret_cast<float2*>(static_cast<float*>(output) + target + dim) = {low, high};
 #endif

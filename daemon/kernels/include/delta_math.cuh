@@ -1,7 +1,7 @@
 // Elementwise arithmetic of the gated delta net, shared by its decode and prefill kernels.
 //
-// ACTIVATION_BF16 and GATES_BF16 (0 or 1) say which arrays are bfloat16, not float32; OUTPUT is 0
-// for float32, 1 for bfloat16, 2 for an operand of quantized products (operand.cuh).
+// PROJECTION_F16 says whether projected rows are fp16 (1) or float32 (0); OUTPUT is 0 for float32, 1
+// for an operand of quantized products (operand.cuh). The rows that a slot keeps are float32.
 // Arithmetic and state are float32. Exponentials, reciprocals and roots are approximate (2 ulp),
 // which is far inside the rounding of activations.
 #pragma once
@@ -13,50 +13,58 @@ constexpr float L2_EPS = 1e-6f;
 constexpr float QUERY_SCALE = 0.08838834764831845f;  // 1 / sqrt(HEAD_DIM)
 constexpr float LOG2_E = 1.4426950408889634f;
 
-struct Bf16 {
+struct Half {
     unsigned short bits;
 };
 
-template <bool is_bf16>
-struct ElementOf {
-    typedef float One;
-    typedef float4 Four;
-};
-template <>
-struct ElementOf<true> {
-    typedef Bf16 One;
-    typedef uint2 Four;
-};
+#if PROJECTION_F16
+typedef Half Projection;  // of q, k, v, z, beta and alpha
+typedef uint2 Projection4;
+#else
+typedef float Projection;
+typedef float4 Projection4;
+#endif
 
-typedef ElementOf<ACTIVATION_BF16>::One Activation;  // projected q, k, v, z and the kept rows
-typedef ElementOf<ACTIVATION_BF16>::Four Activation4;
-typedef ElementOf<GATES_BF16>::One Gate;  // projected beta and alpha
-typedef ElementOf<OUTPUT == 1>::One Output;
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(Half x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
 
-__device__ __forceinline__ unsigned bf16_pair(float low, float high) {
+// Two floats to fp16, the first in the low half; beyond 65504 saturates.
+__device__ __forceinline__ unsigned half_pair(float low, float high) {
     unsigned pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(Bf16 x) {
-    return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+__device__ __forceinline__ float2 from_half_pair(unsigned pair) {
+    float2 x;
+    asm("{.reg .b16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;}"
+        : "=f"(x.x), "=f"(x.y)
+        : "r"(pair));
+    return x;
 }
 
 __device__ __forceinline__ float4 to_float4(float4 x) { return x; }
 __device__ __forceinline__ float4 to_float4(uint2 x) {
-    return make_float4(__uint_as_float(x.x << 16), __uint_as_float(x.x & 0xffff0000u),
-                       __uint_as_float(x.y << 16), __uint_as_float(x.y & 0xffff0000u));
+    const float2 low = from_half_pair(x.x), high = from_half_pair(x.y);
+    return make_float4(low.x, low.y, high.x, high.y);
 }
 
-__device__ __forceinline__ void store4(float* at, float4 x) { *reinterpret_cast<float4*>(at) = x; }
-__device__ __forceinline__ void store4(Bf16* at, float4 x) {
-    *reinterpret_cast<uint2*>(at) = make_uint2(bf16_pair(x.x, x.y), bf16_pair(x.z, x.w));
+__device__ __forceinline__ Projection4 load4(const Projection* at) {
+    return *reinterpret_cast<const Projection4*>(at);
 }
 
-__device__ __forceinline__ Activation4 load4(const Activation* at) {
-    return *reinterpret_cast<const Activation4*>(at);
+// Of a kept row; exact where a prompt's projection was kept.
+__device__ __forceinline__ Projection4 load4_kept(const float* at) {
+    const float4 x = *reinterpret_cast<const float4*>(at);
+#if PROJECTION_F16
+    return make_uint2(half_pair(x.x, x.y), half_pair(x.z, x.w));
+#else
+    return x;
+#endif
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {

@@ -63,21 +63,6 @@ __device__ __forceinline__ int panel_offset(int row, int unit) {
     return row * 128 + ((unit ^ (row & 7)) << 4);
 }
 
-// Two floats to fp16, the first in the low half; beyond 65504 saturates.
-__device__ __forceinline__ u32 half_pair(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-__device__ __forceinline__ float2 from_half_pair(u32 pair) {
-    float2 x;
-    asm("{.reg .b16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;}"
-        : "=f"(x.x), "=f"(x.y)
-        : "r"(pair));
-    return x;
-}
-
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -88,13 +73,6 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 addres
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address));
-}
-
-// 8 x 8 fp16 across the warp to its transpose.
-__device__ __forceinline__ u32 transpose_matrix(u32 x) {
-    u32 y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
 }
 
 // c += a b: a [16][16], b [16][8], c [16][8] in the fragment layouts of m16n8k16.

@@ -10,7 +10,7 @@
 //
 // Macros: TYPES (bit mask of QuantTypes), COLUMNS (64, 128, 256), UNIT_BYTES (the largest unit),
 // WEIGHT_STAGES, CHUNK_STAGES, EPILOGUE (0 store, 1 add to a residual, 2 SwiGLU of paired rows,
-// 3 SiLU, times the rows that were stored before).
+// 3 SiLU, times the rows that were stored before, 4 store in fp16).
 #pragma once
 #include "operand.cuh"
 #include "quant_blocks.cuh"
@@ -32,7 +32,8 @@ struct Tile {
     int num_blocks;                 // 256 columns of W each
 };
 
-// Where the sums go. rows: float32 [tokens, stride]; chunks: fp16 [stride / 64, lines, 64].
+// Where the sums go. rows: float32 [tokens, stride], fp16 where EPILOGUE is 4; chunks: fp16
+// [stride / 64, lines, 64].
 struct Output {
     float* rows;
     u8* chunks;
@@ -110,12 +111,38 @@ __device__ __forceinline__ void write_rows(
     }
 }
 
+// The same sums to fp16 rows, transposed 8 x 8, so that a lane has two rows of one token.
+template <int count>
+__device__ __forceinline__ void write_half_rows(
+    const Output& out, const Tile& tile, const Stripe& s, int row, int token,
+    const float (&sum)[count][4]) {
+    const int lane = threadIdx.x % 32;
+    row += lane % 4 * 2 - lane / 4, token += lane / 4 - lane % 4 * 2;
+    u16* first = (u16*)out.rows + (long long)token * out.stride + s.row + row;
+    const bool aligned = (s.row | out.stride) % 2 == 0;
+#pragma unroll
+    for (int i = 0; i < count * 2; i++) {
+        const float* pair = sum[i / 2] + i % 2 * 2;
+        const u32 y = transpose_matrix(
+            half2_saturated(pair[0] / ACTIVATION_SCALE, pair[1] / ACTIVATION_SCALE));
+        u16* at = first + (long long)(i / 2 * 8) * out.stride + i % 2 * 8;
+        const int rows = token + i / 2 * 8 < tile.end ? s.num_rows - row - i % 2 * 8 : 0;
+        if (rows > 1 && aligned) {
+            *(u32*)at = y;
+        } else {
+            if (rows > 0) at[0] = u16(y);
+            if (rows > 1) at[1] = u16(y >> 16);
+        }
+    }
+}
+
 template <int count>
 __device__ __forceinline__ void write_sums(
     const Output& out, const Tile& tile, const Stripe& s, int row, int token,
     const float (&sum)[count][4]) {
     if constexpr (EPILOGUE == 2) write_products(out, tile, s, row, token, sum);
     else if constexpr (EPILOGUE == 3) write_gated(out, tile, s, row, token, sum);
+    else if constexpr (EPILOGUE == 4) write_half_rows(out, tile, s, row, token, sum);
     else write_rows(out, tile, s, row, token, sum);
 }
 

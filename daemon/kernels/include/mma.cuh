@@ -53,4 +53,11 @@ __device__ __forceinline__ u32 half2_of(float low, float high) {
     return y;
 }
 
+// The same, where values beyond 65504 become that.
+__device__ __forceinline__ u32 half2_saturated(float low, float high) {
+    u32 y;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
 __device__ __forceinline__ u32 half2_twice(float x) { return half2_of(x, x); }

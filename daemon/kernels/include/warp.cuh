@@ -16,6 +16,13 @@ __device__ __forceinline__ float warp_max(float value) {
     return value;
 }
 
+// 8 x 8 values of 16 bits across the warp, two of a row in each lane, to their transpose.
+__device__ __forceinline__ unsigned transpose_matrix(unsigned x) {
+    unsigned y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
 // A barrier of some of the block's warps; id 1 to 15, since __syncthreads has 0.
 template <int threads>
 __device__ __forceinline__ void named_barrier(int id) {
