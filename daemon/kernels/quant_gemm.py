@@ -89,7 +89,9 @@ class GemmKernels:
         stride = matrix.rows // 2 if swiglu else matrix.rows
         padded = padded_tokens(num_tokens)
         assert chunks.num_bytes >= padded * matrix.columns * 2
-        assert out.num_bytes >= (padded * stride * 2 if swiglu else num_tokens * stride * out.dtype.num_bytes)
+        assert out.num_bytes >= (
+            padded * stride * 2 if swiglu else num_tokens * stride * out.dtype.num_bytes
+        )
         row_tiles = plan.num_stripes // 2 if self._hopper else plan.num_stripes
         columns = self._tile_columns(row_tiles, num_tokens)
         tiles = row_tiles * -(-num_tokens // columns)

@@ -229,7 +229,7 @@ class CudaBackend:
         return self._operand(x, self._space.narrow, self._operand_layout, weight)
 
     def project(self, matrix: CudaMatrix, x: Operand) -> DeviceArray:
-        """`[rows, matrix rows]`: float32 in decode, fp16 in prefill, which is bound by bytes here."""
+        """`[rows, matrix rows]`: float32 in decode, fp16 in prefill, which mixers read faster."""
         return self._project(matrix, x, F32 if x.layout == PANELS else F16)
 
     def add_project(self, matrix: CudaMatrix, x: Operand, residual: DeviceArray) -> DeviceArray:

@@ -148,8 +148,8 @@ class Workspace:
     """Arrays that every step overwrites; recorded graphs keep their addresses.
 
     `residual` float32 `[rows, hidden]`; `narrow` and `wide` fp16 operands of hidden size and of
-    any; `projected` into a mixer, float32 in decode and fp16 in prefill; `queries` 16 bits; `picked` the rows whose logits are
-    wanted; `chunks` the delta net's between its prefill kernels.
+    any; `projected` into a mixer, float32 in decode and fp16 in prefill; `queries` 16 bits;
+    `picked` the rows whose logits are wanted; `chunks` the delta net's between its prefill kernels.
 
     Args:
         stacked_columns: see `WeightLoader`.
