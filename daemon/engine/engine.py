@@ -13,6 +13,7 @@ from daemon.engine.batch import Span
 from daemon.engine.checkpointing import CheckpointStore
 from daemon.engine.memory.residents import Resident
 from daemon.engine.model.model import Model
+from daemon.engine.outbox import Outbox
 from daemon.engine.requests import (
     Deliver,
     Event,
@@ -72,6 +73,7 @@ class StepEngine:
         self.wake = wake
         self.sequences: dict[str, Sequence] = {}
         self.saving = Saving(model.backend)
+        self.outbox = Outbox()
         self.keep_every_ms = KEEP_EVERY_MS
         store.expect(*self.backend.snapshot_sizes, self.backend.host_buffer)
 
@@ -81,14 +83,14 @@ class StepEngine:
         """Queue a request."""
         assert request.id not in self.sequences, "request ids are unique"
         timeline = self.store.timeline(request.tokens, request.session)
-        sequence = Sequence(request, deliver, timeline)
+        sequence = Sequence(request, self.outbox.through(deliver), timeline)
         if sequence.is_idle_work and not request.max_tokens:
             self._end_contained_idle_work(request)
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
         surplus = self.scheduler.surplus_idle()
         if surplus is not None:
-            self._finish(surplus, "cancelled")
+            self.cancel(surplus.request.id)
 
     def cancel(self, request_id: str) -> None:
         """End a request now; what was evaluated for it is kept. Unknown ids are ignored."""
@@ -96,6 +98,7 @@ class StepEngine:
         if sequence is not None:
             self._keep_interrupted(sequence)
             self._finish(sequence, "cancelled")
+            self.outbox.empty()
 
     def fail(self, sequences: tuple[Sequence, ...], error: QwendError) -> None:
         """End sequences with an error and free their places."""
@@ -105,7 +108,10 @@ class StepEngine:
     # ── the main loop ─────────────────────────────────────────────────────────────────────────
 
     def step(self) -> bool:
-        """Advance every sequence that can be advanced; False when there was nothing to do."""
+        """Advance every sequence that can be advanced; False when there was nothing to do.
+
+        What a step gives is delivered while the next one runs, where the backend allows it.
+        """
         self.saving.finish(wait=False)
         num_admitted = self._admit()
         num_restored = self._finish_restores()
@@ -115,6 +121,8 @@ class StepEngine:
         prefill = self.scheduler.plan_prefill()
         if prefill is not None:
             self._run(prefill)
+        if not decode and not prefill:
+            self.outbox.empty()
         return bool(decode or prefill or num_restored or num_admitted or self.saving)
 
     def finish_saving(self) -> None:
@@ -136,8 +144,11 @@ class StepEngine:
 
     def _run(self, work: Work) -> None:
         began = time.perf_counter()
+        if not self.backend.overlaps:
+            self.outbox.empty()
         try:
             logits = self.model.logits(work.batch)
+            self.outbox.empty()
             self._advance(work)
             pairs = zip(work.sequences, work.batch.spans, strict=True)
             sampling = tuple(sequence for sequence, span in pairs if span.samples)

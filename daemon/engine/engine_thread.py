@@ -199,6 +199,7 @@ class EngineThread:
             self._failure = failure
             on_failure = self._on_failure
         engine.fail(tuple(engine.sequences.values()), failure)
+        engine.outbox.empty()
         while (command := self._next_command(wait=False)) is not None:
             if isinstance(command, Submit):
                 command.deliver(Failed(failure))

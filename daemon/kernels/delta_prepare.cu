@@ -99,8 +99,9 @@ __device__ __forceinline__ float2 running_sums(float first, float second, int la
 }
 
 // Gates of a value head by one warp: beta and G to shared memory, decays to the workspace.
-__device__ void write_gates(float* beta, float* sums, u8* decays, const Projection* gates, int stride,
-                            int head, int v_heads, int num_rows, float rate, float bias, int lane) {
+__device__ void write_gates(float* beta, float* sums, u8* decays, const Projection* gates,
+                            int stride, int head, int v_heads, int num_rows, float rate, float bias,
+                            int lane) {
     float b[2] = {0.0f, 0.0f}, g[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

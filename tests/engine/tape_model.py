@@ -30,8 +30,8 @@ def continuation(prompt: Sequence[int], count: int) -> list[int]:
 
 
 class TapeModel:
-    """`before_batch` may raise, as a device would; `batches` are those that were evaluated; a
-    snapshot arrives when it has been asked for `read_steps` times."""
+    """`overlaps` as a backend has it; `before_batch` may raise, as a device would; `batches` are
+    those that were evaluated; a snapshot arrives when it has been asked for `read_steps` times."""
 
     def __init__(self, num_slots: int, num_pages: int) -> None:
         self.backend = self
@@ -40,6 +40,7 @@ class TapeModel:
         self.before_batch: Callable[[Batch], None] = lambda batch: None
         self.batches: list[Batch] = []
         self.read_steps = 0
+        self.overlaps = False
 
     @property
     def snapshot_sizes(self) -> tuple[int, int]:

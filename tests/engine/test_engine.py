@@ -48,6 +48,22 @@ def test_events_of_one_request(length: int) -> None:
     harness.assert_all_places_are_free()
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_tokens_are_delivered_while_the_device_has_work(overlaps: bool) -> None:
+    """A device that computes by itself gets its next step first; another would hold tokens up."""
+    harness = TapeHarness()
+    harness.model.overlaps = overlaps
+    tokens = prompt(20)
+    events = harness.submit(tokens, max_tokens=4)
+    num_seen: list[int] = []
+    harness.model.before_batch = lambda batch: num_seen.append(len(events))
+    harness.run()
+    # Started comes before the first batch, progress and a token from it, a token from each other.
+    assert num_seen == ([0, 1, 3, 4] if overlaps else [1, 3, 4, 5])
+    assert [e.token for e in events if isinstance(e, TokenSampled)] == continuation(tokens, 4)
+    assert_in_order(events)
+
+
 @pytest.mark.parametrize("stop_at", [0, 1, 5])
 def test_a_stop_token_ends_the_reply_and_is_not_part_of_it(stop_at: int) -> None:
     harness = TapeHarness()

@@ -97,6 +97,11 @@ class Backend(Protocol):
         """Identity of the arithmetic: equal strings promise equal bits. Part of every hash."""
         ...
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether `logits` only begins a step, so that the host is free until `sample`."""
+        ...
+
     def attach(self) -> None:
         """Called once, on the engine's thread, before anything else is called there."""
         ...

@@ -106,6 +106,11 @@ class CudaBackend:
         formats = f"{self._limits.k_format.name}/{self._limits.v_format.name}"
         return f"cuda {self._device.arch}; {self._device.num_sms} SMs; KV {formats}; kernels 3"
 
+    @property
+    def overlaps(self) -> bool:
+        """Launches are asynchronous."""
+        return True
+
     def attach(self) -> None:
         """Make the GPU current in the engine's thread."""
         self._device.use_here()

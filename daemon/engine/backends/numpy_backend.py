@@ -71,6 +71,11 @@ class NumpyBackend:
         extensions = ",".join(config["SIMD Extensions"]["found"])
         return f"numpy {np.__version__}; {blas['name']} {blas['version']}; {extensions}; layout 3"
 
+    @property
+    def overlaps(self) -> bool:
+        """Everything is done when a call returns."""
+        return False
+
     def attach(self) -> None:
         """NumPy runs on any thread."""
 

@@ -1,7 +1,7 @@
 // Elementwise arithmetic of the gated delta net, shared by its decode and prefill kernels.
 //
-// PROJECTION_F16 says whether projected rows are fp16 (1) or float32 (0); OUTPUT is 0 for float32, 1
-// for an operand of quantized products (operand.cuh). The rows that a slot keeps are float32.
+// PROJECTION_F16: projected rows are fp16 (1) or float32 (0). OUTPUT: results are
+// an operand of quantized products (1; operand.cuh) or float32 (0). Rows in slots are float32.
 // Arithmetic and state are float32. Exponentials, reciprocals and roots are approximate (2 ulp),
 // which is far inside the rounding of activations.
 #pragma once
