@@ -7,7 +7,6 @@ calls with its lock held, mostly on the engine's thread, so everything here must
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import islice
 
 from msgspec import Struct
 
@@ -17,7 +16,7 @@ from daemon.cache.eviction import EvictionRound
 from daemon.cache.host_memory import HostMemory
 from daemon.cache.index_loader import LoadedIndex
 from daemon.cache.pending_changes import PendingChanges
-from daemon.cache.policy import Sizes, is_lazy, is_worth_writing
+from daemon.cache.policy import Sizes, is_lazy, is_worth_writing, waits_for_use
 from daemon.cache.prefix_index import PageRow, Removed
 from daemon.cache.records import HASH_BYTES, StateHeader, Use, state_key
 from daemon.cache.store import footprint
@@ -30,6 +29,9 @@ SHRINK = 0.9
 
 MANY_STATES = 256
 """From so many on, making room goes 1/32 further than it must, to be rare: it weighs them all."""
+
+UNUSED_SHARE = 4
+"""Checkpoints that wait for use take at most 1/4 of the memory for all that waits."""
 
 SIDE_REQUEST_US = 10 * 60 * 1_000_000
 """So long after a conversation's last use, a shorter prompt is taken for a side request of it."""
@@ -186,16 +188,29 @@ class Holdings:
             del self._pins[key]
 
     def _relieve_queue(self) -> None:
-        """Give up waiting checkpoints, the least worth first, until the queue is in its bounds."""
+        """Give up waiting checkpoints, the least worth first, until the queue is in its bounds, and
+        those that wait for use are in theirs."""
+        limit = self._limits.queue_bytes
+        self._shrink_queue(limit, lambda: self.queue.num_bytes, lambda _: True)
+        if self.queue.num_bytes > limit // UNUSED_SHARE:
+            self._shrink_queue(limit // UNUSED_SHARE, self._unused_bytes, self._waits_for_use)
 
-        def excess() -> int:
-            lone = len(self.queue) <= 1
-            return 0 if lone else self.queue.num_bytes - self._limits.queue_bytes
+    def _shrink_queue(
+        self, limit: int, num_bytes: Callable[[], int], may_go: Callable[[QueuedState], bool]
+    ) -> None:
+        def queued_may_go(key: bytes) -> bool:
+            state = self.queue.state(key)
+            return state is not None and may_go(state) and self._may_go(key)
 
-        if excess() > 0:
+        if len(self.queue) > 1 and num_bytes() > limit:
+            limit -= limit // 32 if len(self.queue) > MANY_STATES else 0
             self._remove_least_worth(
-                lambda key: self.queue.state(key) is not None and self._may_go(key), excess
+                queued_may_go, lambda: num_bytes() - limit if len(self.queue) > 1 else 0
             )
+
+    def _unused_bytes(self) -> int:
+        waiting = (state.header for state in self.queue.queued if self._waits_for_use(state))
+        return sum(header.payload_bytes for header in waiting)
 
     def _remove_least_worth(
         self, may_go: Callable[[bytes], bool], excess: Callable[[], int]
@@ -239,7 +254,8 @@ class Holdings:
     def _drop_superseded(self) -> None:
         """What its conversation passed while it waited, and nobody will miss, is never written."""
         oldest_us = self._now_us() - self._limits.write_delay_us
-        for state in list(islice(self.queue.queued, MANY_STATES)):
+        passing = [state for state in self.queue.queued if not self._waits_for_use(state)]
+        for state in passing[:MANY_STATES]:
             key = state.header.key
             candidate = self.index.candidate(key)
             if state.header.created_us > oldest_us or not self._may_go(key) or candidate is None:
@@ -254,6 +270,8 @@ class Holdings:
         pressure = self.ledger.pressure(now_us)
         for state in self.queue.queued:
             header = state.header
+            if not at_once and self._waits_for_use(state):
+                continue
             age_us = now_us - header.created_us
             is_late = at_once or age_us >= self._limits.write_delay_us
             if not is_late and is_lazy(header.reason, header.position, self.sizes):
@@ -262,6 +280,9 @@ class Holdings:
             if candidate and is_worth_writing(candidate, self.sizes, pressure):
                 return state
         return None
+
+    def _waits_for_use(self, state: QueuedState) -> bool:
+        return waits_for_use(state.header.reason, self.index.use(state.header.key).heat)
 
     def settle(self, job: Job) -> None:
         """Take what is on disk now out of the queue; doom what was dropped while it was written."""

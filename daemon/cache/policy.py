@@ -6,7 +6,8 @@ Owns the choices, none of the doing: no store, no clock, no thread.
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from msgspec import Struct
 
@@ -14,7 +15,7 @@ from daemon.checkpoint import PAGE_TOKENS, Boundary, Reason
 
 WORTH: dict[Reason, int] = {
     "mark": 7, "system": 6, "prompt": 5, "user": 4, "junction": 3, "tool": 2,
-    "reply": 1, "interrupted": 1, "interval": 0,
+    "reply": 1, "interrupted": 1, "interval": 0, "section": -1,
 }  # fmt: skip
 """Which reason is recorded where several meet, and which checkpoints of a prompt stay when it would
 take too many. How long a stored one is kept is another matter: see `keep_score`."""
@@ -35,6 +36,14 @@ TAIL_SPREAD: dict[Reason, int] = {"tool": 4, "user": 8}
 they would be more than a quarter of those that the prompt may take."""
 
 MAX_COVER_TOKENS = 8192
+
+SECTION_SHARE = 8
+"""Checkpoints inside messages are 1/8 of the cover's distance apart or more: they lie in memory,
+where they make room for others, until somebody goes on from one."""
+
+HEAD_TOKENS = 1024
+"""Clients that shorten an old tool result leave at most so much of its beginning."""
+
 AGE_US = 60 * 1_000_000
 """The chance that a checkpoint is used again falls with 1 / (1 + age / 1 minute)²."""
 
@@ -44,7 +53,7 @@ end, mostly by a page, and these spread over everything that is superseded."""
 
 EXPECTED_USE: dict[Reason, float] = {
     "mark": 3.0, "system": 3.0, "prompt": 1.0, "junction": 1.0, "user": 0.0, "reply": 0.0,
-    "interrupted": 0.0, "tool": -1.0, "interval": -1.0,
+    "interrupted": 0.0, "tool": -1.0, "interval": -1.0, "section": -2.0,
 }  # fmt: skip
 """In powers of two: how much likelier than others a checkpoint is used again, by its reason."""
 
@@ -72,6 +81,11 @@ class Sizes(Struct, frozen=True):
             return self.interval_tokens
         pages = -(-COVER_SHARE * self.state_bytes // self.page_bytes)
         return min(max(pages * PAGE_TOKENS, 4 * PAGE_TOKENS), MAX_COVER_TOKENS)
+
+    @property
+    def section_tokens(self) -> int:
+        """Distance of the checkpoints inside messages."""
+        return max(self.cover_tokens // SECTION_SHARE // PAGE_TOKENS, 1) * PAGE_TOKENS
 
     @property
     def max_position(self) -> int:
@@ -149,6 +163,12 @@ def is_lazy(reason: Reason, position: int, sizes: Sizes) -> bool:
     return reason in LAZY_REASONS and position % sizes.cover_tokens != 0
 
 
+def waits_for_use(reason: Reason, heat: float) -> bool:
+    """Whether a checkpoint stays in memory, unwritten, until it is used or the daemon stops: one of
+    many places where the next conversation may part, of which it will take one."""
+    return reason == "section" and heat <= 1.0
+
+
 def is_worth_writing(candidate: Candidate, sizes: Sizes, pressure: float) -> bool:
     """Whether a checkpoint is worth its bytes on disk, or only the memory that it is in.
 
@@ -185,8 +205,10 @@ def _age(used_us: int, now_us: int) -> float:
 def positions(prompt: Prompt, sizes: Sizes) -> dict[int, Reason]:
     """Where a prompt, after `start`, should have checkpoints, in ascending order, with reasons.
 
-    Boundaries are aligned down to whole pages. A junction lies where the prompt leaves an earlier
-    one: its state passes by during this evaluation and serves the third prompt to branch there.
+    Sections lie at the section boundaries and in the heads of tool results, not nearer to anything
+    than their distance. Boundaries are aligned down to whole pages. A junction lies where the
+    prompt leaves an earlier one: its state passes by during this evaluation and serves the third
+    prompt to branch there.
     """
     wanted = _with_meaning(prompt, sizes)
     split = prompt.num_shared
@@ -202,6 +224,7 @@ def positions(prompt: Prompt, sizes: Sizes) -> dict[int, Reason]:
         if boundary.reason == "prompt" and end == one_before + 2 * PAGE_TOKENS:
             _want(wanted, end, "reply")
     wanted |= dict.fromkeys(_cover(prompt, sizes.cover_tokens, sorted(wanted)), "interval")
+    wanted |= dict.fromkeys(_sections(prompt, sizes.section_tokens, sorted(wanted)), "section")
     possible = [p for p in wanted if max(prompt.start, 0) < p <= sizes.max_position]
     kept = sorted(possible, key=lambda position: (WORTH[wanted[position]], position))
     kept = kept[-sizes.max_states :]
@@ -226,6 +249,8 @@ def _near_the_tail(prompt: Prompt, sizes: Sizes) -> list[Boundary]:
     kept = []
     last: dict[Reason, int] = {}
     for boundary in sorted(prompt.boundaries, key=lambda b: b.position, reverse=True):
+        if boundary.reason == "section":
+            continue
         many = counts[boundary.reason] > sizes.max_states // 4
         spread = TAIL_SPREAD.get(boundary.reason) if many else None
         distance = prompt.num_tokens - boundary.position
@@ -248,3 +273,30 @@ def _cover(prompt: Prompt, distance: int, with_meaning: Sequence[int]) -> list[i
         if bisect_right(with_meaning, position - distance // 2)
         == bisect_left(with_meaning, position + distance // 2)
     ]
+
+
+def _sections(prompt: Prompt, distance: int, others: Sequence[int]) -> list[int]:
+    """Sections that are so far from what was placed otherwise, and from one another.
+
+    All from the first token on are gone through: so prompts with one beginning agree on them.
+    """
+    pages = {b.position // PAGE_TOKENS for b in prompt.boundaries if b.reason == "section"}
+    candidates = pages.union(_heads(prompt))
+    bounds = (0, *others, prompt.num_tokens // PAGE_TOKENS * PAGE_TOKENS + distance)
+    kept = []
+    last = 0
+    for position in sorted(page * PAGE_TOKENS for page in candidates):
+        after = bisect_right(bounds, position)
+        if bounds[after] - position >= distance <= position - max(last, bounds[after - 1]):
+            kept.append(position)
+            last = position
+    return kept
+
+
+def _heads(prompt: Prompt) -> Iterator[int]:
+    """Numbers of the pages in the heads of tool results, without those evaluated before."""
+    meant = [b for b in prompt.boundaries if b.reason != "section"]
+    for boundary, following in pairwise([*meant, Boundary(prompt.num_tokens, "prompt")]):
+        end = min(boundary.position + HEAD_TOKENS, following.position)
+        if boundary.reason == "tool" and end > prompt.start:
+            yield from range(boundary.position // PAGE_TOKENS + 1, end // PAGE_TOKENS + 1)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+from daemon.checkpoint import PAGE_TOKENS
 from daemon.errors import InvalidRequest
 from daemon.text.encoded_frames import EncodedFrames
 from daemon.text.messages import Message, ToolSpec
@@ -23,13 +24,14 @@ from daemon.text.replay import (
     says_the_same,
 )
 from daemon.text.reply_key import digests, reply_key
+from daemon.text.sections import section_starts
 from daemon.text.template import ChatTemplate, Frame, FrameKind
 from daemon.text.tokenizer import Tokenizer
 
 MAX_SHARED = 8
 """Frames with several tools' results in which each one's place is looked for, the last ones."""
 
-BoundaryReason = Literal["system", "user", "tool", "prompt", "mark"]
+BoundaryReason = Literal["system", "user", "tool", "prompt", "mark", "section"]
 
 
 class PromptFrame(Struct, frozen=True):
@@ -45,7 +47,8 @@ class Prompt(Struct, frozen=True, kw_only=True):
 
     `boundaries` are (position, reason) in rising order, one a position and none at 0: "system" is
     the end of system prompt and tools, "user" the start of a user message, "tool" of tool results,
-    "prompt" the start of the generation prompt, "mark" where a client marked a message.
+    "prompt" the start of the generation prompt, "mark" where a client marked a message, "section"
+    the first paragraph or tool definition to begin in a page, in what system and user say.
     `generation` are the generation prompt's tokens, the last of `tokens`; with `thinking_open` it
     ends inside `<think>`. `frames` say which tokens show which messages, and `said` is a digest of
     what these say. `normalised` names the rules that changed the conversation.
@@ -123,6 +126,7 @@ class PromptBuilder:
                 starts,
                 self._marks(frames, starts, messages),
                 self._inner_results(frames, starts, messages),
+                self._sections(frames, starts, tokens),
             ),
             generation=tuple(tokens[starts[-1] :]),
             thinking_open=_is_thinking_open(frames[-1].text),
@@ -167,6 +171,27 @@ class PromptBuilder:
                 text = _text_before(frame.text, messages[index].content, 0)
                 if text is not None:
                     yield start + max(0, self._num_tokens(text) - 1)
+
+    def _sections(
+        self, frames: Sequence[Frame], starts: Sequence[int], tokens: Sequence[int]
+    ) -> Iterator[int]:
+        """The first section to begin in each page, in frames of system and user."""
+        last_page = 0
+        for frame, start, end in zip(frames, starts, starts[1:], strict=False):
+            if frame.kind != "system" and frame.kind != "user":
+                continue
+            for offset in self._section_starts(frame, tokens[start:end]):
+                page = (start + offset) // PAGE_TOKENS
+                if page > last_page:
+                    yield start + offset
+                    last_page = page
+
+    def _section_starts(self, frame: Frame, tokens: Sequence[int]) -> Sequence[int]:
+        def search() -> Iterable[int]:
+            pieces = map(self._tokenizer.token_bytes, tokens)
+            return section_starts(pieces, with_definitions=frame.kind == "system")
+
+        return self._encoded.get_or_encode(("sections", frame.segments), search)
 
     def _num_tokens(self, text: str) -> int:
         """The last token of a text cut anywhere may be another one in the whole."""
@@ -226,11 +251,13 @@ def _boundaries(
     starts: Sequence[int],
     marks: Iterable[int],
     inner_results: Iterable[int],
+    sections: Iterable[int],
 ) -> tuple[tuple[int, BoundaryReason], ...]:
     after_system = next(
         dropwhile(lambda pair: pair[0].kind == "system", zip(frames, starts, strict=True))
     )
-    reasons: dict[int, BoundaryReason] = dict.fromkeys(inner_results, "tool")
+    reasons: dict[int, BoundaryReason] = dict.fromkeys(sections, "section")
+    reasons |= dict.fromkeys(inner_results, "tool")
     reasons |= dict.fromkeys(marks, "mark")
     for frame, start in zip(frames, starts, strict=True):
         if frame.kind == "user" or frame.kind == "tool":

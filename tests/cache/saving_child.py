@@ -23,7 +23,7 @@ def sequence_of(cache, number: int) -> Simulated:  # type: ignore[no-untyped-def
 
 
 def main(folder: Path, first: int, max_file_bytes: int | None) -> None:
-    cache = open_cache(folder, budget_bytes=256 << 20)
+    cache = open_cache(folder, budget_bytes=1 << 30)
     numbers = count(first)
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))

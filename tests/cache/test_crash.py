@@ -71,7 +71,7 @@ def test_killed_in_the_middle_of_writes(tmp_path: Path, num_kills: int) -> None:
     for _ in range(num_kills):
         last = kill_while_saving(tmp_path, first, chooser)
         assert_every_record_is_sound(tmp_path)
-        cache = open_cache(tmp_path, budget_bytes=256 << 20)
+        cache = open_cache(tmp_path, budget_bytes=1 << 30)
         for number in range(first, last + 1):
             assert_restored(cache, number)
         assert cache.stats().num_damaged == 0
@@ -89,7 +89,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert int(num_dropped) > 0
     assert int(num_written) > 10
     assert_every_record_is_sound(tmp_path)
-    cache = open_cache(tmp_path, budget_bytes=256 << 20)
+    cache = open_cache(tmp_path, budget_bytes=1 << 30)
     stats = cache.stats()
     assert stats.num_damaged == 0
     assert stats.num_checkpoints > 0

@@ -94,6 +94,39 @@ def test_a_few_tool_results_stay_however_far_back() -> None:
     ]
 
 
+def test_sections_keep_their_distance_which_follows_the_size_of_a_state() -> None:
+    places = [(position, "section") for position in range(64, 4000, 64)]
+    assert (TINY.section_tokens, LARGE.section_tokens) == (128, 1024)
+    wanted = placed(4000, (1000, "system"), *places, sizes=LARGE)
+    assert wanted == {960: "system", 1984: "section", 3008: "section"}
+    wanted = placed(8000, *places, start=2000, sizes=LARGE)
+    assert list(wanted) == [2048, 3072], "what lies before was placed by the same rule"
+    dense = msgspec.structs.replace(TINY, interval_tokens=64)
+    assert len(placed(1000, (70, "section"), (200, "section"), sizes=dense)) == 15
+
+
+def test_the_heads_of_tool_results_have_sections() -> None:
+    small = msgspec.structs.replace(LARGE, state_bytes=LARGE.page_bytes * 5)
+    assert small.section_tokens == 64
+    wanted = placed(3000, (640, "tool"), (2900, "prompt"), start=640, sizes=small)
+    assert [p for p in wanted if p < 1920] == [*range(704, 1664 + 64, 64)]
+    assert {wanted[1280], wanted[1344], wanted[1664]} == {"interval", "section"}
+    assert not {"section"} & set(placed(1000, (640, "tool"), start=990, sizes=small).values())
+
+
+@given(st.lists(st.integers(0, 9000), max_size=40), st.integers(0, 140), st.integers(1, 40))
+def test_prompts_with_one_beginning_agree_on_their_sections(
+    sections: list[int], num_start_pages: int, num_state_pages: int
+) -> None:
+    sizes = msgspec.structs.replace(LARGE, state_bytes=num_state_pages * LARGE.page_bytes)
+    boundaries: list[tuple[int, Reason]] = [(place, "section") for place in sections]
+    start = num_start_pages * PAGE_TOKENS
+    whole = placed(9000, *boundaries, sizes=sizes)
+    assert placed(9000, *boundaries, start=start, sizes=sizes) == {
+        position: reason for position, reason in whole.items() if position > start
+    }
+
+
 def test_cover_follows_the_size_of_a_state() -> None:
     assert LARGE.cover_tokens == 8192
     small_state = msgspec.structs.replace(LARGE, state_bytes=LARGE.page_bytes * 10)
@@ -132,7 +165,7 @@ def test_positions_are_on_the_grid_and_leave_no_gap(
     everything = [0, *placed(num_tokens, *boundaries, sizes=sizes), num_tokens]
     gaps = [right - left for left, right in zip(everything, everything[1:], strict=False)]
     assert max(gaps) < 2 * interval
-    kept = [p for p, reason in boundaries if reason not in ("user", "tool")]
+    kept = [p for p, reason in boundaries if reason not in ("user", "tool", "section")]
     assert all(position // 64 * 64 in everything for position in kept)
 
 

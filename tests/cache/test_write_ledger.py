@@ -112,3 +112,47 @@ def test_what_is_passed_while_it_waits_is_never_written(tmp_path: Path) -> None:
     assert (stats.num_superseded, stats.num_written, stats.num_dropped) == (1, 1, 0)
     assert stats.checkpoints_by_reason == {"prompt": 1}
     cache.close()
+
+
+def test_what_waits_for_use_stays_in_memory_until_then_or_the_end(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    sequence = Simulated(cache, prompt(8))
+    sequence.prefill()
+    for position in (64 * 2, 64 * 4):
+        sequence.save(position, "section")
+    sequence.save(64 * 8, "prompt")
+    wait_until_written(cache, 1)
+    assert cache.stats().queue_bytes == 2 * STATE_BYTES
+    sibling = Simulated(cache, [*prompt(4), *range(9000, 9256)])
+    found = sibling.resume()
+    assert found is not None
+    assert (found.position, found.reason) == (64 * 4, "section")
+    wait_until_written(cache, 2)
+    assert cache.stats().queue_bytes == STATE_BYTES
+    cache.close()
+    cache = open_cache(tmp_path)
+    assert cache.stats().checkpoints_by_reason == {"section": 2, "prompt": 1}
+    cache.close()
+
+
+def test_what_waits_for_use_takes_its_share_of_memory(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path, queue_bytes=40 * STATE_BYTES)
+    sequence = Simulated(cache, prompt(30))
+    sequence.prefill()
+    for page in range(1, 30):
+        sequence.save(64 * page, "section")
+    sequence.save(64 * 30, "prompt")
+    wait_until_written(cache, 1)
+    stats = cache.stats()
+    assert stats.queue_bytes == 10 * STATE_BYTES
+    assert stats.checkpoints_by_reason == {"section": 10, "prompt": 1}
+    cache.close()
+
+
+def wait_until_written(cache: CheckpointCache, num_states: int) -> None:
+    holdings = cache._transfer._holdings
+    with cache._transfer._lock:
+        assert cache._transfer._lock.wait_for(
+            lambda: holdings.counts["written"] >= num_states and not cache._transfer._is_busy,
+            timeout=20,
+        )

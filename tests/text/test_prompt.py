@@ -60,10 +60,8 @@ def test_boundaries_lie_between_frames(
     positions = [position for position, _ in prompt.boundaries]
     assert positions == sorted(set(positions))
     assert all(0 < position < len(prompt.tokens) for position in positions)
-    inside = [
-        p for p, reason in prompt.boundaries if prompt.tokens[p] != start and reason != "tool"
-    ]
-    assert not inside, "only a frame of several tools' results is cut"
+    inside = {reason for p, reason in prompt.boundaries if prompt.tokens[p] != start}
+    assert inside <= {"tool", "section"}, "a frame of several tools' results, and long ones"
     assert prompt.boundaries[-1] == (len(prompt.tokens) - len(prompt.generation), "prompt")
 
 
@@ -88,6 +86,25 @@ def test_each_of_several_tools_results_has_a_boundary(
         rest = qwen.decode(prompt.tokens[place:])
         assert rest.find(f"result {number}") < 20
         assert f"result {number}" not in qwen.decode(prompt.tokens[:place])
+
+
+def test_sections_are_paragraphs_and_tools_one_a_page(
+    qwen: Tokenizer, template: ChatTemplate
+) -> None:
+    tools = [
+        ToolSpec(f"tool_{n}", {}, {"type": "function", "about": f"{n}: " + "word " * 90})
+        for n in range(4)
+    ]
+    rules = "\n\n".join(f"# Rule {n}\n- " + "word " * 30 for n in range(8))
+    history = [message("system", rules), message("user", "look\n\n" + "word " * 70 + "\n\nthen")]
+    prompt = PromptBuilder(qwen, template, Memory()).build(history, tools)
+    places = [position for position, reason in prompt.boundaries if reason == "section"]
+    pages = [position // 64 for position in places]
+    assert pages == sorted(set(pages))
+    rest = [qwen.decode(prompt.tokens[place:]) for place in places]
+    assert sum(text.startswith('{"type"') for text in rest) == 3, "the first is in the first page"
+    assert sum(text.startswith("# Rule") for text in rest) > 3
+    assert rest[-1].startswith("then<|im_end|>")
 
 
 def test_no_boundary_at_the_very_start(qwen: Tokenizer, template: ChatTemplate) -> None:
@@ -127,6 +144,9 @@ class CountingTokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         self.num_characters += len(text)
         return self._tokenizer.encode(text, special=special)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._tokenizer.token_bytes(token)
 
 
 def test_history_is_encoded_once(tiny: Tokenizer, template: ChatTemplate) -> None:
