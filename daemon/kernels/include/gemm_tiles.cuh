@@ -243,8 +243,8 @@ __device__ __forceinline__ void multiply_stripe(
                 advance<CHUNK_STAGES>(c);
             }
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(rings.weights_empty + w.stage);
+        // Every lane for its own reads: racecheck does not follow one lane's word for its warp.
+        barrier_arrive(rings.weights_empty + w.stage);
         advance<WEIGHT_STAGES>(w);
     }
     wgmma_wait<0>();
@@ -291,7 +291,7 @@ __device__ __forceinline__ void multiply_all(
     rings.chunks_empty = rings.chunks_full + CHUNK_STAGES;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2 * WEIGHT_STAGES; i++)
-            barrier_init(barriers + i, i < WEIGHT_STAGES ? 1 : 8);
+            barrier_init(barriers + i, i < WEIGHT_STAGES ? 1 : 256);
         for (int i = 0; i < 2 * CHUNK_STAGES; i++)
             barrier_init(rings.chunks_full + i, i < CHUNK_STAGES ? 1 : 8);
         barrier_init_done();
