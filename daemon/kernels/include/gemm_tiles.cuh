@@ -238,13 +238,13 @@ __device__ __forceinline__ void multiply_stripe(
 #pragma unroll
                 for (int step = 0; step < 4; step++)
                     fragment<type>(a[step], h, tile, lane, half, part * 4 + step);
+                // Every lane for its own reads: racecheck knows no lane that speaks for its warp.
+                if (half + part == 2) barrier_arrive(rings.weights_empty + w.stage);
                 multiply_chunk(sum, a, rings, c, lane);
                 release_chunk(rings, held, c.stage, lane);
                 advance<CHUNK_STAGES>(c);
             }
         }
-        // Every lane for its own reads: racecheck does not follow one lane's word for its warp.
-        barrier_arrive(rings.weights_empty + w.stage);
         advance<WEIGHT_STAGES>(w);
     }
     wgmma_wait<0>();
