@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-USERS = ("device", "driver", "kernel", "graph")
+USERS = ("device", "driver", "kernel", "graph", "copy_lane")
 
 
 class FakeDriver:
@@ -112,6 +112,15 @@ class FakeDriver:
 
     cuMemcpyDtoHAsync = cuMemcpyDtoDAsync = cuMemcpyHtoDAsync
 
+    def cuMemcpy2DAsync(self, copy: Any, stream: Any) -> tuple[Any]:
+        """From host to device only."""
+        for row in range(copy.Height):
+            to = int(copy.dstDevice) + row * copy.dstPitch
+            self.cuMemcpyHtoDAsync(
+                to, copy.srcHost + row * copy.srcPitch, copy.WidthInBytes, stream
+            )
+        return (self._status(),)
+
     def cuMemsetD8Async(self, pointer: int, byte: int, num_bytes: int, stream: Any) -> tuple[Any]:
         ctypes.memset(pointer, byte, num_bytes)
         return (self._status(),)
@@ -129,6 +138,11 @@ def install_fake_driver(monkeypatch: pytest.MonkeyPatch, free_bytes: int = 2**31
     from cuda.bindings import driver
 
     fake = FakeDriver(driver, free_bytes)
+    install(fake, monkeypatch)
+    return fake
+
+
+def install(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a fake in the driver's place."""
     for user in USERS:
         monkeypatch.setattr(f"daemon.kernels.runtime.{user}.driver", fake)
-    return fake

@@ -7,8 +7,10 @@ scheduler, all places on the device. Runs on one thread, which `engine_thread` p
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from daemon.checkpoint import PAGE_TOKENS, Boundary, Found, Snapshot
+from daemon.engine.backends.backend import Writing
 from daemon.engine.batch import Span
 from daemon.engine.checkpointing import CheckpointStore
 from daemon.engine.memory.residents import Resident
@@ -47,7 +49,8 @@ class StepEngine:
         strict: restore only states that were born by prompt evaluation.
         canonical: evaluate replies again while the device is idle, so that what outlives the
             conversation was born by prompt evaluation.
-        wake: called from another thread when a checkpoint has been read.
+        wake: called, on any thread, when a checkpoint has been read, or is on its way to the
+            device, or has been saved.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class StepEngine:
         self.canonical = canonical
         self.wake = wake
         self.sequences: dict[str, Sequence] = {}
-        self.saving = Saving(model.backend)
+        self.saving = Saving(model.backend, wake)
         self.outbox = Outbox()
         self.keep_every_ms = KEEP_EVERY_MS
         store.expect(*self.backend.snapshot_sizes, self.backend.host_buffer)
@@ -112,9 +115,9 @@ class StepEngine:
 
         What a step gives is delivered while the next one runs, where the backend allows it.
         """
-        self.saving.finish(wait=False)
+        self.saving.forget_done()
         num_admitted = self._admit()
-        num_restored = self._finish_restores()
+        num_restored = self._advance_restores()
         decode = self.scheduler.plan_decode()
         if decode is not None:
             self._run(decode)
@@ -123,11 +126,11 @@ class StepEngine:
             self._run(prefill)
         if not decode and not prefill:
             self.outbox.empty()
-        return bool(decode or prefill or num_restored or num_admitted or self.saving)
+        return bool(decode or prefill or num_restored or num_admitted)
 
     def finish_saving(self) -> None:
         """Wait until all that was to be kept has been handed to the store."""
-        self.saving.finish(wait=True)
+        self.saving.finish()
 
     def _admit(self) -> int:
         """Give waiting sequences their places, in place of idle work if need be; counts them."""
@@ -208,7 +211,10 @@ class StepEngine:
 
     def _restore_or_start(self, sequence: Sequence) -> None:
         """Begin to read the best checkpoint, or begin at token 0 when there is none."""
-        self.saving.finish(wait=True)
+        if self.saving.concerns(sequence):
+            # The best may be on its way to the store; see `_advance_restores`.
+            sequence.phase = Phase.RESTORING
+            return
         strict = self.strict or sequence.is_idle_work
         found = sequence.timeline.find(sequence.cached_limit, strict)
         resident, sequence.resident = sequence.resident, None
@@ -236,28 +242,56 @@ class StepEngine:
         sequence.found = Found(position, born, found.reason, "device")
         self._start(sequence, position)
 
-    def _finish_restores(self) -> int:
-        """Put checkpoints that have been read onto the device; counts them."""
-        restored = [s for s in self.scheduler.running if s.restoring and s.restoring.done()]
-        for sequence in restored:
-            assert sequence.restoring is not None
-            future, sequence.restoring = sequence.restoring, None
-            error = future.exception()
-            if error is not None:
-                logger.error("a checkpoint could not be read: %s", error)
-                self._start_cold(sequence)
-            elif (snapshot := future.result()) is not None:
-                self._restore(sequence, snapshot)
-            else:
-                self._restore_or_start(sequence)
-        return len(restored)
+    def _advance_restores(self) -> int:
+        """Put checkpoints that have been read onto the device, and begin with those that are on
+        their way there; counts them."""
+        restoring = [s for s in self.scheduler.running if s.phase is Phase.RESTORING]
+        return sum(self._advance_restore(sequence) for sequence in restoring)
 
-    def _restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
-        pages = {sequence.pages[index]: content for index, content in snapshot.pages.items()}
-        self.backend.write_snapshot(sequence.slot, snapshot.state, pages)
-        sequence.born = snapshot.born
-        sequence.num_grid_pages = snapshot.num_grid_pages
-        self._start(sequence, snapshot.position)
+    def _advance_restore(self, sequence: Sequence) -> bool:
+        if sequence.restoring is not None:
+            if not sequence.restoring.done():
+                return False
+            self._write(sequence, sequence.restoring)
+        elif sequence.writing is not None:
+            if not sequence.writing.given.done():
+                return False
+            self._start_restored(sequence, sequence.writing)
+        elif self.saving.concerns(sequence):
+            return False
+        else:
+            self._restore_or_start(sequence)
+        return True
+
+    def _write(self, sequence: Sequence, read: Future[Snapshot | None]) -> None:
+        """Let the snapshot that was read go to the device."""
+        sequence.restoring = None
+        error = read.exception()
+        if error is not None:
+            logger.error("a checkpoint could not be read: %s", error)
+            self._start_cold(sequence)
+        elif (snapshot := read.result()) is None:
+            self._restore_or_start(sequence)
+        else:
+            pages = {sequence.pages[index]: content for index, content in snapshot.pages.items()}
+            sequence.born, sequence.num_grid_pages = snapshot.born, snapshot.num_grid_pages
+            sequence.writing = self.backend.begin_write(sequence.slot, snapshot.state, pages)
+            sequence.writing.given.add_done_callback(lambda _: self.wake())
+            if sequence.writing.given.done():
+                self._start_restored(sequence, sequence.writing)
+
+    def _start_restored(self, sequence: Sequence, writing: Writing) -> None:
+        """Go on from a snapshot that is on its way: what needs it waits for it on the device."""
+        error = writing.given.exception()
+        if isinstance(error, DeviceLost):
+            raise error
+        if error is not None:
+            logger.error("a checkpoint could not be restored: %s", error)
+            sequence.writing = None
+            self._start_cold(sequence)
+            return
+        assert sequence.found is not None
+        self._start(sequence, sequence.found.position)
 
     def _start_cold(self, sequence: Sequence) -> None:
         self.backend.clear_slot(sequence.slot)
@@ -265,7 +299,7 @@ class StepEngine:
         self._start(sequence, 0)
 
     def _start(self, sequence: Sequence, position: int) -> None:
-        sequence.num_evaluated = position
+        sequence.num_evaluated = sequence.num_restored = position
         sequence.phase = Phase.PREFILL
         if sequence.is_kept:
             sequence.positions = sequence.timeline.positions(sequence.request.boundaries, position)
@@ -312,7 +346,8 @@ class StepEngine:
         done = sequence.num_evaluated
         if not sequence.is_kept:
             return
-        if sequence.phase is Phase.PREFILL and done % PAGE_TOKENS == 0 and done > 0:
+        is_new = done > sequence.num_restored
+        if sequence.phase is Phase.PREFILL and done % PAGE_TOKENS == 0 and is_new:
             self.saving.begin(sequence, done, sequence.slot, sequence.born, "interrupted")
         elif sequence.phase is Phase.DECODE:
             self._save_reply(sequence)

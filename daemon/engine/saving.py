@@ -1,16 +1,22 @@
 """Snapshots on their way from the device to the store, while the engine goes on.
 
 Owns what is under way. Reading is put into the device's order of work, so that slots and pages may
-be used again at once; what has arrived is handed to its sequence's timeline. Engine thread only.
+be used again at once; what has arrived is handed to its sequence's timeline on the thread that
+brought it, one snapshot after the other. All else on the engine's thread.
 """
 
-from collections import deque
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
 
 from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS, Birth, Reason, Snapshot
-from daemon.engine.backends.backend import Backend, Reading
+from daemon.engine.backends.backend import Backend, Contents
 from daemon.engine.sequence import Sequence
+from daemon.errors import DeviceLost, QwendError
+
+logger = logging.getLogger(__name__)
 
 
 class _Save(Struct, frozen=True):
@@ -20,18 +26,20 @@ class _Save(Struct, frozen=True):
     reason: Reason
     num_grid_pages: int
     missing: tuple[int, ...]
-    reading: Reading
+    handed_over: Future[None]
 
 
 class Saving:
-    """Begun in order, finished in order."""
+    """Begun in order, finished in order.
 
-    def __init__(self, backend: Backend) -> None:
+    Args:
+        wake: called on any thread when a snapshot has been handed over.
+    """
+
+    def __init__(self, backend: Backend, wake: Callable[[], None]) -> None:
         self._backend = backend
-        self._under_way: deque[_Save] = deque()
-
-    def __bool__(self) -> bool:
-        return bool(self._under_way)
+        self._wake = wake
+        self._under_way: list[_Save] = []
 
     def begin(
         self, sequence: Sequence, position: int, slot: int, born: Birth, reason: Reason
@@ -45,21 +53,56 @@ class Saving:
             if index >= first // PAGE_TOKENS
         )
         reading = self._backend.begin_read(slot, [sequence.pages[index] for index in missing])
-        self._under_way.append(
-            _Save(sequence, position, born, reason, num_grid_pages, missing, reading)
-        )
+        save = _Save(sequence, position, born, reason, num_grid_pages, missing, Future())
+        self._under_way.append(save)
         sequence.num_kept = max(sequence.num_kept, position)
-        self.finish(wait=False)
+        reading.add_done_callback(lambda read: self._hand_over(save, read))
 
-    def finish(self, wait: bool) -> None:
-        """Hand over what has arrived; with `wait`, everything."""
-        while self._under_way and (wait or self._under_way[0].reading.is_done()):
-            save = self._under_way.popleft()
-            state, contents = save.reading.result()
+    def concerns(self, sequence: Sequence) -> bool:
+        """Whether something under way would be found by a sequence, or is its own."""
+        self.forget_done()
+        return any(
+            save.sequence is sequence or _begin_alike(save.sequence, sequence, save.position)
+            for save in self._under_way
+        )
+
+    def forget_done(self) -> None:
+        """Drop what has been handed over; what the device or the store refused is lost.
+
+        Raises:
+            DeviceLost: nothing can be read any more.
+        """
+        done = [save for save in self._under_way if save.handed_over.done()]
+        self._under_way = [save for save in self._under_way if not save.handed_over.done()]
+        for save in done:
+            error = save.handed_over.exception()
+            if error is None:
+                continue
+            if isinstance(error, DeviceLost) or not isinstance(error, QwendError):
+                raise error
+            logger.error("a checkpoint was not kept: %s", error)
+
+    def finish(self) -> None:
+        """Wait until everything has been handed over."""
+        for save in self._under_way:
+            save.handed_over.exception()
+        self.forget_done()
+
+    def _hand_over(self, save: _Save, read: Future[Contents]) -> None:
+        try:
+            state, contents = read.result()
             pages = dict(zip(save.missing, contents, strict=True))
             snapshot = Snapshot(save.position, save.born, save.num_grid_pages, state, pages)
             save.sequence.timeline.save(snapshot, save.reason)
+        except BaseException as error:
+            save.handed_over.set_exception(error)
+        else:
+            save.handed_over.set_result(None)
+        self._wake()
 
-    def abandon(self) -> None:
-        """Forget what is under way: the device is lost."""
-        self._under_way.clear()
+
+def _begin_alike(one: Sequence, other: Sequence, position: int) -> bool:
+    """Compares the last page first: where prompts differ, they differ there."""
+    last = slice(position - PAGE_TOKENS, position)
+    alike = one.tokens[last] == other.tokens[last]
+    return alike and one.tokens[:position] == other.tokens[:position]

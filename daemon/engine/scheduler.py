@@ -146,8 +146,14 @@ class Scheduler:
         return Work(Batch("decode", spans), sequences)
 
     def plan_prefill(self) -> Work | None:
-        """Chunks of prompts within the budget; the captures' slots are taken here."""
+        """Chunks of prompts within the budget; the captures' slots are taken here.
+
+        A prompt may begin while its checkpoint arrives, unless others decode: they would stand
+        still meanwhile.
+        """
         waiting = self._in_phase(Phase.PREFILL)
+        if self._in_phase(Phase.DECODE):
+            waiting = [sequence for sequence in waiting if not sequence.is_arriving]
         budget = self.limits.prefill_tokens
         if all(sequence.is_idle_work for sequence in self.running):
             budget = min(budget, IDLE_STEP_TOKENS)
@@ -201,7 +207,6 @@ class Scheduler:
         sequence.num_evaluated = 0
         sequence.mark = sequence.held = 0
         sequence.resident = None
-        sequence.restoring = None
         (self.idle if sequence.is_idle_work else self.waiting).appendleft(sequence)
         return sequence
 
@@ -269,6 +274,7 @@ class Scheduler:
         return slot
 
     def _free_places(self, sequence: Sequence) -> None:
+        sequence.stop_restoring()
         self.pages.give_back(sequence.pages)
         sequence.pages = ()
         for slot in {sequence.slot, sequence.mark_slot} - {-1}:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from daemon.checkpoint import PAGE_TOKENS, Birth, Found, Reason, Snapshot
-from daemon.engine.backends.backend import SamplingRow
+from daemon.engine.backends.backend import SamplingRow, Writing
 from daemon.engine.checkpointing import Timeline
 from daemon.engine.memory.residents import Resident
 from daemon.engine.requests import Deliver, FinishReason, GenerationRequest
@@ -23,19 +23,21 @@ class Phase(enum.Enum):
     """Where a sequence stands."""
 
     WAITING = "waiting"  # no places on the device
-    RESTORING = "restoring"  # a checkpoint is being read
+    RESTORING = "restoring"  # a checkpoint is awaited, or on its way to the device
     PREFILL = "prefill"  # tokens are known that have not been evaluated
     DECODE = "decode"  # exactly the last sampled token has not been evaluated
 
 
 class Sequence:
-    """`tokens` are prompt and reply; the first `num_evaluated` are in state and pages.
+    """`tokens` are prompt and reply; the first `num_evaluated` are in state and pages, of which
+    `num_restored` came from a checkpoint when the sequence last began.
 
     `mark` is the position (a multiple of PAGE_TOKENS, 0: none) whose state lies in `mark_slot`:
     the last place on the grid that decoding passed, where a reply's checkpoint is cut. Before that,
     the slot has the state at `held`, the last one captured; `held_born` says how it came about.
-    `resident` is what the sequence goes on from, if that lay on the device already. `num_kept`
-    tokens are covered by the checkpoints that this sequence saved.
+    `resident` is what the sequence goes on from, if that lay on the device already. `restoring` is
+    a checkpoint that the store reads, `writing` one on its way to the device. `num_kept` tokens are
+    covered by the checkpoints that this sequence saved.
     """
 
     def __init__(self, request: GenerationRequest, deliver: Deliver, timeline: Timeline) -> None:
@@ -46,6 +48,7 @@ class Sequence:
         self.phase = Phase.WAITING
         self.tokens = list(request.tokens)
         self.num_evaluated = 0
+        self.num_restored = 0
         self.num_cached = 0
         self.num_kept = 0
         self.num_grid_pages = 0
@@ -60,6 +63,7 @@ class Sequence:
         self.positions: Mapping[int, Reason] = {}
         self.found: Found | None = None
         self.restoring: Future[Snapshot | None] | None = None
+        self.writing: Writing | None = None
         self.was_started = False
         self.prompt_ms = 0.0
         self.kept_ms = 0.0
@@ -93,6 +97,17 @@ class Sequence:
     def is_kept(self) -> bool:
         """Whether its evaluation leaves checkpoints."""
         return self.request.max_cached is None
+
+    @property
+    def is_arriving(self) -> bool:
+        """Whether parts of its checkpoint have not reached the device."""
+        return self.writing is not None and not self.writing.arrived.done()
+
+    def stop_restoring(self) -> None:
+        """Its places will be somebody else's."""
+        if self.writing is not None:
+            self.writing.abandon()
+        self.restoring = self.writing = None
 
     @property
     def goal(self) -> int:

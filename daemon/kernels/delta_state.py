@@ -158,6 +158,16 @@ class DeltaSlots:
         ring = CONV_RING * self.sizes.conv_dim
         return self._at(self._num_layers * self.sizes.rule_floats + layer * ring)
 
+    def layer_bytes(self, layers: range) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Where in a slot adjacent layers' rule states and convolution rows lie: `[from, to)`."""
+        rule = self.sizes.rule_floats * 4
+        ring = CONV_RING * self.sizes.conv_dim * 4
+        rings = self._num_layers * rule
+        return (
+            (layers.start * rule, layers.stop * rule),
+            (rings + layers.start * ring, rings + layers.stop * ring),
+        )
+
     def slot(self, slot: int) -> DeviceArray:
         """The bytes of one slot."""
         return self.memory.rows(slot, slot + 1)

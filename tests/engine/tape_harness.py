@@ -82,9 +82,13 @@ class TapeHarness:
         self.engine.add(request, events.append)
         return events
 
+    def step(self) -> bool:
+        self.model.tick()
+        return self.engine.step()
+
     def run(self, max_steps: int = 20_000) -> None:
         for _ in range(max_steps):
-            if not self.engine.step() and not self.engine.sequences:
+            if not self.step() and not self.engine.sequences and not self.model.under_way:
                 return
         raise AssertionError("the engine did not come to rest")
 

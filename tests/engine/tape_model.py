@@ -7,11 +7,12 @@ was evaluated once, in order, into the right slot and pages, whatever happened i
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 
 from daemon.checkpoint import PAGE_TOKENS
-from daemon.engine.backends.backend import Sampled, SamplingRow
+from daemon.engine.backends.backend import Contents, Sampled, SamplingRow, Writing
 from daemon.engine.batch import Batch, Span
 from daemon.engine.constraint import Mask
 
@@ -31,7 +32,8 @@ def continuation(prompt: Sequence[int], count: int) -> list[int]:
 
 class TapeModel:
     """`overlaps` as a backend has it; `before_batch` may raise, as a device would; `batches` are
-    those that were evaluated; a snapshot arrives when it has been asked for `read_steps` times."""
+    those that were evaluated; a snapshot comes back after `read_steps` ticks, may be used on the
+    device after `write_steps`, and is all there after as many more."""
 
     def __init__(self, num_slots: int, num_pages: int) -> None:
         self.backend = self
@@ -39,7 +41,8 @@ class TapeModel:
         self.pages = np.full((num_pages, PAGE_TOKENS), -1, np.int32)
         self.before_batch: Callable[[Batch], None] = lambda batch: None
         self.batches: list[Batch] = []
-        self.read_steps = 0
+        self.read_steps = self.write_steps = 0
+        self.under_way: list[tuple[int, Callable[[], None]]] = []
         self.overlaps = False
 
     @property
@@ -105,27 +108,42 @@ class TapeModel:
         assert tokens is not None
         self.slots[target] = list(tokens)
 
-    def begin_read(self, slot: int, pages: Sequence[int]) -> "TapeReading":
+    def begin_read(self, slot: int, pages: Sequence[int]) -> Future[Contents]:
         state = np.asarray(self.slots[slot], np.int32).tobytes()
-        return TapeReading(state, [self.pages[page].tobytes() for page in pages], self.read_steps)
+        contents = Contents(state, [self.pages[page].tobytes() for page in pages])
+        read: Future[Contents] = Future()
+        self._after(self.read_steps, lambda: read.set_result(contents))
+        return read
 
-    def write_snapshot(self, slot: int, state: bytes, pages: Mapping[int, bytes]) -> None:
-        self.slots[slot] = np.frombuffer(state, np.int32).tolist()
-        for page, content in pages.items():
-            self.pages[page] = np.frombuffer(content, np.int32)
+    def begin_write(self, slot: int, state: bytes, pages: Mapping[int, bytes]) -> Writing:
+        writing = Writing()
+        self.slots[slot] = None
+        self.pages[list(pages)] = -1
 
+        def write() -> None:
+            if not writing.is_abandoned:
+                self.slots[slot] = np.frombuffer(state, np.int32).tolist()
+                for page, content in pages.items():
+                    self.pages[page] = np.frombuffer(content, np.int32)
+            self._after(self.write_steps, lambda: writing.arrived.set_result(None))
+            writing.given.set_result(None)
 
-class TapeReading:
-    def __init__(self, state: bytes, pages: list[bytes], num_steps: int) -> None:
-        self.snapshot = state, pages
-        self.num_steps = num_steps
+        self._after(self.write_steps, write)
+        return writing
 
-    def is_done(self) -> bool:
-        self.num_steps -= 1
-        return self.num_steps < 0
+    def tick(self) -> None:
+        """Time passes for what is under way."""
+        self.under_way = [(steps - 1, call) for steps, call in self.under_way]
+        due = [call for steps, call in self.under_way if steps <= 0]
+        self.under_way = [(steps, call) for steps, call in self.under_way if steps > 0]
+        for call in due:
+            call()
 
-    def result(self) -> tuple[bytes, list[bytes]]:
-        return self.snapshot
+    def _after(self, steps: int, call: Callable[[], None]) -> None:
+        if steps:
+            self.under_way.append((steps, call))
+        else:
+            call()
 
 
 def _first_of(mask: Mask) -> int:

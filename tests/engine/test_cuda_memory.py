@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from daemon.checkpoint import PAGE_TOKENS
 from daemon.config import EngineConfig
 from daemon.devices import make_backend, plan_memory
 from daemon.engine.batch import Batch, Span
@@ -39,7 +38,7 @@ def model() -> Model:
 
 
 def prompt(num_tokens: int, slot: int) -> Batch:
-    pages = tuple(range(slot * 40, slot * 40 + 40))
+    pages = tuple(range(slot * 32, slot * 32 + 32))
     tokens = (np.arange(num_tokens) * 7 % 512).astype(np.int32)
     return Batch("prefill", (Span(tokens, 0, slot, pages, samples=True),))
 
@@ -60,7 +59,7 @@ def test_what_runs_outside_of_the_regions_stays_within_the_margin(model: Model) 
         model.logits(prompt(64, slot))
     for num_rows in (1, 2, 4, 4, 2, 1):
         spans = tuple(
-            Span(np.array([3], np.int32), 64, slot, tuple(range(slot * 40, slot * 40 + 40)))
+            Span(np.array([3], np.int32), 64, slot, tuple(range(slot * 32, slot * 32 + 32)))
             for slot in range(num_rows)
         )
         model.logits(Batch("decode", spans))
@@ -72,33 +71,80 @@ def test_snapshots_come_back_bit_for_bit(model: Model) -> None:
     backend = model.backend
     backend.clear_slot(0)
     model.logits(prompt(256, 0))
-    state, contents = backend.read_snapshot(0, range(4))
+    state, contents = backend.begin_read(0, range(4)).result()
     kept, copies = bytes(state), [bytes(content) for content in contents]
     assert any(kept)
     assert all(any(copy) for copy in copies)
-    # From pinned buffers, and from ordinary memory.
-    backend.write_snapshot(5, state, dict(zip((100, 101, 102, 103), contents, strict=True)))
-    backend.write_snapshot(6, kept, dict(zip((110, 111, 112, 113), copies, strict=True)))
-    for slot, first in ((5, 100), (6, 110)):
-        again, pages = backend.read_snapshot(slot, range(first, first + 4))
+    # From pinned buffers, from ordinary memory, and from some of both in another order.
+    mixed = [contents[0], copies[1], contents[2], copies[3]]
+    restores = [
+        backend.begin_write(5, state, dict(zip((100, 101, 102, 103), contents, strict=True))),
+        backend.begin_write(6, kept, dict(zip((110, 111, 112, 113), copies, strict=True))),
+        backend.begin_write(8, state, dict(zip((123, 120, 122, 121), mixed, strict=True))),
+    ]
+    for slot, pages in ((5, range(100, 104)), (6, range(110, 114)), (8, (123, 120, 122, 121))):
+        again, found = backend.begin_read(slot, pages).result()
         assert again == kept
-        assert [bytes(page) for page in pages] == copies
+        assert [bytes(page) for page in found] == copies
+    for restore in restores:
+        restore.arrived.result()
 
 
-def test_a_restored_sequence_goes_on_as_if_nothing_had_been(model: Model) -> None:
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_a_restored_sequence_goes_on_as_if_nothing_had_been(model: Model, is_pinned: bool) -> None:
     backend = model.backend
     backend.clear_slot(1)
-    model.logits(prompt(192, 1))
-    pages = tuple(range(40, 80))
-    state, contents = backend.read_snapshot(1, pages[:3])
-    rest = (np.arange(192, 300) * 7 % 512).astype(np.int32)
-    straight = model.logits(Batch("prefill", (Span(rest, 192, 1, pages, samples=True),)))
+    model.logits(prompt(1984, 1))
+    pages = tuple(range(32, 64))
+    state, contents = backend.begin_read(1, pages[:31]).result()
+    if not is_pinned:
+        state, contents = bytes(state), [bytes(content) for content in contents]
+    rest = (np.arange(1984, 2040) * 7 % 512).astype(np.int32)
+    straight = model.logits(Batch("prefill", (Span(rest, 1984, 1, pages, samples=True),)))
     expected = backend.logits_to_host(straight).copy()
-    others = tuple(range(120, 130))
-    backend.write_snapshot(7, state, dict(zip(others[:3], contents, strict=True)))
-    resumed = model.logits(Batch("prefill", (Span(rest, 192, 7, others, samples=True),)))
-    np.testing.assert_array_equal(backend.logits_to_host(resumed), expected)
-    assert len(rest) > PAGE_TOKENS
+    for round in range(20):
+        others = tuple(range(65 - round % 2, 97 - round % 2))
+        # Whatever lies there is in use until now, and none of it may be seen.
+        model.logits(Batch("prefill", (Span(rest, 0, 7, others, samples=True),)))
+        restore = backend.begin_write(7, state, dict(zip(others[:31], contents, strict=True)))
+        restore.given.result()
+        resumed = model.logits(Batch("prefill", (Span(rest, 1984, 7, others, samples=True),)))
+        np.testing.assert_array_equal(backend.logits_to_host(resumed), expected)
+
+
+def test_places_of_an_abandoned_restore_are_used_at_once(model: Model) -> None:
+    backend = model.backend
+    backend.clear_slot(2)
+    batch = prompt(1024, 2)
+    expected = backend.logits_to_host(model.logits(batch)).copy()
+    state, contents = backend.begin_read(2, range(64, 80)).result()
+    noise = [bytes(len(content)) for content in contents]
+    for _ in range(20):
+        backend.begin_write(2, bytes(len(state)), dict(zip(range(64, 80), noise, strict=True)))
+        backend.begin_write(2, state, dict(zip(range(64, 80), noise, strict=True))).abandon()
+        backend.clear_slot(2)
+        np.testing.assert_array_equal(backend.logits_to_host(model.logits(batch)), expected)
+
+
+def test_steps_go_on_while_snapshots_are_read(model: Model) -> None:
+    backend = model.backend
+    for slot in (0, 3):
+        backend.clear_slot(slot)
+    model.logits(prompt(512, 0))
+    state, contents = backend.begin_read(0, range(8)).result()
+    kept, copies = bytes(state), [bytes(content) for content in contents]
+    readings = []
+    for _ in range(8):
+        readings.append(backend.begin_read(0, range(8)))
+        backend.clear_slot(3)
+        model.logits(prompt(512, 3))
+    # The slot and the pages that are still being read are written by the next sequence.
+    backend.clear_slot(0)
+    model.logits(prompt(320, 0))
+    for reading in readings:
+        found, pages = reading.result()
+        assert found == kept
+        assert [bytes(page) for page in pages] == copies
 
 
 def test_a_cap_is_honoured(model: Model) -> None:

@@ -104,12 +104,12 @@ def test_states_and_pages_come_back_as_they_went(
     assert not any(empty)
     state = rng.integers(0, 256, len(empty), dtype=np.uint8).tobytes()
     pages = {page: rng.integers(0, 256, len(old), dtype=np.uint8).tobytes() for page in (1, 3)}
-    backend.write_snapshot(1, state, pages)
+    backend.begin_write(1, state, pages)
     backend.copy_slot(1, 2)
     # Back out, in buffers of the pool where they are ready, and in again from there.
     kept, contents = backend.begin_read(2, [3, 1]).result()
     assert (kept, contents) == (state, [pages[3], pages[1]])
-    backend.write_snapshot(0, kept, {0: contents[0]})
+    backend.begin_write(0, kept, {0: contents[0]})
     assert backend.begin_read(0, [0]).result() == (state, [pages[3]])
 
 

@@ -42,7 +42,7 @@ def test_the_next_request_goes_on_without_a_copy() -> None:
     harness = harness_of(store=MemoryStore())
     history, _ = talk(harness, prompt(150))
     assert len(history) == 220
-    harness.model.write_snapshot = None  # type: ignore[method-assign,assignment]
+    harness.model.begin_write = None  # type: ignore[method-assign,assignment]
     _, started = talk(harness, [*history, *prompt(30, seed=2)])
     assert started.num_cached_tokens == 192
     assert started.restored is not None
@@ -123,7 +123,7 @@ def test_snapshots_arrive_later_and_are_found_by_who_comes_next(read_steps: int)
     tokens = prompt(200)
     first = harness.submit(tokens, max_tokens=3, boundaries=[128, 192])
     while not first or not isinstance(first[-1], Finished):
-        harness.engine.step()
+        harness.step()
     second = harness.submit([*tokens, 1], max_tokens=3)
     harness.run()
     assert isinstance(second[0], Started)
@@ -140,6 +140,7 @@ def test_any_order_of_conversations_gives_the_right_replies(data: st.DataObject)
         data.draw(st.integers(1, 4)), store=store, num_pages=data.draw(st.integers(20, 40))
     )
     harness.model.read_steps = data.draw(st.integers(0, 5))
+    harness.model.write_steps = data.draw(st.integers(0, 5))
     histories: list[list[int]] = [prompt(100, seed=seed) for seed in range(3)]
     for number in range(6):
         index = data.draw(st.integers(0, 2))

@@ -10,7 +10,8 @@ start on the absolute grid of PAGE_TOKENS. Resumed equals cold and batched equal
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from concurrent.futures import Future
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 from msgspec import Struct
@@ -57,31 +58,39 @@ class Sampled(Struct, frozen=True):
     logprobs: TokenLogprobs | None
 
 
-class Reading(Protocol):
-    """A snapshot on its way to the host."""
-
-    def is_done(self) -> bool:
-        """Whether it has arrived."""
-        ...
-
-    def result(self) -> tuple[HostBytes, list[HostBytes]]:
-        """The state, and the pages in their order; waits. The buffers are the caller's."""
-        ...
-
-
-class ReadAlready(Struct, frozen=True):
-    """A Reading of what was on the host before."""
+class Contents(NamedTuple):
+    """A snapshot on the host: a state, and pages in the order in which they were asked for."""
 
     state: HostBytes
     pages: list[HostBytes]
 
-    def is_done(self) -> bool:
-        """Always."""
-        return True
 
-    def result(self) -> tuple[HostBytes, list[HostBytes]]:
-        """As it was given."""
-        return self.state, self.pages
+class Writing:
+    """A snapshot on its way to the device.
+
+    Attributes:
+        given: resolves when slot and pages may be used: what uses them waits, on the device, for
+            the parts that it needs. Its exception: nothing there may be used.
+        arrived: resolves when all has arrived.
+        is_abandoned: what has not been copied need not be.
+    """
+
+    def __init__(self) -> None:
+        self.given: Future[None] = Future()
+        self.arrived: Future[None] = Future()
+        self.is_abandoned = False
+
+    def abandon(self) -> None:
+        """Slot and pages will be used for something else; that waits for what is under way."""
+        self.is_abandoned = True
+
+    @classmethod
+    def finished(cls) -> Self:
+        """One that had arrived when it was asked for."""
+        writing = cls()
+        writing.given.set_result(None)
+        writing.arrived.set_result(None)
+        return writing
 
 
 class Backend(Protocol):
@@ -183,15 +192,19 @@ class Backend(Protocol):
         """Copy a recurrent state."""
         ...
 
-    def begin_read(self, slot: int, pages: Sequence[int]) -> Reading:
+    def begin_read(self, slot: int, pages: Sequence[int]) -> Future[Contents]:
         """Read a recurrent state, and keys and values of pages, all layers of each.
 
-        Returns at once; in order with all other work, so slot and pages may be used again.
+        Returns at once, whatever the size; in order with all other work, so slot and pages may be
+        used again. Resolves on any thread, the caller's own included; the buffers are the caller's.
         """
         ...
 
-    def write_snapshot(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> None:
-        """The inverse of `begin_read`; `pages` by page. The buffers may go when it returns."""
+    def begin_write(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> Writing:
+        """The inverse of `begin_read`; `pages` by page. Returns at once.
+
+        In order with all work before it. The buffers must not change until it has arrived.
+        """
         ...
 
     # ── one step ──────────────────────────────────────────────────────────────────────────────

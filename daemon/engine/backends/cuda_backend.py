@@ -7,18 +7,18 @@ so that a row's bits do not depend on the batch. Engine thread only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from daemon.checkpoint import HostBytes
-from daemon.engine.backends.backend import Sampled, SamplingRow
+from daemon.engine.backends.backend import Contents, Sampled, SamplingRow, Writing
 from daemon.engine.backends.cuda_experts import ExpertMixer
 from daemon.engine.backends.cuda_memory import (
     BUCKETS,
     CudaLimits,
     SequenceMemory,
-    SnapshotReading,
     Workspace,
 )
 from daemon.engine.backends.cuda_run import (
@@ -46,6 +46,7 @@ from daemon.kernels.quant_activations import CHUNKS, PANELS, ActivationKernels, 
 from daemon.kernels.quant_gemm import GemmKernels
 from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU, GemvKernels
 from daemon.kernels.runtime.compiler import Compiler
+from daemon.kernels.runtime.copy_lane import CopyLane
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.graph import Graph
@@ -90,6 +91,7 @@ class CudaBackend:
         self._gemm = GemmKernels(device, compiler)
         self._loader = WeightLoader(device, compiler, self._gemv, self._gemm)
         self._pool = PinnedPool(device, limits.pinned_bytes)
+        self._lanes = CopyLane(device, "saving"), CopyLane(device, "restoring")
         self._graphs: dict[int, Graph] = {}
         self._warm: set[int] = set()
         self._mixer: ExpertMixer | None = None
@@ -165,7 +167,9 @@ class CudaBackend:
         device, limits = self._device, self._limits
         for region in (STATES, PAGES, WORKSPACE):
             device.clear(region)
-        self._memory = SequenceMemory(device, shape, limits, num_slots, num_pages, self._pool)
+        self._memory = SequenceMemory(
+            device, shape, limits, num_slots, num_pages, self._pool, self._lanes
+        )
         with device.region(WORKSPACE):
             self._space = Workspace(device, shape, limits, self._loader.stacked_columns)
             self._decode_tables = DecodeTables(device, limits.decode_rows, limits.max_pages)
@@ -195,18 +199,26 @@ class CudaBackend:
         """Within the device, in the stream's order."""
         self._memory.copy_slot(source, target)
 
-    def begin_read(self, slot: int, pages: Sequence[int]) -> SnapshotReading:
-        """See `SequenceMemory.begin_read`."""
-        return self._memory.begin_read(slot, pages)
+    def begin_read(self, slot: int, pages: Sequence[int]) -> Future[Contents]:
+        """Beside the stream, see `SnapshotTransfers`."""
+        return self._memory.transfers.begin_read(slot, pages)
 
-    def write_snapshot(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> None:
-        """See `SequenceMemory.write_snapshot`."""
-        self._memory.write_snapshot(slot, state, pages)
+    def begin_write(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> Writing:
+        """Beside the stream, layer by layer, see `SnapshotTransfers`."""
+        return self._memory.transfers.begin_write(slot, state, pages)
 
     # ── one step ──────────────────────────────────────────────────────────────────────────────
 
     def evaluate(self, batch: Batch, forward: Callable[[Run], Logits]) -> Logits:
         """Prefill calls the operations; decode records them per bucket and replays."""
+        transfers = self._memory.transfers
+        transfers.before_step(batch)
+        try:
+            return self._step(batch, forward)
+        finally:
+            transfers.after_step()
+
+    def _step(self, batch: Batch, forward: Callable[[Run], Logits]) -> Logits:
         self._operand_layout = PANELS if batch.kind == "decode" else CHUNKS
         if batch.kind == "prefill":
             return forward(self._prefill_arrays.run(batch))
@@ -253,6 +265,7 @@ class CudaBackend:
 
     def delta_net(self, run: Run, layer: int, weights: DeltaNetWeights, x: DeviceArray) -> Operand:
         """One fused kernel in decode; prepare, scan and gate in prefill."""
+        self._memory.transfers.before_layer("delta_net", layer)
         slots = self._memory.slots
         inputs = DeltaInputs.of_rows(x, slots.sizes)
         constants = DeltaConstants(weights.conv, weights.decay, weights.dt_bias, weights.gated_norm)
@@ -266,6 +279,7 @@ class CudaBackend:
 
     def attention(self, run: Run, layer: int, weights: AttentionWeights, x: DeviceArray) -> Operand:
         """Append, then attend: split over keys in decode, over query tiles in prefill."""
+        self._memory.transfers.before_layer("attention", layer)
         heads = (run.num_rows, self.shape.attention.num_heads, HEAD_DIM)
         queries = self._space.queries.view(heads)
         self._kv_append[x.dtype](

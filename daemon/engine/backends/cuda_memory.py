@@ -1,36 +1,30 @@
 """What sequences and steps occupy on the GPU: recurrent states, KV pages, and a step's arrays.
 
-Owns their sizes and addresses, and moves states and pages between the device and the host. Knows
-no weights and launches no kernel. Engine thread only.
+Owns their sizes and addresses. Knows no weights and launches no kernel. Engine thread only.
 """
 
-from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from msgspec import Struct
 
-from daemon.checkpoint import PAGE_TOKENS, HostBytes
+from daemon.checkpoint import PAGE_TOKENS
+from daemon.engine.backends.cuda_transfers import SnapshotTransfers
 from daemon.engine.memory.memory_plan import PAGES, STATES
 from daemon.engine.model.shape import ModelShape
 from daemon.errors import UnsupportedModel
 from daemon.kernels.delta_prefill import workspace_bytes
 from daemon.kernels.delta_state import DeltaSizes, DeltaSlots
 from daemon.kernels.kv_format import HEAD_DIM, KvFormat, KvLayout
+from daemon.kernels.runtime.copy_lane import CopyLane
 from daemon.kernels.runtime.device import Device
-from daemon.kernels.runtime.device_array import DeviceArray, ElementType
+from daemon.kernels.runtime.device_array import ElementType
 from daemon.kernels.runtime.pinned_pool import PinnedPool
-from daemon.kernels.runtime.upload import Uploader
 
 F32 = ElementType.F32
 ROTATED_DIMS = 64
-READY_STATES, READY_PAGES = 4, 256
-"""Pinned host buffers at hand for snapshots: four states, and pages of 16,384 tokens."""
-
-RESTORE_PIECE_BYTES = 4 * 2**20
-"""Small, since these buffers stay pinned."""
-
+READY_STATES = 4
+"""Pinned host buffers at hand for states; there are as many for pages as the context has, but for
+no more than half of what may be pinned."""
 
 BUCKETS = (1, 2, 4, 8, 16)
 """Sizes of decode batches; a batch is padded to the next."""
@@ -57,30 +51,8 @@ class CudaLimits(Struct, frozen=True, kw_only=True):
         return -(-self.context_length // PAGE_TOKENS) + 1
 
 
-class SnapshotReading:
-    """Buffers that the stream fills, complete once it has passed an event; `events` are spare."""
-
-    def __init__(self, device: Device, events: deque[Any], buffers: list[HostBytes]) -> None:
-        self._device = device
-        self._events = events
-        self._arrived = events.popleft() if events else device.new_event()
-        self._buffers = buffers
-        device.mark(self._arrived)
-
-    def is_done(self) -> bool:
-        """Whether the stream has come so far."""
-        return self._device.has_passed(self._arrived)
-
-    def result(self) -> tuple[HostBytes, list[HostBytes]]:
-        """The state, and the pages; waits."""
-        self._device.wait_for(self._arrived)
-        self._events.append(self._arrived)
-        state, *contents = self._buffers
-        return state, contents
-
-
 class SequenceMemory:
-    """Recurrent states in slots, keys and values in pages; both move as bytes.
+    """Recurrent states in slots, keys and values in pages; `transfers` moves both as bytes.
 
     Raises:
         UnsupportedModel: sizes of heads that the kernels do not have.
@@ -95,6 +67,7 @@ class SequenceMemory:
         num_slots: int,
         num_pages: int,
         buffers: PinnedPool,
+        lanes: tuple[CopyLane, CopyLane],
     ) -> None:
         check_heads(shape)
         self._device = device
@@ -106,42 +79,23 @@ class SequenceMemory:
         with device.region(STATES):
             memory = device.allocate((num_slots, slot_bytes), ElementType.U8)
         self.slots = DeltaSlots(memory, sizes, layers, num_slots)
-        self._events: deque[Any] = deque()
-        self._buffers = buffers
-        self._buffers.prepare(slot_bytes, READY_STATES)
-        self._buffers.prepare(self.layout.page_bytes, READY_PAGES)
-        self._uploader = Uploader(device, buffer_bytes=RESTORE_PIECE_BYTES)
+        most_pages = buffers.limit_bytes // 2 // self.layout.page_bytes
+        buffers.prepare(slot_bytes, READY_STATES)
+        buffers.prepare(self.layout.page_bytes, min(limits.max_pages, most_pages))
+        self.transfers = SnapshotTransfers(
+            device, self.slots, self.pool, self.layout, shape.layers, buffers, lanes
+        )
 
     def clear_slot(self, slot: int) -> None:
         """The state before the first token is zero."""
+        self.transfers.before_writing([slot])
         self.slots.clear(self._device, slot)
 
     def copy_slot(self, source: int, target: int) -> None:
         """Within the device, in the stream's order."""
+        self.transfers.before_reading(source)
+        self.transfers.before_writing([target])
         self.slots.copy(self._device, source, target)
-
-    def begin_read(self, slot: int, pages: Sequence[int]) -> SnapshotReading:
-        """Into buffers of the pinned pool, as part of the stream; nothing waits."""
-        places = [self.slots.slot(slot), *(self.pool.rows(page, page + 1) for page in pages)]
-        buffers: list[HostBytes] = [self._buffers.take(place.num_bytes) for place in places]
-        for place, buffer in zip(places, buffers, strict=True):
-            self._device.read(place, np.frombuffer(buffer, np.uint8))
-        return SnapshotReading(self._device, self._events, buffers)
-
-    def write_snapshot(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> None:
-        """Pinned buffers go as they are, other memory through the uploader's."""
-        self._uploader.follow()
-        self._write(self.slots.slot(slot), state)
-        for page, content in pages.items():
-            self._write(self.pool.rows(page, page + 1), content)
-        self._uploader.wait()
-
-    def _write(self, place: DeviceArray, content: HostBytes) -> None:
-        values = np.frombuffer(content, np.uint8)
-        if self._buffers.owns(values):
-            self._device.write(place, values)
-        else:
-            self._uploader.copy(values, place)
 
 
 class Workspace:

@@ -10,7 +10,7 @@ its own ones wait in a spin, and a busy machine then makes them twenty times slo
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from daemon.checkpoint import PAGE_TOKENS, HostBytes
 from daemon.engine import sampler
 from daemon.engine.backends import numpy_attention, numpy_delta_net, numpy_experts
-from daemon.engine.backends.backend import ReadAlready, Sampled, SamplingRow
+from daemon.engine.backends.backend import Contents, Sampled, SamplingRow, Writing
 from daemon.engine.backends.numpy_attention import AttentionConstants, KVPool
 from daemon.engine.backends.numpy_delta_net import (
     DeltaNetConstants,
@@ -156,13 +156,16 @@ class NumpyBackend:
         self.rules[target] = self.rules[source]
         self.convs[target] = self.convs[source]
 
-    def begin_read(self, slot: int, pages: Sequence[int]) -> ReadAlready:
-        """Rule states of all layers, then convolution rows; pages as `KVPool` has them."""
+    def begin_read(self, slot: int, pages: Sequence[int]) -> Future[Contents]:
+        """Rule states of all layers, then convolution rows; pages as `KVPool` has them. At once."""
         state = self.rules[slot].tobytes() + self.convs[slot].tobytes()
-        return ReadAlready(state, [self.pool.content[:, :, page].tobytes() for page in pages])
+        contents: list[HostBytes] = [self.pool.content[:, :, page].tobytes() for page in pages]
+        read: Future[Contents] = Future()
+        read.set_result(Contents(state, contents))
+        return read
 
-    def write_snapshot(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> None:
-        """The inverse of `begin_read`."""
+    def begin_write(self, slot: int, state: HostBytes, pages: Mapping[int, HostBytes]) -> Writing:
+        """The inverse of `begin_read`, at once."""
         values = np.frombuffer(state, np.float32)
         assert values.size == self.rules[slot].size + self.convs[slot].size
         rules, convs = np.split(values, [self.rules[slot].size])
@@ -171,6 +174,7 @@ class NumpyBackend:
         for page, content in pages.items():
             target = self.pool.content[:, :, page]
             target[:] = np.frombuffer(content, np.float32).reshape(target.shape)
+        return Writing.finished()
 
     def evaluate(self, batch: Batch, forward: Callable[[NumpyRun], Float32]) -> Float32:
         """Nothing is recorded: every batch calls the operations."""

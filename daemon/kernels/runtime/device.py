@@ -291,13 +291,9 @@ class Device:
         """Have the event pass once the stream has done what it was given so far."""
         checked(driver.cuEventRecord(event, self.stream), "record an event")
 
-    def has_passed(self, event: driver.CUevent) -> bool:
-        """Whether an event has passed."""
-        status = driver.cuEventQuery(event)
-        if status[0] == driver.CUresult.CUDA_ERROR_NOT_READY:
-            return False
-        checked(status, "ask for an event")
-        return True
+    def follow(self, event: driver.CUevent) -> None:
+        """What the stream is given from now on begins once the event has passed."""
+        checked(driver.cuStreamWaitEvent(self.stream, event, 0), "order work")
 
     def wait_for(self, event: driver.CUevent) -> None:
         """Wait until an event has passed."""

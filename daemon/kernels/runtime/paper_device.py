@@ -102,10 +102,6 @@ class PaperDevice(Device):
     def mark(self, event: object) -> None:
         """Nothing to wait for."""
 
-    def has_passed(self, event: object) -> bool:
-        """Nothing to wait for."""
-        return True
-
     def wait_for(self, event: object) -> None:
         """Nothing to wait for."""
 

@@ -84,23 +84,13 @@ class Uploader:
             part = source[start : start + self.buffer_bytes]
             self.send_to(into.rows(start, start + part.nbytes), partial(_write, part))
 
-    def follow(self) -> None:
-        """What is sent from now on arrives after what the device's stream has been given so far."""
-        self._open = self._open or self._buffers()
-        for number in range(NUM_BUFFERS):
-            self._open.copies.mark_used(number)
-
-    def wait(self) -> None:
-        """Wait until all has arrived and been used."""
+    def finish(self) -> None:
+        """Wait until all has arrived and been used, and give the buffers back."""
+        if self._open is None:
+            return
         while self._pieces:
             self._start_copy(self._pieces.popleft())
         self._device.synchronize()
-
-    def finish(self) -> None:
-        """Wait, and give the buffers back."""
-        if self._open is None:
-            return
-        self.wait()
         self._open.readers.shutdown()
         self._open.copies.close()
         self._open = self._landing = None
