@@ -139,7 +139,8 @@ def assemble(config: Config) -> Daemon:
     template_source = _template_source(file, config.model)
     template = ChatTemplate(template_source, tokenizer.control_tokens)
     context = _context_length(shape, config.engine)
-    backend = make_backend(config.engine, file, shape, _demand(config.engine, context))
+    kept = config.cache.memory_bytes if config.cache.enabled else None
+    backend = make_backend(config.engine, file, shape, _demand(config.engine, context), kept)
     identity = _identity(file, template_source, backend)
     name = _model_name(file, config.model)
     cache = _open_cache(config.cache, identity, name)

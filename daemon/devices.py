@@ -35,15 +35,23 @@ NVIDIA_DRIVERS = (Path("/dev/nvidiactl"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 CPU_PREFILL_TOKENS = 512
 GPU_PREFILL_TOKENS = 2048
 MAX_GPU_SEQUENCES = 16
-MAX_PINNED_BYTES = 10 * 2**30
-"""Of host memory, for snapshots on their way to the store and those that stay in memory beside it;
-at most 3/16 of it all."""
+MAX_MOVING_BYTES = 2 * 2**30
+"""Of host memory to pin for snapshots on their way between device and store, beside those that stay
+in memory; at most 1/16 of it all."""
 
 
 def make_backend(
-    config: EngineConfig, file: GGUFFile, shape: ModelShape, demand: MemoryDemand
+    config: EngineConfig,
+    file: GGUFFile,
+    shape: ModelShape,
+    demand: MemoryDemand,
+    checkpoint_bytes: int | None = None,
 ) -> Backend:
     """The backend that the configuration asks for, without weights; the GPU's memory is reserved.
+
+    Args:
+        checkpoint_bytes: of host memory in which checkpoints stay, to be pinned for the GPU; None:
+            no checkpoints are kept.
 
     Raises:
         NoDevice: the GPU is asked for, or present, and cannot be used.
@@ -51,7 +59,7 @@ def make_backend(
         ConfigError: settings that the device does not have.
     """
     if uses_gpu(config):
-        return _cuda_backend(config, file, shape, demand)
+        return _cuda_backend(config, file, shape, demand, pinned_bytes(checkpoint_bytes))
     if (config.key_format, config.value_format) != ("bf16", "bf16"):
         raise ConfigError("KV cache formats are the GPU's; the CPU reference keeps float32")
     if config.gpu_memory_bytes is not None:
@@ -94,6 +102,14 @@ def memory_budget(free_bytes: int | None, cap_bytes: int | None) -> int | None:
     return min(limits) - MARGIN_BYTES if limits else None
 
 
+def pinned_bytes(checkpoint_bytes: int | None) -> int:
+    """The most host memory to pin: what stays there, and what is on its way; at most half of it."""
+    if checkpoint_bytes is None:
+        return 0
+    memory = _host_bytes("SC_PHYS_PAGES")
+    return min(checkpoint_bytes + min(MAX_MOVING_BYTES, memory // 16), memory // 2)
+
+
 def has_driver() -> bool:
     """Whether there is an NVIDIA driver, whatever may be wrong with it."""
     return any(path.exists() for path in NVIDIA_DRIVERS)
@@ -110,7 +126,11 @@ def prefill_tokens(config: EngineConfig) -> int:
 
 
 def _cuda_backend(
-    config: EngineConfig, file: GGUFFile, shape: ModelShape, demand: MemoryDemand
+    config: EngineConfig,
+    file: GGUFFile,
+    shape: ModelShape,
+    demand: MemoryDemand,
+    pinned_bytes: int,
 ) -> Backend:
     _require_cuda(config)
     from daemon.engine.backends.cuda_backend import CudaBackend
@@ -120,7 +140,7 @@ def _cuda_backend(
     from daemon.kernels.runtime.paper_device import card_of
 
     device = Device.open()
-    limits = _cuda_limits(config, demand)
+    limits = _cuda_limits(config, demand, pinned_bytes)
     compiler = Compiler(device.arch, kernel_cache_folder())
     plan = MemoryPlan(
         card=device.name,
@@ -142,7 +162,7 @@ def _require_cuda(config: EngineConfig) -> None:
         raise ConfigError(f"--parallel {config.parallel}: the GPU takes {MAX_GPU_SEQUENCES}")
 
 
-def _cuda_limits(config: EngineConfig, demand: MemoryDemand) -> "CudaLimits":
+def _cuda_limits(config: EngineConfig, demand: MemoryDemand, pinned_bytes: int = 0) -> "CudaLimits":
     from daemon.engine.backends.cuda_memory import CudaLimits
     from daemon.kernels.kv_format import KvFormat
 
@@ -152,7 +172,7 @@ def _cuda_limits(config: EngineConfig, demand: MemoryDemand) -> "CudaLimits":
         context_length=demand.context_length,
         k_format=KvFormat[config.key_format.upper()],
         v_format=KvFormat[config.value_format.upper()],
-        pinned_bytes=min(MAX_PINNED_BYTES, _host_bytes("SC_PHYS_PAGES") * 3 // 16),
+        pinned_bytes=pinned_bytes,
     )
 
 

@@ -7,7 +7,14 @@ from tensor_tables import tensor_table
 
 from daemon import devices
 from daemon.config import EngineConfig
-from daemon.devices import has_driver, make_backend, plan_memory, prefill_tokens, uses_gpu
+from daemon.devices import (
+    has_driver,
+    make_backend,
+    pinned_bytes,
+    plan_memory,
+    prefill_tokens,
+    uses_gpu,
+)
 from daemon.engine.memory.memory_plan import MemoryDemand
 from daemon.engine.weights.loader import model_shape
 from daemon.errors import ConfigError, NoDevice
@@ -85,3 +92,15 @@ def test_more_sequences_than_the_gpu_takes(driver: None) -> None:
     pytest.importorskip("cuda.core")
     with pytest.raises(ConfigError, match="--parallel 17"):
         make(EngineConfig(parallel=17))
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "checkpoint_gib", "pinned_gib"),
+    [(64, 8, 10), (16, 2, 3), (64, 0, 2), (64, 60, 32), (64, None, 0)],
+)
+def test_as_much_is_pinned_as_checkpoints_may_take(
+    monkeypatch: pytest.MonkeyPatch, memory_gib: int, checkpoint_gib: int | None, pinned_gib: int
+) -> None:
+    monkeypatch.setattr(devices, "_host_bytes", lambda _: memory_gib * 2**30)
+    checkpoint_bytes = None if checkpoint_gib is None else checkpoint_gib * 2**30
+    assert pinned_bytes(checkpoint_bytes) == pinned_gib * 2**30

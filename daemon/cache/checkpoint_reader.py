@@ -57,29 +57,36 @@ def read_checkpoint(reader: Reader, wanted: Wanted, copier: Copier) -> Snapshot:
     state = wanted.state
     if len(wanted.chain) != state.num_pages or len(wanted.tokens) != state.position * 4:
         raise DamagedRecord("a state whose position is not that of its pages")
-    copies: list[Future[HostBytes | None]] = []
+    pages: list[_Copy] = []
+    content: _Copy = None
     try:
-        copies.append(_begin_state(reader, wanted, copier))
-        copies += [_begin_page(reader, wanted, i, copier) for i in range(len(wanted.chain))]
+        content = _begin_state(reader, wanted, copier)
+        pages += [_begin_page(reader, wanted, i, copier) for i in range(len(wanted.chain))]
     finally:
         # Whoever fails must not close the view under the copies that have begun.
-        wait(copies)
-    content = copies[0].result()
-    if content is None:
+        wait([copy for copy in (content, *pages) if isinstance(copy, Future)])
+    if (kept := _payload(content)) is None:
         raise DamagedRecord("a state whose checksum does not match")
-    pages: dict[int, HostBytes] = {}
-    for index, copy in enumerate(copies[1:]):
-        page = copy.result()
-        if page is None:
+    payloads: dict[int, HostBytes] = {}
+    for index, copy in enumerate(pages):
+        if (payload := _payload(copy)) is None:
             raise DamagedPage(wanted.chain[index], "a page whose checksum does not match")
-        pages[index] = page
-    return Snapshot(state.position, state.born, state.num_grid_pages, content, pages)
+        payloads[index] = payload
+    return Snapshot(state.position, state.born, state.num_grid_pages, kept, payloads)
 
 
-def _begin_state(reader: Reader, wanted: Wanted, copier: Copier) -> "Future[HostBytes | None]":
+_Copy = HostBytes | Future[HostBytes | None] | None
+"""A payload that is here, or one that is being copied; None when it is damaged."""
+
+
+def _payload(copy: _Copy) -> HostBytes | None:
+    return copy.result() if isinstance(copy, Future) else copy
+
+
+def _begin_state(reader: Reader, wanted: Wanted, copier: Copier) -> _Copy:
     key = wanted.state.key
     if key in wanted.at_hand:
-        return _present(wanted.at_hand[key])
+        return wanted.at_hand[key]
     header = _state_header(reader, key)
     if header.tip != wanted.chain[-1] or header.position != wanted.state.position:
         raise DamagedRecord("a state of another position or other pages")
@@ -88,12 +95,10 @@ def _begin_state(reader: Reader, wanted: Wanted, copier: Copier) -> "Future[Host
     return copier.copy(reader.chunks("states", key, header.payload_bytes), header.payload_sum)
 
 
-def _begin_page(
-    reader: Reader, wanted: Wanted, index: int, copier: Copier
-) -> "Future[HostBytes | None]":
+def _begin_page(reader: Reader, wanted: Wanted, index: int, copier: Copier) -> _Copy:
     key = wanted.chain[index]
     if key in wanted.at_hand:
-        return _present(wanted.at_hand[key])
+        return wanted.at_hand[key]
     header = _page_header(reader, key)
     start = index * _PAGE_TOKEN_BYTES
     if header.tokens != wanted.tokens[start : start + _PAGE_TOKEN_BYTES]:
@@ -107,12 +112,6 @@ def _begin_page(
     except DamagedRecord as error:
         raise DamagedPage(key, str(error)) from error
     return copier.copy(chunks, header.payload_sum)
-
-
-def _present(payload: HostBytes) -> "Future[HostBytes | None]":
-    future: Future[HostBytes | None] = Future()
-    future.set_result(payload)
-    return future
 
 
 def read_state(reader: Reader, key: bytes) -> tuple[StateHeader, bytes]:

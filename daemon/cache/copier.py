@@ -31,15 +31,21 @@ class Copier:
         self._threads = ThreadPoolExecutor(NUM_COPIERS, thread_name_prefix="checkpoint-copier")
 
     def copy(self, chunks: Sequence[memoryview], payload_sum: int) -> "Future[HostBytes | None]":
-        """Put chunks together in a buffer; None when they do not have the checksum."""
-        return self._threads.submit(self._copy, chunks, payload_sum)
+        """Put chunks together in a buffer; None when they do not have the checksum.
+
+        Buffers are asked for in the order of calls: neighbours go to the device in one copy.
+        """
+        buffer = self.allocate(sum(chunk.nbytes for chunk in chunks))
+        return self._threads.submit(self._copy, chunks, payload_sum, buffer)
 
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown()
 
-    def _copy(self, chunks: Sequence[memoryview], payload_sum: int) -> HostBytes | None:
-        buffer = self.allocate(sum(chunk.nbytes for chunk in chunks))
+    @staticmethod
+    def _copy(
+        chunks: Sequence[memoryview], payload_sum: int, buffer: memoryview
+    ) -> HostBytes | None:
         target = np.frombuffer(buffer, np.uint8)
         start = 0
         for chunk in chunks:

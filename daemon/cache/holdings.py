@@ -326,7 +326,8 @@ class Holdings:
             self.forget(self.index.remove_state(key), "dropped")
 
     def wanted(self, state: StateHeader, tokens: bytes) -> Wanted | None:
-        """What a reader needs to know; None when the state has gone."""
+        """What a reader needs to know; None when the state has gone. Makes room in memory for what
+        will be read."""
         if self.index.state(state.key) is not state:
             return None
         chain = self.index.chain(state.tip)
@@ -335,4 +336,8 @@ class Holdings:
             for key in (*chain, state.key)
             if (payload := self.payload(key)) is not None
         }
+        tip = self.index.page(state.tip)
+        assert tip is not None
+        present = sum(memoryview(payload).nbytes for payload in at_hand.values())
+        self.memory.make_room(tip.num_chain_bytes + state.payload_bytes - present)
         return Wanted(state, tuple(chain), tokens, at_hand)

@@ -38,6 +38,12 @@ class HostMemory:
         while self.num_bytes > self._max_bytes:
             self._remove(next(iter(self._payloads)))
 
+    def make_room(self, num_bytes: int) -> None:
+        """Let older payloads go now, for so many bytes that will be kept soon: the buffers that
+        they are read into may be those of payloads that went."""
+        while self._payloads and self.num_bytes + num_bytes > self._max_bytes:
+            self._remove(next(iter(self._payloads)))
+
     def discard(self, keys: Iterable[bytes]) -> None:
         """Forget payloads; keys that are not here are ignored."""
         for key in keys:

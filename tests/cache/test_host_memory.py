@@ -57,6 +57,30 @@ def test_what_was_read_is_in_memory_from_then_on(tmp_path: Path) -> None:
     cache.close()
 
 
+def test_room_is_made_before_reading_so_that_old_buffers_can_be_read_into(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    saved_prompt(cache, 3)
+    saved_prompt(cache, 4, first=9)
+    cache.close()
+    cache = open_cache(tmp_path, memory_bytes=STATE_BYTES + 5 * PAGE_BYTES)
+    assert Simulated(cache, prompt(3)).resume() is not None
+    held = cache.stats().memory_bytes
+    assert held == STATE_BYTES + 3 * PAGE_BYTES
+    seen, sizes = [], []
+
+    def allocate(num_bytes: int) -> memoryview:
+        seen.append(cache._transfer._holdings.memory.num_bytes)
+        sizes.append(num_bytes)
+        return memoryview(bytearray(num_bytes))
+
+    cache.expect(STATE_BYTES, PAGE_BYTES, allocate)
+    assert Simulated(cache, prompt(4, first=9)).resume() is not None
+    assert sizes == [STATE_BYTES, *[PAGE_BYTES] * 4]
+    assert set(seen) == {0}
+    assert cache.stats().memory_bytes == STATE_BYTES + 4 * PAGE_BYTES
+    cache.close()
+
+
 def test_what_is_evicted_or_wiped_leaves_memory_too(tmp_path: Path) -> None:
     cache = open_cache(tmp_path, memory_bytes=1 << 20)
     saved_prompt(cache, 3)

@@ -29,9 +29,9 @@ def generate(
 ) -> Reply:
     reply = harness.submit(tokens, max_tokens=max_tokens, boundaries=boundaries)
     deadline = time.monotonic() + 200
-    while harness.engine.sequences:
+    while (has_worked := harness.engine.step()) or harness.engine.sequences:
         assert time.monotonic() < deadline
-        if not harness.engine.step():
+        if not has_worked:
             time.sleep(0.001)  # a checkpoint is being read
     return reply
 
