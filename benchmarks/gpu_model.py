@@ -32,7 +32,9 @@ MAX_SEQUENCES = 8
 class GpuModel:
     """A model with states and pages for MAX_SEQUENCES sequences of `context` tokens."""
 
-    def __init__(self, path: Path, context: int, max_rows: int, kv: str) -> None:
+    def __init__(
+        self, path: Path, context: int, max_rows: int, kv: str, pinned_bytes: int = 0
+    ) -> None:
         began = time.perf_counter()
         file = open_gguf(path)
         self.shape = model_shape(file)
@@ -42,6 +44,7 @@ class GpuModel:
             max_rows=max_rows,
             k_format=KvFormat[kv.upper()],
             v_format=KvFormat[kv.upper()],
+            pinned_bytes=pinned_bytes,
         )
         compiler = Compiler(self.device.arch, kernel_cache_folder())
         self.backend = CudaBackend(self.device, compiler, limits, self.shape.rms_eps)
@@ -84,11 +87,16 @@ class GpuModel:
 
 
 def arguments(name: str) -> argparse.Namespace:
+    """The flags that the scripts share, read."""
+    return parser(name).parse_args()
+
+
+def parser(name: str) -> argparse.ArgumentParser:
     """The flags that the scripts share."""
-    parser = argparse.ArgumentParser(prog=name, description=f"Time {name} on the GPU.")
-    parser.add_argument("model", type=Path, help="a GGUF file, such as make_model.py writes")
-    parser.add_argument("--kv", default="q8_0", choices=("bf16", "q8_0", "fp8", "q4_0"))
-    return parser.parse_args()
+    flags = argparse.ArgumentParser(prog=name, description=f"Time {name} on the GPU.")
+    flags.add_argument("model", type=Path, help="a GGUF file, such as make_model.py writes")
+    flags.add_argument("--kv", default="q8_0", choices=("bf16", "q8_0", "fp8", "q4_0"))
+    return flags
 
 
 def write_results(name: str, model: GpuModel, path: Path, rows: list[dict[str, Any]]) -> None:
