@@ -69,9 +69,11 @@ class GpuModel:
         """Evaluate part of a prompt."""
         self.model.logits(Batch("prefill", (self.span(count, start, 0),)))
 
-    def decode(self, num_sequences: int, position: int) -> None:
-        """One token of each sequence; what lies before `position` is whatever the pages hold."""
-        spans = tuple(self.span(1, position, slot) for slot in range(num_sequences))
+    def decode(self, num_sequences: int, position: int, first: int = 0) -> None:
+        """One token of each sequence from the `first` on; what lies before `position` is whatever
+        the pages hold."""
+        slots = range(first, first + num_sequences)
+        spans = tuple(self.span(1, position, slot) for slot in slots)
         self.model.logits(Batch("decode", spans))
 
     def seconds(self, work: Callable[[], None], rounds: int) -> float:

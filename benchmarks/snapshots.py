@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +28,7 @@ from daemon.engine.checkpointing import NoTimeline
 from daemon.engine.requests import GenerationRequest
 from daemon.engine.saving import Saving
 from daemon.engine.sequence import Sequence
+from daemon.kernels.runtime.pinned_pool import SLAB_BYTES
 
 SIZES = (32_768, 100_032)
 NEW_TOKENS = 512
@@ -41,6 +43,10 @@ PINNING_S = 4.0
 """Long enough for the pool's buffers to be pinned, as they are in a daemon that has started."""
 
 PINNED_BYTES, MEMORY_BYTES, DISK_BYTES = 12 << 30, 7 << 30, 8 << 30
+STEPS, WARM_STEPS = 80, 5
+PINNED_BESIDE = 16
+"""Slabs: 1 GiB."""
+
 FINGERPRINT = b"made-up numbers "
 
 Row = dict[str, Any]
@@ -63,6 +69,7 @@ def main() -> None:
     load = model.load_s, given.model.stat().st_size / model.load_s / 1e9
     rows: list[Row] = [{"what": "load", "s": load[0], "gb_per_s": load[1]}]
     rows += _copies(model)
+    rows += _steps_beside(model)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         rows += _stored(model, Path(folder))
     rows.append({"what": "buffers not pinned", "count": model.backend._pool.num_unpinned})
@@ -98,6 +105,42 @@ def _copies(model: GpuModel) -> list[Row]:
             speed = num_bytes / ms / 1e6
             rows.append({"what": what, "tokens": num_tokens, "ms": ms, "gb_per_s": speed})
     return rows
+
+
+def _steps_beside(model: GpuModel) -> list[Row]:
+    """One sequence decodes while others' snapshots move: nobody's tokens may wait for them."""
+    backend, pages = model.backend, range(SIZES[-1] // PAGE_TOKENS)
+    state, contents = backend.begin_read(0, pages).result()
+    pinned: dict[int, HostBytes] = dict(zip(pages, contents, strict=True))
+
+    def pin() -> None:
+        model.device.use_here()
+        slabs = [model.device.allocate_pinned(SLAB_BYTES) for _ in range(PINNED_BESIDE)]
+        del slabs
+
+    thread = ThreadPoolExecutor(1)
+    beside: dict[str, Callable[[], Future[Any]] | None] = {
+        "nothing": None,
+        "saving": lambda: backend.begin_read(0, pages),
+        "restoring": lambda: backend.begin_write(1, state, pinned).arrived,
+        "pinning": lambda: thread.submit(pin),
+    }
+    return [{"what": f"a step beside {what}", **_step_ms(model, b)} for what, b in beside.items()]
+
+
+def _step_ms(model: GpuModel, beside: Callable[[], Future[Any]] | None) -> Row:
+    taken = []
+    going: Future[Any] | None = None
+    for number in range(STEPS):
+        if beside is not None and (going is None or going.done()):
+            going = beside()
+        began = time.perf_counter()
+        model.decode(1, 1024 + number, first=2)
+        model.device.synchronize()
+        taken.append((time.perf_counter() - began) * 1e3)
+    if going is not None:
+        going.result()
+    return {"ms": median(taken[WARM_STEPS:]), "at_most_ms": max(taken[WARM_STEPS:])}
 
 
 def _stored(model: GpuModel, folder: Path) -> list[Row]:
