@@ -23,9 +23,9 @@ class Capture(Struct, frozen=True):
 class Span(Struct, frozen=True):
     """Consecutive tokens of one sequence.
 
-    `pages` is the sequence's page table, enough for position `start + len(tokens)`. A prefill span
-    starts on the grid, at a multiple of PAGE_TOKENS; a decode span has one token. `samples`: the
-    logits of the last token are wanted.
+    `pages` is the sequence's page table, enough for position `start + len(tokens)`, and at most one
+    page more than the longest sequence fills. A prefill span starts on the grid, at a multiple of
+    PAGE_TOKENS; a decode span has one token. `samples`: the logits of the last token are wanted.
     """
 
     tokens: TokenIds

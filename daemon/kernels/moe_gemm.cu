@@ -30,7 +30,7 @@ struct Work {
 
     __device__ __forceinline__ bool find(int index, Tile& tile) const {
         int group = 0;
-        for (int step = 512; step > 0; step >>= 1)
+        for (int step = 1024; step > 0; step >>= 1)
             if (group + step <= EXPERTS && ends[group + step - 1] <= index) group += step;
         const int begin = group > 0 ? ends[group - 1] : 0;
         const int row_tiles = matrix(group).stripes / TILE_STRIPES;

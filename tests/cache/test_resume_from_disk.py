@@ -56,9 +56,7 @@ def test_an_edited_prompt_equals_cold(
     warm = on(model, cache)
     reply = generate(warm, edited, 4)
     assert reply.num_cached == {300: 256, 449: 448, 700: 640}[num_kept]
-    assert np.array_equal(
-        warm.last_prompt_logits(len(edited)), cold.last_prompt_logits(len(edited))
-    )
+    assert np.array_equal(warm.last_prompt_logits(edited), cold.last_prompt_logits(edited))
     assert reply.tokens == expected.tokens
     assert cache.stats().num_dropped == cache.stats().num_damaged == 0
     cache.close()

@@ -36,12 +36,12 @@ class Reply:
 
 
 class RecordingModel:
-    """A model that keeps the logits of every prompt's last row, keyed by the prompt's length."""
+    """A model that keeps the logits of every prompt's last row, beside the tokens it ends with."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.backend = model.backend
-        self.rows: list[tuple[int, np.ndarray]] = []
+        self.rows: list[tuple[int, np.ndarray, np.ndarray]] = []
 
     def logits(self, batch: object) -> np.ndarray:
         logits = self.model.logits(batch)  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ class RecordingModel:
         if batch.kind == "prefill":  # type: ignore[attr-defined]
             rows = self.backend.logits_to_host(logits)
             for span, row in zip(sampling, rows, strict=False):
-                self.rows.append((span.end, row.copy()))
+                self.rows.append((span.end, span.tokens, row.copy()))
         return logits
 
 
@@ -113,5 +113,10 @@ class EngineHarness:
         self.run()
         return reply
 
-    def last_prompt_logits(self, num_prompt: int) -> np.ndarray:
-        return next(row for end, row in reversed(self.model.rows) if end == num_prompt)
+    def last_prompt_logits(self, prompt: Sequence[int]) -> np.ndarray:
+        """Prompts are told apart by what was evaluated last of each."""
+        return next(
+            row
+            for end, tail, row in reversed(self.model.rows)
+            if end == len(prompt) and np.array_equal(tail, prompt[-len(tail) :])
+        )

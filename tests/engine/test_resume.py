@@ -60,7 +60,7 @@ def test_edited_prompts_equal_cold(
     reply = harness.generate(edited, max_tokens=4)
     assert reply.num_cached >= min(keep, len(edited) - 1) // 256 * 256
     logits, tokens = cold(tiny_coder, edited, max_tokens=4)
-    assert np.array_equal(harness.last_prompt_logits(len(edited)), logits)
+    assert np.array_equal(harness.last_prompt_logits(edited), logits)
     assert reply.tokens == tokens
 
 
@@ -92,9 +92,7 @@ def test_reply_checkpoint_is_found_when_the_history_comes_back(
     strict = EngineHarness(tiny_coder, store, strict=True)
     strict_reply = strict.generate(follow_up, max_tokens=12)
     assert strict_reply.num_cached == 0
-    difference = harness.last_prompt_logits(len(follow_up)) - strict.last_prompt_logits(
-        len(follow_up)
-    )
+    difference = harness.last_prompt_logits(follow_up) - strict.last_prompt_logits(follow_up)
     assert np.abs(difference).max() < DECODED_STATE_BOUND
     assert reply.tokens == strict_reply.tokens
 

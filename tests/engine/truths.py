@@ -14,7 +14,7 @@ def cold(model: Model, tokens: np.ndarray, max_tokens: int = 8) -> tuple[np.ndar
     harness = EngineHarness(model, MemoryStore(interval=10**9))
     reply = harness.generate(tokens, max_tokens=max_tokens)
     assert reply.num_cached == 0
-    return harness.last_prompt_logits(len(tokens)), reply.tokens
+    return harness.last_prompt_logits(tokens), reply.tokens
 
 
 def check_greedy_tokens(model: Model, golden: Golden) -> None:
@@ -38,7 +38,7 @@ def check_resumed_equals_cold(
     harness = EngineHarness(model, store, strict=True, prefill_tokens=prefill_tokens)
     reply = harness.generate(ids)
     assert reply.num_cached == position
-    assert np.array_equal(harness.last_prompt_logits(len(ids)), logits)
+    assert np.array_equal(harness.last_prompt_logits(ids), logits)
     assert reply.tokens == tokens
 
 
@@ -49,5 +49,5 @@ def check_batched_equals_alone(model: Model, golden: Golden) -> None:
     replies = [harness.submit(prompt, max_tokens=20) for prompt in prompts]
     harness.run()
     for prompt, reply, (logits, tokens) in zip(prompts, replies, alone, strict=True):
-        assert np.array_equal(harness.last_prompt_logits(len(prompt)), logits)
+        assert np.array_equal(harness.last_prompt_logits(prompt), logits)
         assert reply.tokens == tokens

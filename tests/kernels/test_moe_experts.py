@@ -1,5 +1,8 @@
 """Experts of a few rows and of a prompt: right, and the same bits whoever else is in the batch."""
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import numpy as np
 import pytest
 from quant_reference import file_values, random_matrix
@@ -87,10 +90,14 @@ def test_prefill_compiles_with_few_spills_and_no_serialized_products(
 
 
 Formats = tuple[str, str, str]
+Rows = Array | Sequence[int]
+ROWS = 333
+BROKEN = ROWS
+"""A row that is no number."""
 
 
 class Experts:
-    """Random experts, on the device and as float64 in the reference's layout."""
+    """Random experts: on the device, and their values `[experts, rows, columns]`, float32."""
 
     def __init__(
         self,
@@ -102,11 +109,10 @@ class Experts:
         count, width, hidden = sizes
         gate, gate_values = self._draw(formats[0], (count, width, hidden), rng)
         up, up_values = self._draw(formats[1], (count, width, hidden), rng)
-        down, down_values = self._draw(formats[2], (count, hidden, width), rng)
+        down, self.down_values = self._draw(formats[2], (count, hidden, width), rng)
         self.gate_up = pack_gated(packer, gate, up)
         self.down = pack_experts(packer, down)
-        self.gate_up_values = np.concatenate([gate_values, up_values], 1).transpose(0, 2, 1)
-        self.down_values = down_values.transpose(0, 2, 1)
+        self.gate_up_values = np.concatenate([gate_values, up_values], 1)
 
     @staticmethod
     def _draw(
@@ -115,11 +121,35 @@ class Experts:
         count, rows, columns = shape
         data = random_matrix(format, count * rows, columns, rng)
         raw = RawMatrix(format, count * rows, columns, data.reshape(-1))
-        return RawExperts(count, raw), file_values(format, data).astype(np.float64).reshape(shape)
+        return RawExperts(count, raw), file_values(format, data).reshape(shape)
+
+
+def routed(x: Array, gate_up: Array, down: Array, chosen: Array, weights: Array) -> Array:
+    """numpy_experts.routed with one product an expert, matrices as files have them."""
+    total = np.zeros_like(x)
+    for expert in np.unique(chosen):
+        rows, ranks = np.nonzero(chosen == expert)
+        hidden = numpy_experts.swiglu(x[rows] @ gate_up[expert].T)
+        total[rows] += weights[rows, ranks, None] * (hidden @ down[expert].T)
+    return total
+
+
+def test_the_reference_of_these_tests_is_the_twin() -> None:
+    rng = np.random.default_rng(0)
+    x, gate_up, down = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((9, 64), (6, 2 * 32, 64), (6, 64, 32))
+    )
+    chosen, weights = numpy_experts.route(rng.normal(size=(9, 6)).astype(np.float32), 3)
+    swapped = [matrix.transpose(0, 2, 1) for matrix in (gate_up, down)]
+    expected = numpy_experts.routed(x, *swapped, chosen, weights)  # type: ignore[arg-type]
+    np.testing.assert_allclose(
+        routed(x, gate_up, down, chosen, weights), expected, rtol=1e-4, atol=1e-3
+    )
 
 
 class Layer:
-    """A layer of experts with everything that runs it."""
+    """A layer of experts with everything that runs it, ROWS rows, and one more that is broken."""
 
     def __init__(
         self,
@@ -128,54 +158,53 @@ class Layer:
         sizes: MoeSizes,
         widths: tuple[int, int],
         formats: tuple[Formats, Formats],
-        max_rows: int,
     ) -> None:
         rng = np.random.default_rng(sizes.columns + sizes.num_experts)
         packer, hidden = Packer(device, compiler), sizes.columns
-        self.device, self.sizes = device, sizes
+        self.device, self.sizes, self.arch = device, sizes, compiler.arch
         self.routed = Experts(packer, (sizes.num_experts, widths[0], hidden), formats[0], rng)
         self.shared = None
         if sizes.has_shared:
             self.shared = Experts(packer, (1, widths[1], hidden), formats[1], rng)
         self.norm = rng.normal(1, 0.2, hidden).astype(np.float32)
         self.router = rng.normal(0, hidden**-0.5, (sizes.num_scores, hidden)).astype(np.float32)
-        self.x = rng.normal(size=(max(max_rows, 16), hidden)).astype(np.float32)
+        self.x = rng.normal(size=(ROWS + 1, hidden)).astype(np.float32)
+        self.x[BROKEN] = np.nan
         self.constants = [device.to_device(array) for array in (self.norm, self.router)]
-        self.route = MoeRoute(device, compiler, sizes, max_rows)
+        self.route = MoeRoute(device, compiler, sizes, ROWS + 1)
         self.decode = moe_decode.MoeDecode(device, compiler, sizes, max(widths))
-        self.prefill = moe_prefill.MoePrefill(device, compiler, sizes, max(widths), max_rows)
+        self.prefill = moe_prefill.MoePrefill(device, compiler, sizes, max(widths), ROWS + 1)
 
-    def expected(self, count: int) -> Array:
-        """What is added to the residual."""
-        x = numpy_delta_net.rms_norm(self.x[:count].astype(np.float64), self.norm, EPS)  # type: ignore[arg-type]
-        scores = x @ self.router.T.astype(np.float64)
+    @cached_property
+    def expected(self) -> Array:
+        """What is added to the residual of the rows that are not broken."""
+        x = numpy_delta_net.rms_norm(self.x[:ROWS], self.norm, EPS)
+        scores = x @ self.router.T
         experts = self.sizes.num_experts
         chosen, weights = numpy_experts.route(scores[:, :experts], self.sizes.num_used)
-        mixed = numpy_experts.routed(
-            x, self.routed.gate_up_values, self.routed.down_values, chosen, weights
-        )
+        mixed = routed(x, self.routed.gate_up_values, self.routed.down_values, chosen, weights)
         if self.shared is not None:
-            matrices = (self.shared.gate_up_values, self.shared.down_values)
-            mixed = mixed + numpy_experts.shared(x[None], scores[None, :, experts:], *matrices)[0]
+            matrices = (self.shared.gate_up_values[0].T, self.shared.down_values[0].T)
+            mixed += numpy_experts.shared(x, scores[:, experts:], *matrices)
         return mixed
 
-    def few(self, count: int) -> Array:
-        """The residual after the kernels of decode."""
+    def few(self, rows: Rows) -> Array:
+        """The residual of these rows after the kernels of decode."""
         device = self.device
-        residual = device.to_device(self.x[:count])
+        residual = device.to_device(self.x[rows])
         lists = RouteLists.allocate(device, self.sizes)
         panels = device.allocate((16, self.sizes.columns), np.float16)
         self.route.few(residual, *self.constants, panels, lists, EPS)
         shared_gate_up = self.shared.gate_up if self.shared else None
         shared_down = self.shared.down if self.shared else None
-        self.decode.gate_up(self.routed.gate_up, shared_gate_up, panels, lists, count)
+        self.decode.gate_up(self.routed.gate_up, shared_gate_up, panels, lists, len(rows))
         self.decode.down(self.routed.down, shared_down, lists, residual)
         return device.to_host(residual)
 
-    def many(self, first: int, last: int) -> Array:
-        """The residual of some rows after the kernels of prefill."""
-        residual = self.device.to_device(self.x[first:last])
-        lines = RowLines.allocate(self.device, self.sizes, last - first)
+    def many(self, rows: Rows) -> Array:
+        """The residual of these rows after the kernels of prefill."""
+        residual = self.device.to_device(self.x[rows])
+        lines = RowLines.allocate(self.device, self.sizes, len(rows))
         norm, router = self.constants
         self.route.many(residual, norm, router, lines, EPS)
         experts = self.sizes.num_experts
@@ -190,7 +219,7 @@ class Layer:
 
 CASES = {
     "35b-a3b": (
-        MoeSizes(64, 8, 2048, True), (512, 512), (("Q4_K", "Q4_K", "Q6_K"), ("Q8_0",) * 3),
+        MoeSizes(32, 8, 2048, True), (512, 512), (("Q4_K", "Q4_K", "Q6_K"), ("Q8_0",) * 3),
     ),
     "one-block": (MoeSizes(16, 4, 256, True), (256, 256), (("Q4_K",) * 3, ("Q4_K",) * 3)),
     "wide-shared": (
@@ -205,7 +234,7 @@ CASES = {
     "none-shared": (MoeSizes(7, 1, 768, False), (256, 0), (("BF16", "BF16", "Q4_0"), ("",) * 3)),
     "all-used": (MoeSizes(4, 4, 512, True), (256, 256), (("Q6_K",) * 3, ("Q6_K",) * 3)),
     "large": (
-        MoeSizes(20, 10, 4096, True), (1024, 1024), (("Q4_K", "Q4_K", "Q5_K"), ("Q8_0",) * 3),
+        MoeSizes(12, 10, 4096, True), (1024, 1024), (("Q4_K", "Q4_K", "Q5_K"), ("Q8_0",) * 3),
     ),
 }  # fmt: skip
 
@@ -219,41 +248,52 @@ def code(device: Device, compiler: Compiler, request: pytest.FixtureRequest) -> 
     return Compiler("sm_90", None)
 
 
+@pytest.fixture(scope="module", params=CASES)
+def layer(device: Device, code: Compiler, request: pytest.FixtureRequest) -> Layer:
+    return Layer(device, code, *CASES[request.param])
+
+
 def relative_error(got: Array, expected: Array) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES)
-def test_a_few_rows(device: Device, code: Compiler, case: str) -> None:
-    layer = Layer(device, code, *CASES[case], max_rows=16)
-    expected = layer.expected(16)
-    most = layer.few(16)
-    assert relative_error(most - layer.x[:16], expected) < TOLERANCE
-    for count in (9, 8, 3, 1):
-        np.testing.assert_array_equal(layer.few(count), most[:count])
+def test_a_few_rows(layer: Layer) -> None:
+    most = layer.few(range(16))
+    assert relative_error(most - layer.x[:16], layer.expected[:16]) < TOLERANCE
+    shuffled = np.random.default_rng(0).permutation(16)
+    for rows in (shuffled, shuffled[:9], shuffled[9:], [*range(15, 7, -1)], [6, 6, 2], [6], [0]):
+        np.testing.assert_array_equal(layer.few(rows), most[rows])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES)
-def test_a_prompt(
-    device: Device, code: Compiler, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = Layer(device, code, *CASES[case], max_rows=333)
-    results = [layer.many(0, 333)]
-    assert relative_error(results[0] - layer.x[:333], layer.expected(333)) < TOLERANCE
-    widths = (64, 128, 256) if code.arch == "sm_90a" else (64, 128)
-    for columns in widths:
+def test_a_broken_row_breaks_no_other(layer: Layer) -> None:
+    for run, count in ((layer.few, 7), (layer.many, 90)):
+        whole = run(range(count))
+        rows = [*range(3), BROKEN, *range(3, count), BROKEN]
+        mixed = run(rows)
+        np.testing.assert_array_equal(mixed[np.array(rows) != BROKEN], whole)
+        assert np.isnan(mixed[3]).any()
+
+
+@pytest.mark.gpu
+def test_a_prompt(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = layer.many(range(ROWS))
+    assert relative_error(whole - layer.x[:ROWS], layer.expected) < TOLERANCE
+    shuffled = np.random.default_rng(0).permutation(ROWS)
+    cuts = [range(start, min(start + 64, ROWS)) for start in range(0, ROWS, 64)]
+    picks = [shuffled, shuffled[:100], range(ROWS - 1, -1, -7), [5, 200, 5], [7], *cuts]
+    for rows in picks:
+        np.testing.assert_array_equal(layer.many(rows), whole[list(rows)])
+    for columns in (64, 128, 256) if layer.arch == "sm_90a" else (64, 128):
         monkeypatch.setattr(
             layer.prefill,
             "_tile_columns",
             lambda _, epilogue, columns=columns: min(columns, 128) if epilogue == GATE else columns,
         )
-        results.append(layer.many(0, 333))
-        parts = [layer.many(start, min(start + 64, 333)) for start in range(0, 333, 64)]
-        results.append(np.concatenate(parts))
-    for result in results[1:]:
-        np.testing.assert_array_equal(result, results[0])
+        np.testing.assert_array_equal(layer.many(range(ROWS)), whole)
+        for rows in cuts:
+            np.testing.assert_array_equal(layer.many(rows), whole[list(rows)])
 
 
 @pytest.mark.gpu

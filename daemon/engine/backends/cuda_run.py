@@ -83,6 +83,7 @@ class DecodeTables:
         self._device.write(self._rows, rows)
         for i, span in enumerate(spans):
             if span.pages is not self._pages[i]:
+                assert len(span.pages) <= self._line.shape[1]
                 self._line[0, : len(span.pages)] = span.pages
                 self._device.write(self._page_table.rows(i, i + 1), self._line)
                 self._pages[i] = span.pages
@@ -148,6 +149,7 @@ def page_table(spans: Sequence[Span], max_pages: int) -> Int32:
     """Page numbers `[spans, max_pages]`; what follows a span's own pages is never read."""
     table = np.zeros((len(spans), max_pages), np.int32)
     for line, span in zip(table, spans, strict=True):
+        assert len(span.pages) <= max_pages
         line[: len(span.pages)] = span.pages
     return table
 
