@@ -34,7 +34,14 @@ from benchmarks.forced_engine import Asked, ForcedEngine
 from benchmarks.new_tokens import NewTokens, RecordingBuilder
 from daemon.api.app import create_app
 from daemon.assemble import Daemon, assemble, embedded_model
-from daemon.config import CacheConfig, Config, EngineConfig, ModelConfig, ServerConfig
+from daemon.config import (
+    CacheConfig,
+    Config,
+    EngineConfig,
+    ModelConfig,
+    ServerConfig,
+    default_cache_memory,
+)
 from daemon.engine.weights.gguf import open_gguf
 from daemon.text.messages import Message, ToolCall
 from daemon.text.template import ChatTemplate
@@ -257,7 +264,11 @@ def _daemon(model: Path, store: Path, arguments: argparse.Namespace) -> Daemon:
         Config(
             model=ModelConfig(path=model),
             engine=EngineConfig(device=arguments.device, context=arguments.ctx),
-            cache=CacheConfig(folder=store, interval_tokens=arguments.checkpoint_interval),
+            cache=CacheConfig(
+                folder=store,
+                interval_tokens=arguments.checkpoint_interval,
+                memory_bytes=default_cache_memory(),
+            ),
             server=ServerConfig(allowed_hosts=("qwend",)),
         )
     )

@@ -7,6 +7,7 @@ calls with its lock held, mostly on the engine's thread, so everything here must
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from msgspec import Struct
 
@@ -31,7 +32,8 @@ MANY_STATES = 256
 """From so many on, making room goes 1/32 further than it must, to be rare: it weighs them all."""
 
 UNUSED_SHARE = 4
-"""Checkpoints that wait for use take at most 1/4 of the memory for all that waits."""
+"""Checkpoints that wait for use take at most 1/4 of the memory that stays beside the disk, and as
+much of what may wait for it."""
 
 SIDE_REQUEST_US = 10 * 60 * 1_000_000
 """So long after a conversation's last use, a shorter prompt is taken for a side request of it."""
@@ -46,6 +48,11 @@ class Limits(Struct, frozen=True):
     queue_bytes: int
     memory_bytes: int = 0
     write_delay_us: int = 0
+
+    @property
+    def unused_bytes(self) -> int:
+        """Of checkpoints that wait for use."""
+        return self.queue_bytes // UNUSED_SHARE + self.memory_bytes // UNUSED_SHARE
 
 
 class Holdings:
@@ -113,6 +120,7 @@ class Holdings:
         use = self.index.touch(key, self._now_us())
         if use is not None:
             self._latest = key
+            self.queue.use(key)
             if self.queue.state(key) is None:
                 self.pending.touched[key] = use
 
@@ -138,7 +146,7 @@ class Holdings:
         )
         if fits and self.index.add_state(state.header, Use(used_us=self._now_us()), spares):
             self._latest = state.header.key
-            self.queue.add(state, added)
+            self.queue.add(state, added, is_unused=waits_for_use(state.header.reason))
             self.departures.discard(state.header.hash)
             self._retire_twin(state.header)
             return True
@@ -188,29 +196,23 @@ class Holdings:
             del self._pins[key]
 
     def _relieve_queue(self) -> None:
-        """Give up waiting checkpoints, the least worth first, until the queue is in its bounds, and
-        those that wait for use are in theirs."""
-        limit = self._limits.queue_bytes
-        self._shrink_queue(limit, lambda: self.queue.num_bytes, lambda _: True)
-        if self.queue.num_bytes > limit // UNUSED_SHARE:
-            self._shrink_queue(limit // UNUSED_SHARE, self._unused_bytes, self._waits_for_use)
+        """Give up waiting checkpoints, the least worth first, until those that are on their way to
+        the disk are in their bounds, and those that wait for use are in theirs."""
+        queue, limits = self.queue, self._limits
+        excess_bytes = queue.num_bytes - queue.unused_bytes - limits.queue_bytes
+        if excess_bytes > 0:
+            self._shrink_queue(excess_bytes, lambda key: not queue.is_unused(key))
+        if queue.unused_bytes > limits.unused_bytes:
+            self._shrink_queue(queue.unused_bytes - limits.unused_bytes, queue.is_unused)
+        self.memory.lend(max(queue.unused_bytes - limits.queue_bytes // UNUSED_SHARE, 0))
 
-    def _shrink_queue(
-        self, limit: int, num_bytes: Callable[[], int], may_go: Callable[[QueuedState], bool]
-    ) -> None:
-        def queued_may_go(key: bytes) -> bool:
-            state = self.queue.state(key)
-            return state is not None and may_go(state) and self._may_go(key)
-
-        if len(self.queue) > 1 and num_bytes() > limit:
-            limit -= limit // 32 if len(self.queue) > MANY_STATES else 0
-            self._remove_least_worth(
-                queued_may_go, lambda: num_bytes() - limit if len(self.queue) > 1 else 0
-            )
-
-    def _unused_bytes(self) -> int:
-        waiting = (state.header for state in self.queue.queued if self._waits_for_use(state))
-        return sum(header.payload_bytes for header in waiting)
+    def _shrink_queue(self, excess_bytes: int, may_go: Callable[[bytes], bool]) -> None:
+        target = self.queue.num_bytes - excess_bytes
+        target -= target // 32 if len(self.queue) > MANY_STATES else 0
+        self._remove_least_worth(
+            lambda key: self.queue.state(key) is not None and may_go(key) and self._may_go(key),
+            lambda: self.queue.num_bytes - target if len(self.queue) > 1 else 0,
+        )
 
     def _remove_least_worth(
         self, may_go: Callable[[bytes], bool], excess: Callable[[], int]
@@ -254,8 +256,7 @@ class Holdings:
     def _drop_superseded(self) -> None:
         """What its conversation passed while it waited, and nobody will miss, is never written."""
         oldest_us = self._now_us() - self._limits.write_delay_us
-        passing = [state for state in self.queue.queued if not self._waits_for_use(state)]
-        for state in passing[:MANY_STATES]:
+        for state in list(islice(self.queue.queued(with_unused=False), MANY_STATES)):
             key = state.header.key
             candidate = self.index.candidate(key)
             if state.header.created_us > oldest_us or not self._may_go(key) or candidate is None:
@@ -268,10 +269,8 @@ class Holdings:
         """The first that has waited long enough, or need not, and is worth its bytes."""
         now_us = self._now_us()
         pressure = self.ledger.pressure(now_us)
-        for state in self.queue.queued:
+        for state in self.queue.queued(with_unused=at_once):
             header = state.header
-            if not at_once and self._waits_for_use(state):
-                continue
             age_us = now_us - header.created_us
             is_late = at_once or age_us >= self._limits.write_delay_us
             if not is_late and is_lazy(header.reason, header.position, self.sizes):
@@ -280,9 +279,6 @@ class Holdings:
             if candidate and is_worth_writing(candidate, self.sizes, pressure):
                 return state
         return None
-
-    def _waits_for_use(self, state: QueuedState) -> bool:
-        return waits_for_use(state.header.reason, self.index.use(state.header.key).heat)
 
     def settle(self, job: Job) -> None:
         """Take what is on disk now out of the queue; doom what was dropped while it was written."""

@@ -16,6 +16,7 @@ class HostMemory:
     def __init__(self, max_bytes: int) -> None:
         self.num_bytes = 0
         self._max_bytes = max_bytes
+        self._lent_bytes = 0
         self._payloads: OrderedDict[bytes, HostBytes] = OrderedDict()
 
     def find(self, key: bytes) -> HostBytes | None:
@@ -35,13 +36,17 @@ class HostMemory:
             self._remove(key)
             self._payloads[key] = payload
             self.num_bytes += memoryview(payload).nbytes
-        while self.num_bytes > self._max_bytes:
-            self._remove(next(iter(self._payloads)))
+        self.make_room(0)
+
+    def lend(self, num_bytes: int) -> None:
+        """Of what may be kept here, so much lies elsewhere."""
+        self._lent_bytes = num_bytes
+        self.make_room(0)
 
     def make_room(self, num_bytes: int) -> None:
         """Let older payloads go now, for so many bytes that will be kept soon: the buffers that
         they are read into may be those of payloads that went."""
-        while self._payloads and self.num_bytes + num_bytes > self._max_bytes:
+        while self._payloads and self.num_bytes + num_bytes > self._max_bytes - self._lent_bytes:
             self._remove(next(iter(self._payloads)))
 
     def discard(self, keys: Iterable[bytes]) -> None:

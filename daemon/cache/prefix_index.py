@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from daemon.cache.policy import Candidate, heat_after_use
 from daemon.cache.records import HASH_BYTES, NO_PARENT, StateHeader, Use, state_key
-from daemon.cache.state_tree import StateTree
+from daemon.cache.state_tree import StateNode, StateTree
 from daemon.cache.store import footprint
 from daemon.checkpoint import PAGE_TOKENS, Birth
 
@@ -124,14 +124,18 @@ class PrefixIndex:
         if state is None:
             return None
         node, use = self._tree.node(state.hash), self._uses[key]
+        before = node.before
+        while before is not None and not self._is_as_good(before, state.born):
+            before = before.before
+        has_gone_on = len(node.after) == 1 and self._is_as_good(*node.after, state.born)
         return Candidate(
             reason=state.reason,
             position=state.position,
-            before=node.before.depth * PAGE_TOKENS if node.before else 0,
+            before=before.depth * PAGE_TOKENS if before else 0,
             num_bytes=footprint(state.payload_bytes) + self._own_page_bytes(state.tip),
             heat=use.heat,
             used_us=use.used_us,
-            is_superseded=len(node.after) == 1 and state.reason not in SHARED_REASONS,
+            is_superseded=has_gone_on and state.reason not in SHARED_REASONS,
         )
 
     def spared_by(self, key: bytes) -> bytes | None:
@@ -266,6 +270,10 @@ class PrefixIndex:
         """Remove every page that no state needs."""
         idle = [key for key, page in self._pages.items() if page.num_needing == 0]
         return [removed for key in idle for removed in self.prune(key)]
+
+    def _is_as_good(self, node: StateNode, born: Birth) -> bool:
+        """Whether one of a prefix's states serves all whom a state so born serves."""
+        return born == "decode" or "prompt" in self._births[node.hash]
 
     def _own_page_bytes(self, tip: bytes) -> int:
         """Bytes of the pages that nothing but the state on `tip` needs."""

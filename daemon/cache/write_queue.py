@@ -5,7 +5,7 @@ it.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from msgspec import Struct
 
@@ -59,10 +59,17 @@ class Job(Struct, frozen=True):
 
 
 class WriteQueue:
-    """First in, first out. A page is kept once, however many waiting states stand on it."""
+    """First in, first out. A page is kept once, however many waiting states stand on it.
+
+    Attributes:
+        num_bytes: of all payloads.
+        unused_bytes: of them, those of states that wait until they are used.
+    """
 
     def __init__(self) -> None:
         self.num_bytes = 0
+        self.unused_bytes = 0
+        self._unused: set[bytes] = set()
         self._states: dict[bytes, QueuedState] = {}
         self._pages: dict[bytes, QueuedPage] = {}
 
@@ -82,18 +89,32 @@ class WriteQueue:
         """A waiting page."""
         return self._pages.get(key)
 
-    def add(self, state: QueuedState, pages: Iterable[QueuedPage]) -> None:
+    def is_unused(self, key: bytes) -> bool:
+        """Whether a state waits until it is used."""
+        return key in self._unused
+
+    def add(self, state: QueuedState, pages: Iterable[QueuedPage], is_unused: bool = False) -> None:
         """Append a checkpoint; its buffers must not change any more."""
         self._states[state.header.key] = state
+        if is_unused:
+            self._unused.add(state.header.key)
+            self.unused_bytes += state.header.payload_bytes
         self.num_bytes += state.header.payload_bytes
         for page in pages:
             self._pages[page.header.key] = page
             self.num_bytes += page.header.payload_bytes
 
-    @property
-    def queued(self) -> Iterable[QueuedState]:
+    def use(self, key: bytes) -> None:
+        """A state is used: from now on it is on its way to the disk, if it waits."""
+        if key in self._unused:
+            self._unused.remove(key)
+            self.unused_bytes -= self._states[key].header.payload_bytes
+
+    def queued(self, *, with_unused: bool) -> Iterator[QueuedState]:
         """What waits, the oldest first."""
-        return self._states.values()
+        for key, state in self._states.items():
+            if with_unused or key not in self._unused:
+                yield state
 
     def job(self, state: QueuedState, keys_up: Iterable[bytes]) -> Job:
         """What has to be written for a state, given the keys of its pages from last to first.
@@ -106,6 +127,7 @@ class WriteQueue:
     def remove(self, states: Iterable[bytes], pages: Iterable[bytes]) -> None:
         """Forget what was written or given up; keys that do not wait are ignored."""
         for key in states:
+            self.use(key)
             state = self._states.pop(key, None)
             self.num_bytes -= state.header.payload_bytes if state else 0
         for key in pages:

@@ -90,3 +90,13 @@ def test_what_is_evicted_or_wiped_leaves_memory_too(tmp_path: Path) -> None:
     assert cache.stats().memory_bytes == 0
     assert Simulated(cache, prompt(3)).resume() is None
     cache.close()
+
+
+def test_what_is_lent_to_others_leaves_less_room() -> None:
+    memory = HostMemory(100)
+    memory.keep({b"a": bytes(40), b"b": bytes(40)})
+    memory.lend(30)
+    assert (memory.holds(b"a"), memory.holds(b"b")) == (False, True)
+    memory.lend(0)
+    memory.keep({b"c": bytes(60)})
+    assert memory.num_bytes == 100

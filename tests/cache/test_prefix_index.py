@@ -93,14 +93,16 @@ class IndexAgainstLists(RuleBasedStateMachine):
     @invariant()
     def neighbours_are_those_of_the_prompts(self) -> None:
         prompts = {tuple(prompt) for prompt, _ in self.saved.values()}
-        for key, (prompt, _) in self.saved.items():
-            before = [p for p in prompts if len(p) < len(prompt) and p == tuple(prompt[: len(p)])]
+        evaluated = {tuple(p) for p, state in self.saved.values() if state.born == "prompt"}
+        for key, (prompt, state) in self.saved.items():
+            as_good = evaluated if state.born == "prompt" else prompts
+            before = [p for p in as_good if len(p) < len(prompt) and p == tuple(prompt[: len(p)])]
             weighed = self.index.candidate(key)
             assert weighed is not None
             assert weighed.before == 64 * max(map(len, before), default=0)
             after = [p for p in prompts if p[: len(prompt)] == tuple(prompt) != p]
             nearest = [p for p in after if not any(p != q and p[: len(q)] == q for q in after)]
-            assert weighed.is_superseded is (len(nearest) == 1)
+            assert weighed.is_superseded is (len(nearest) == 1 and nearest[0] in as_good)
 
     @rule(prompt=PROMPTS)
     def num_known(self, prompt: list[int]) -> None:

@@ -70,8 +70,8 @@ def test_the_more_of_a_day_is_spent_the_more_a_checkpoint_must_save() -> None:
         return sum(is_worth_writing(weighed(gap), sizes, share) for share in shares)
 
     assert [written(gap) for gap in (64, 256, 1024, 10_000, 100_000)] == [2, 3, 4, 5, 6]
-    assert not is_worth_writing(weighed(256, is_superseded=True), sizes, 0.0)
-    assert is_worth_writing(weighed(8192, is_superseded=True), sizes, 0.0)
+    assert not is_worth_writing(weighed(64, is_superseded=True), sizes, 0.0)
+    assert is_worth_writing(weighed(128, is_superseded=True), sizes, 0.0)
 
 
 def test_a_spent_allowance_leaves_checkpoints_in_memory(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_what_is_passed_while_it_waits_is_never_written(tmp_path: Path) -> None:
     )
     sequence = Simulated(cache, prompt(8))
     sequence.prefill()
-    sequence.save(64 * 4, "tool")
+    sequence.save(64, "tool")
     with cache._transfer.looking():
         assert not cache._transfer._holdings.has_due(at_once=False)
     clock[0] += 11_000_000
@@ -111,6 +111,20 @@ def test_what_is_passed_while_it_waits_is_never_written(tmp_path: Path) -> None:
     stats = cache.stats()
     assert (stats.num_superseded, stats.num_written, stats.num_dropped) == (1, 1, 0)
     assert stats.checkpoints_by_reason == {"prompt": 1}
+    cache.close()
+
+
+def test_what_was_decoded_supersedes_nothing_that_was_evaluated(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path, interval_tokens=16_384)
+    sequence = Simulated(cache, prompt(1))
+    sequence.prefill()
+    with cache._transfer.looking():
+        sequence.save(64, "tool")
+        sequence.decode(list(range(64)))
+        sequence.save(128, "reply")
+    cache.flush()
+    assert cache.stats().checkpoints_by_birth == {"prompt": 1, "decode": 1}
+    assert Simulated(cache, [*prompt(1), *range(64)]).resume(strict=True) is not None
     cache.close()
 
 
@@ -136,7 +150,7 @@ def test_what_waits_for_use_stays_in_memory_until_then_or_the_end(tmp_path: Path
 
 
 def test_what_waits_for_use_takes_its_share_of_memory(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path, queue_bytes=40 * STATE_BYTES)
+    cache = open_cache(tmp_path, queue_bytes=20 * STATE_BYTES, memory_bytes=20 * STATE_BYTES)
     sequence = Simulated(cache, prompt(30))
     sequence.prefill()
     for page in range(1, 30):
