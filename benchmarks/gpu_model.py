@@ -76,7 +76,7 @@ class GpuModel:
         spans = tuple(self.span(1, position, slot) for slot in slots)
         self.model.logits(Batch("decode", spans))
 
-    def seconds(self, work: Callable[[], None], rounds: int) -> float:
+    def seconds(self, work: Callable[[], object], rounds: int) -> float:
         """Median time of `work`, after two rounds that compile and record."""
         times = []
         for _ in range(rounds + 2):

@@ -23,6 +23,7 @@ from benchmarks.gpu_model import GpuModel, parser, write_results
 from daemon.cache.checkpoint_cache import CacheLimits, CheckpointCache
 from daemon.checkpoint import PAGE_TOKENS, HostBytes, Snapshot
 from daemon.commands.serve import SWITCH_INTERVAL_S
+from daemon.engine.backends.backend import Contents
 from daemon.engine.batch import Batch
 from daemon.engine.checkpointing import NoTimeline
 from daemon.engine.requests import GenerationRequest
@@ -90,18 +91,20 @@ def _copies(model: GpuModel) -> list[Row]:
     rows, backend = [], model.backend
     for num_tokens in (0, *SIZES):
         pages = range(num_tokens // PAGE_TOKENS)
-        state, contents = backend.begin_read(0, pages).result()
-        pinned: dict[int, HostBytes] = dict(zip(pages, contents, strict=True))
-        num_bytes = len(state) + sum(map(len, contents))
 
-        def read(pages: range = pages) -> None:
-            backend.begin_read(0, pages).result()
+        def read(pages: range = pages) -> Contents:
+            return backend.begin_read(0, pages).result()
+
+        read_ms = model.seconds(read, ROUNDS) * 1e3
+        state, contents = read()
+        pinned: dict[int, HostBytes] = dict(zip(pages, contents, strict=True))
 
         def write(state: HostBytes = state, pages: dict[int, HostBytes] = pinned) -> None:
             backend.begin_write(1, state, pages).arrived.result()
 
-        for what, work in (("copied to the host", read), ("copied to the device", write)):
-            ms = model.seconds(work, ROUNDS) * 1e3
+        write_ms = model.seconds(write, ROUNDS) * 1e3
+        num_bytes = len(state) + sum(map(len, contents))
+        for what, ms in (("copied to the host", read_ms), ("copied to the device", write_ms)):
             speed = num_bytes / ms / 1e6
             rows.append({"what": what, "tokens": num_tokens, "ms": ms, "gb_per_s": speed})
     return rows
@@ -112,6 +115,8 @@ def _steps_beside(model: GpuModel) -> list[Row]:
     backend, pages = model.backend, range(SIZES[-1] // PAGE_TOKENS)
     state, contents = backend.begin_read(0, pages).result()
     pinned: dict[int, HostBytes] = dict(zip(pages, contents, strict=True))
+    # As many buffers again, for the saves.
+    time.sleep(PINNING_S)
 
     def pin() -> None:
         model.device.use_here()

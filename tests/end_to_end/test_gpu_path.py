@@ -7,11 +7,16 @@ does so on a card; the driver under it only moves bytes, so a reply is a row of 
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
-from fake_driver import FakeDriver
+
+pytest.importorskip("cuda.core")
+
+from fake_driver import FakeDriver, install
 from starlette.testclient import TestClient
+from stream_driver import StreamDriver
 
 from daemon.assemble import assemble
 from daemon.config import CacheConfig, Config, EngineConfig, ModelConfig
@@ -49,6 +54,22 @@ def test_answers_batches_and_resumes_also_after_a_restart(
     config: Config, fake_driver: FakeDriver
 ) -> None:
     fake_driver.free_bytes = 4 * 2**30
+    talk_restart_and_talk(config, fake_driver)
+
+
+def test_nobody_waits_for_ever_where_copies_take_their_time(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cuda.bindings import driver
+
+    late = StreamDriver(driver, Random(5))
+    late.free_bytes = 4 * 2**30
+    install(late, monkeypatch)
+    with late.running():
+        talk_restart_and_talk(config, late)
+
+
+def talk_restart_and_talk(config: Config, fake_driver: FakeDriver) -> None:
     with assemble(config) as daemon, TestClient(daemon.app(), "http://127.0.0.1") as client:
         first = ask(client, MESSAGES)
         assert first["completion_tokens"] == 70

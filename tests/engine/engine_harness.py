@@ -1,5 +1,6 @@
 """Drives a StepEngine by hand: no thread, every step under the test's control."""
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -104,8 +105,12 @@ class EngineHarness:
 
     def run(self) -> None:
         for _ in range(5000):
-            if not self.engine.step() and not self.engine.sequences:
+            if self.engine.step():
+                continue
+            if not self.engine.sequences:
+                self.engine.finish_saving()
                 return
+            time.sleep(0.001)  # a checkpoint is on its way
         raise AssertionError("the engine did not come to rest")
 
     def generate(self, tokens: Sequence[int], **options: object) -> Reply:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from truths import (
     Golden,
+    check_any_timing_equals_cold,
     check_batched_equals_alone,
     check_greedy_tokens,
     check_resumed_equals_cold,
@@ -65,3 +66,7 @@ def test_resumed_equals_cold(on_gpu: Model, golden: Golden, position: int, step:
 
 def test_batched_equals_alone(on_gpu: Model, golden: Golden) -> None:
     check_batched_equals_alone(on_gpu, golden)
+
+
+def test_any_timing_of_restores_equals_cold(on_gpu: Model, golden: Golden) -> None:
+    check_any_timing_equals_cold(on_gpu, golden, num_rounds=40)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from memory_store import MemoryStore
 from truths import (
     Golden,
+    check_any_timing_equals_cold,
     check_batched_equals_alone,
     check_greedy_tokens,
     check_resumed_equals_cold,
@@ -26,6 +27,10 @@ DECODED_STATE_BOUND = 0.05
 
 def test_greedy_tokens_equal_the_golden_ones(tiny_coder: Model, golden: Golden) -> None:
     check_greedy_tokens(tiny_coder, golden)
+
+
+def test_any_timing_of_restores_equals_cold(tiny_coder: Model, golden: Golden) -> None:
+    check_any_timing_equals_cold(tiny_coder, golden, num_rounds=1)
 
 
 @pytest.mark.parametrize("position", [64, 128, 704, 1536])

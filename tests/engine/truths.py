@@ -51,3 +51,24 @@ def check_batched_equals_alone(model: Model, golden: Golden) -> None:
     for prompt, reply, (logits, tokens) in zip(prompts, replies, alone, strict=True):
         assert np.array_equal(harness.last_prompt_logits(prompt), logits)
         assert reply.tokens == tokens
+
+
+def check_any_timing_equals_cold(model: Model, golden: Golden, num_rounds: int) -> None:
+    """Checkpoints on their way while others decode, are cancelled, and leave their places."""
+    ids = golden["7_ids"]
+    prompts = [ids[:800], ids[:1600], golden["3_ids"]]
+    alone = [cold(model, prompt)[1] for prompt in prompts]
+    store = MemoryStore(interval=10**9)
+    EngineHarness(model, store).generate(ids, boundaries=[704, 1536])
+    harness = EngineHarness(model, store, strict=True, max_sequences=3, num_pages=64)
+    rng = np.random.default_rng(11)
+    for _ in range(num_rounds):
+        order = rng.permutation(len(prompts)).tolist()
+        replies = {index: harness.submit(prompts[index]) for index in order}
+        for _ in range(rng.integers(0, 12)):
+            harness.engine.step()
+        cancelled = order[0]
+        harness.engine.cancel(f"r{harness.num_requests - len(prompts) + 1}")
+        harness.run()
+        for index, reply in replies.items():
+            assert index == cancelled or reply.tokens == alone[index]

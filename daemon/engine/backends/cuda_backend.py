@@ -165,6 +165,10 @@ class CudaBackend:
         self._warm.clear()
         self.shape = shape
         device, limits = self._device, self._limits
+        if device.computes:
+            # Copies into what was allocated before.
+            for lane in self._lanes:
+                lane.drain()
         for region in (STATES, PAGES, WORKSPACE):
             device.clear(region)
         self._memory = SequenceMemory(

@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 
 
 class CopyLane:
-    """Jobs run one after the other; all methods but `submit` are for them."""
+    """Jobs run one after the other; all methods but `submit` and `drain` are for them."""
 
     def __init__(self, device: Device, name: str) -> None:
         self._jobs = ThreadPoolExecutor(1, name, device.use_here)
@@ -61,6 +61,10 @@ class CopyLane:
     def submit(self, job: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Run a job after those before it; any thread."""
         return self._jobs.submit(job, *arguments)
+
+    def drain(self) -> None:
+        """Wait until all jobs so far have ended; any thread."""
+        self._jobs.submit(lambda: None).result()
 
     def write(self, rows: Rows) -> None:
         """Copy to the device; pinned memory must stay as it is until a later mark has passed."""
