@@ -127,7 +127,9 @@ class PrefixIndex:
         before = node.before
         while before is not None and not self._is_as_good(before, state.born):
             before = before.before
-        has_gone_on = len(node.after) == 1 and self._is_as_good(*node.after, state.born)
+        has_gone_on = len(node.after) == 1 and all(
+            self._is_as_good(follower, state.born) for follower in node.after
+        )
         return Candidate(
             reason=state.reason,
             position=state.position,
