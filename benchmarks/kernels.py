@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.quant_linear import Products
 from daemon.kernels.attention_decode import AttentionDecode
 from daemon.kernels.attention_prefill import AttentionPrefill
-from daemon.kernels.attention_tiles import query_tiles
+from daemon.kernels.attention_tiles import PARTIAL_BYTES
 from daemon.kernels.delta_prefill import (
     DeltaPrefill,
     PrefillSpan,
@@ -200,12 +200,16 @@ def attention_decode(bench: Bench, num_sequences: int, length: int) -> None:
 def attention_prefill(bench: Bench, num_tokens: int, before: int) -> None:
     """A chunk of one sequence after `before` tokens."""
     cache = Cache(bench, 1, before + num_tokens, num_tokens, F16)
-    kernel = AttentionPrefill(bench.device, bench.compiler, cache.layout, Q_HEADS, F16, F16)
-    tiles = bench.device.to_device(query_tiles([(0, before, num_tokens, 0)]))
+    scratch = bench.device.allocate((96 * Q_HEADS * PARTIAL_BYTES,), ElementType.U8)
+    kernel = AttentionPrefill(
+        bench.device, bench.compiler, cache.layout, Q_HEADS, F16, F16, scratch
+    )
+    dealt = kernel.dealer.deal([(0, before, num_tokens, 0)])
+    items, merges = (bench.device.to_device(lines) for lines in dealt)
 
     def run(layer: int) -> Callable[[], None]:
         place = (cache.page_table, cache.pool, layer, cache.out)
-        return lambda: kernel(cache.queries, cache.projections, tiles, *place)
+        return lambda: kernel(cache.queries, cache.projections, items, merges, *place)
 
     pairs = num_tokens * before + num_tokens * (num_tokens + 1) / 2
     name = f"attention, prefill, {num_tokens} after {before} tokens, a layer"
@@ -222,7 +226,9 @@ def main() -> None:
         delta_prefill(bench, num_tokens)
     for num_sequences, length in ((1, 24_576), (8, 24_576), (1, 131_072)):
         attention_decode(bench, num_sequences, length)
-    for num_tokens, before in ((2048, 0), (512, 24_576), (2048, 24_576)):
+    for num_tokens, before in (
+        (2048, 0), (64, 24_576), (512, 24_576), (2048, 24_576), (64, 131_072)
+    ):  # fmt: skip
         attention_prefill(bench, num_tokens, before)
     rows = [row._asdict() for row in bench.rows]
     record = {"card": bench.device.name, "read_gbps": bench.read_gbps, "rows": rows}

@@ -5,12 +5,14 @@
 // page by page from position 0, through one K and one V tile in shared memory; K of the next page
 // loads while V is multiplied, V while K is. The output gate is applied at the end.
 //
-// A row's sums run over the pages in order, each on its own: its bits depend on its position and
-// its sequence, not on the span, the tile's other rows or the launch. 4 x 256 x keys x rows x
+// A row's sums run over the pages in order, each on its own, segment by segment
+// (attention_rows.cuh): its bits depend on its position and its sequence, not on the span, the
+// tile's other rows or the launch. 4 x 256 x keys x rows x
 // heads flops against the tensor cores' rate: bound by arithmetic.
 //
 // Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head), HEADS (of a
-// block: 1 or 2, a divisor of GROUP), PROJECTION_F16, OUTPUT (0: f32, 1: operand).
+// block: 1 or 2, a divisor of GROUP), SEGMENT_PAGES, PROJECTION_F16, OUTPUT (0: f32,
+// 1: operand).
 #include "attention_rows.cuh"
 #include "attention_tile.cuh"
 
@@ -110,11 +112,11 @@ struct Rows : SoftRows {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill(
     const u16* queries,                    // bf16 or f16 [rows, q_heads, 256], as kv_append
-    const void* projections,               // f32 or bf16 [rows, row_stride]
-    const int4* __restrict__ tiles,        // i32 [tiles, 4]: first row, first position, rows,
-                                           // sequence; heaviest last
+    const void* projections,               // f32 or f16 [rows, row_stride]
+    const int4* __restrict__ items,       // i32 [items, 8]: see QueryItem; heaviest last
     const int* __restrict__ page_table,    // i32 [sequences, table_stride]
     const u8* pool,                        // u8 [pages, page_bytes]
+    float4* partials,                      // f32 [slots, q_heads, PARTIAL_VECTORS * 4]
     void* __restrict__ output,             // [rows, q_heads, 256], or chunks of padded_rows
     int row_stride,                        // in elements
     int table_stride, int kv_heads, int padded_rows, long long page_bytes,
@@ -123,7 +125,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill(
     extern __shared__ __align__(128) u8 shared[];  // queries, keys, values: TILE_BYTES each
     wait_for_previous_kernel();
     allow_next_kernel();
-    const QueryTile tile(tiles[gridDim.x - 1 - blockIdx.x]);
+    const QueryItem item(items + 2 * (gridDim.x - 1 - blockIdx.x));
+    const QueryTile& tile = item.tile;
     if (tile.num_rows == 0) return;
     const int kv_head = blockIdx.y / HEAD_BLOCKS;
     const int first_head = kv_head * GROUP + blockIdx.y % HEAD_BLOCKS * HEADS;
@@ -139,15 +142,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill(
     PageLoader<V_FORMAT> values = {v_planes + size_t(kv_head) * kv_block_bytes(V_FORMAT), pages,
                                    page_bytes, value_tile};
     load_queries(shared, queries, tile, first_head, kv_heads * GROUP);
-    keys.start(0, tile.valid_keys(0));
+    const int first = item.first_page(), last = item.last_page();
+    keys.start(first, tile.valid_keys(first));
 
+    const int head = first_head + (warp >> 2), q_heads = kv_heads * GROUP;
     Rows rows;
     rows.clear();
     const u32 query_tile = shared_address(shared) + (warp >> 2) * TILE_BYTES;
-    for (int page = 0; page <= tile.last_page; ++page) {
+    for (int page = first; page <= last; ++page) {
         float score[8][4];
         keys.finish();
-        if (page == 0) copy_async_wait<0>();
+        if (page == first) copy_async_wait<0>();
         __syncthreads();
         values.start(page, tile.valid_keys(page));
         rows.score_page(score, query_tile, shared_address(key_tile), first_row, lane);
@@ -155,9 +160,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill(
         rows.rescale();
         values.finish();
         __syncthreads();
-        if (page < tile.last_page) keys.start(page + 1, tile.valid_keys(page + 1));
+        if (page < last) keys.start(page + 1, tile.valid_keys(page + 1));
         rows.mix_page(score, shared_address(value_tile), lane);
+        if (item.is_only_segment() || (page < last && (page + 1) % SEGMENT_PAGES != 0)) continue;
+        rows.end_segment(page - first < SEGMENT_PAGES, q_heads,
+                         item.partial(partials, head, q_heads, threadIdx.x % HEAD_THREADS));
+        rows.clear();
     }
-    rows.write(projections, output, tile, row_stride, first_head + (warp >> 2), kv_heads * GROUP,
-               padded_rows, first_row, lane);
+    if (item.is_only_segment()) {
+        rows.write(projections, output, tile, row_stride, head, q_heads, padded_rows, first_row,
+                   lane);
+    }
 }

@@ -6,11 +6,12 @@
 // of them, as 16-bit values. While a page's values are multiplied, the next page's scores already
 // are.
 //
-// A row's sums run over the pages in order, each on its own: its bits depend on its position and
-// its sequence, not on the span, the tile's other rows or the launch.
+// A row's sums run over the pages in order, each on its own, segment by segment
+// (attention_rows.cuh): its bits depend on its position and its sequence, not on the span, the
+// tile's other rows or the launch.
 //
 // Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head, even),
-// PROJECTION_F16, OUTPUT (0: f32, 1: operand).
+// SEGMENT_PAGES, PROJECTION_F16, OUTPUT (0: f32, 1: operand).
 #include "attention_rows.cuh"
 #include "attention_wgmma.cuh"
 
@@ -47,16 +48,18 @@ struct Tiles {
     }
 };
 
-// One warpgroup brings a plane's pages up to the tile's own, each as soon as its place is free.
+// One warpgroup brings a plane's pages of an item, each as soon as its place is free.
 template <int FORMAT>
 __device__ __forceinline__ void produce(const Tiles& tiles, const u8* plane, const int* pages,
-                                        long long page_bytes, const QueryTile& tile, int thread) {
+                                        long long page_bytes, const QueryItem& item, int thread) {
+    const int first = item.first_page(), count = item.last_page() - first + 1;
+    pages += first;
     if constexpr (FORMAT == KV_BF16) {
-        for (int page = 0; page <= tile.last_page + 1; ++page) {
-            if (page <= tile.last_page) {
+        for (int page = 0; page <= count; ++page) {
+            if (page < count) {
                 tiles.wait_emptied(page);
                 copy_page<WARPGROUP>(tiles.tile(page), plane + pages[page] * page_bytes,
-                                     tile.valid_keys(page), thread);
+                                     item.tile.valid_keys(first + page), thread);
             }
             copy_async_commit();
             if (page == 0) continue;
@@ -66,14 +69,15 @@ __device__ __forceinline__ void produce(const Tiles& tiles, const u8* plane, con
         }
     } else {
         PageInFlight<FORMAT, WARPGROUP> in_flight;
-        in_flight.load(plane + pages[0] * page_bytes, tile.valid_keys(0), thread);
-        for (int page = 0; page <= tile.last_page; ++page) {
+        in_flight.load(plane + pages[0] * page_bytes, item.tile.valid_keys(first), thread);
+        for (int page = 0; page < count; ++page) {
             tiles.wait_emptied(page);
             in_flight.store(tiles.tile(page), thread);
             publish_shared();
             barrier_arrive(tiles.is_filled(page));
-            if (page == tile.last_page) break;
-            in_flight.load(plane + pages[page + 1] * page_bytes, tile.valid_keys(page + 1), thread);
+            if (page + 1 == count) break;
+            in_flight.load(plane + pages[page + 1] * page_bytes,
+                           item.tile.valid_keys(first + page + 1), thread);
         }
     }
 }
@@ -123,20 +127,22 @@ __device__ __forceinline__ void pack_shares(u32 (&shares)[4][4], const float (&s
     }
 }
 
-// One warpgroup's 64 rows over all pages up to the tile's own.
+// One warpgroup's 64 rows over the pages `first` to `last` of an item, counted from its first;
+// `diagonal` is the tile's own.
 __device__ __forceinline__ void attend(SoftRows& rows, const Tiles& keys, const Tiles& values,
-                                       u32 queries, int last_page, int first_row, int lane) {
+                                       u32 queries, int first, int last, int diagonal,
+                                       int first_row, int lane) {
     float score[8][4];
     u32 shares[4][4];
     rows.clear();
-    keys.wait_filled(0);
-    start_scores(score, queries, shared_address(keys.tile(0)));
+    keys.wait_filled(first);
+    start_scores(score, queries, shared_address(keys.tile(first)));
     wait_for_products<0>();
     pin(score);
-    if (lane == 0) barrier_arrive(keys.is_emptied(0));
-    rows.soften(score, last_page == 0, first_row, lane);
+    if (lane == 0) barrier_arrive(keys.is_emptied(first));
+    rows.soften(score, first == diagonal, first_row, lane);
     pack_shares(shares, score);
-    for (int page = 0; page < last_page; ++page) {
+    for (int page = first; page < last; ++page) {
         keys.wait_filled(page + 1);
         start_scores(score, queries, shared_address(keys.tile(page + 1)));
         values.wait_filled(page);
@@ -144,26 +150,27 @@ __device__ __forceinline__ void attend(SoftRows& rows, const Tiles& keys, const 
         wait_for_products<1>();
         pin(score);
         if (lane == 0) barrier_arrive(keys.is_emptied(page + 1));
-        rows.soften(score, page + 1 == last_page, first_row, lane);
+        rows.soften(score, page + 1 == diagonal, first_row, lane);
         wait_for_products<0>();
         pin(rows.out);
         if (lane == 0) barrier_arrive(values.is_emptied(page));
         rows.rescale();
         pack_shares(shares, score);
     }
-    values.wait_filled(last_page);
-    start_mix(rows.out, shares, shared_address(values.tile(last_page)));
+    values.wait_filled(last);
+    start_mix(rows.out, shares, shared_address(values.tile(last)));
     wait_for_products<0>();
     pin(rows.out);
+    if (lane == 0) barrier_arrive(values.is_emptied(last));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma(
     const u16* queries,                   // bf16 or f16 [rows, q_heads, 256], as kv_append
-    const void* projections,              // f32 or bf16 [rows, row_stride]
-    const int4* __restrict__ tiles,       // i32 [tiles, 4]: first row, first position, rows,
-                                          // sequence; heaviest last
+    const void* projections,              // f32 or f16 [rows, row_stride]
+    const int4* __restrict__ items,       // i32 [items, 8]: see QueryItem; heaviest last
     const int* __restrict__ page_table,   // i32 [sequences, table_stride]
     const u8* pool,                       // u8 [pages, page_bytes]
+    float4* partials,                     // f32 [slots, q_heads, PARTIAL_VECTORS * 4]
     void* __restrict__ output,            // [rows, q_heads, 256], or chunks of padded_rows
     int row_stride,                       // in elements
     int table_stride, int kv_heads, int padded_rows, long long page_bytes,
@@ -172,8 +179,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
     // Queries of two heads, STAGES tiles of keys, STAGES of values.
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ __align__(8) u64 barriers[4 * STAGES];
-    const QueryTile tile(tiles[gridDim.x - 1 - blockIdx.x]);
-    if (tile.num_rows == 0) return;
+    const QueryItem item(items + 2 * (gridDim.x - 1 - blockIdx.x));
+    if (item.tile.num_rows == 0) return;
     u8* k_tiles = shared + HEADS * TILE_BYTES;
     const u32 barrier = shared_address(barriers);
     const Tiles keys = {k_tiles, barrier, barrier + 8 * STAGES};
@@ -195,24 +202,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
         shrink_registers<PRODUCER_REGISTERS>();
         const u8* k_planes = pool + layer_offset;
         const u8* v_planes = k_planes + size_t(kv_heads) * kv_block_bytes(K_FORMAT);
-        const int* pages = page_table + size_t(tile.sequence) * table_stride;
+        const int* pages = page_table + size_t(item.tile.sequence) * table_stride;
         if (warpgroup == HEADS) {
             const u8* plane = k_planes + size_t(kv_head) * kv_block_bytes(K_FORMAT);
-            produce<K_FORMAT>(keys, plane, pages, page_bytes, tile, thread);
+            produce<K_FORMAT>(keys, plane, pages, page_bytes, item, thread);
         } else {
             const u8* plane = v_planes + size_t(kv_head) * kv_block_bytes(V_FORMAT);
-            produce<V_FORMAT>(values, plane, pages, page_bytes, tile, thread);
+            produce<V_FORMAT>(values, plane, pages, page_bytes, item, thread);
         }
     } else {
         grow_registers<CONSUMER_REGISTERS>();
         const int head = kv_head * GROUP + blockIdx.y % HEAD_BLOCKS * HEADS + warpgroup;
         const int lane = thread & 31, first_row = thread / 32 * 16;
         u8* query_tile = shared + warpgroup * TILE_BYTES;
-        load_queries(query_tile, queries, tile, head, kv_heads * GROUP, thread);
+        load_queries(query_tile, queries, item.tile, head, kv_heads * GROUP, thread);
         asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+        const int base = item.first_page(), count = item.last_page() - base + 1;
         SoftRows rows;
-        attend(rows, keys, values, shared_address(query_tile), tile.last_page, first_row, lane);
-        rows.write(projections, output, tile, row_stride, head, kv_heads * GROUP, padded_rows,
-                   first_row, lane);
+#pragma unroll 1
+        for (int page = 0; page < count; page += SEGMENT_PAGES) {
+            attend(rows, keys, values, shared_address(query_tile), page,
+                   min(page + SEGMENT_PAGES, count) - 1, item.tile.last_page - base, first_row,
+                   lane);
+            if (item.is_only_segment()) break;
+            rows.end_segment(page == 0, kv_heads * GROUP,
+                             item.partial(partials, head, kv_heads * GROUP, thread));
+        }
+        if (item.is_only_segment()) {
+            rows.write(projections, output, item.tile, row_stride, head, kv_heads * GROUP,
+                       padded_rows, first_row, lane);
+        }
     }
 }

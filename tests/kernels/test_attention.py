@@ -7,14 +7,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from quant_reference import chunk_values, panel_values
 
 pytest.importorskip("cuda.core")
 
-from daemon.kernels import attention_decode, attention_prefill, attention_prefill_wgmma, kv_append
+from daemon.kernels import (
+    attention_decode,
+    attention_prefill,
+    attention_prefill_wgmma,
+    attention_tiles,
+    kv_append,
+)
 from daemon.kernels.attention_decode import AttentionDecode
 from daemon.kernels.attention_prefill import AttentionPrefill
-from daemon.kernels.attention_tiles import query_tiles
+from daemon.kernels.attention_tiles import PARTIAL_BYTES, TileDealer, query_tiles
 from daemon.kernels.kv_append import KvAppend
 from daemon.kernels.kv_format import HEAD_DIM, PAGE_TOKENS, KvFormat, KvLayout
 from daemon.kernels.quant_activations import padded_tokens
@@ -33,7 +41,7 @@ COMPILED = [MIXED[1], *MIXED[-2:]]  # every format once at least
 FORMAT_IDS = [f"{k.name}-{v.name}" for k, v in MIXED]
 # By query heads of a block: with one (cards with 99 KB) a thread holds twice as much of a page.
 SPILL_BUDGET = {1: 320, 2: 32}
-WGMMA_SPILL_BUDGET = 256  # of the producer, which has 88 registers
+WGMMA_SPILL_BUDGET = 320  # most of the producer, which has 48 registers
 
 
 def from_bf16(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -235,20 +243,23 @@ def prefill(
     spans: list[tuple[int, int, int, int]],
     portable: bool,
     output_type: ElementType = ElementType.F32,
+    num_slots: int = 64,
 ) -> Any:
     projection = case.projections.dtype
     group = case.q_heads // case.layout.kv_heads
     shared = device.shared_bytes_per_block
     chosen = attention_prefill.variant(case.layout, group, projection, output_type, shared)
+    scratch = device.allocate((num_slots * case.q_heads * PARTIAL_BYTES,), np.uint8)
+    device.fill(scratch, 0xFF)
     kernel = AttentionPrefill(
-        *(device, compiler, case.layout, case.q_heads, projection, output_type),
+        *(device, compiler, case.layout, case.q_heads, projection, output_type, scratch),
         chosen if portable else None,
     )
     rows = case.queries.shape[0]
     output = empty_output(device, case, rows, output_type)
-    tiles = device.to_device(query_tiles(spans))
+    items, merges = (device.to_device(lines) for lines in kernel.dealer.deal(spans))
     kernel(
-        case.queries, case.projections, tiles, case.page_table, case.pool, LAYER, output
+        case.queries, case.projections, items, merges, case.page_table, case.pool, LAYER, output
     )  # fmt: skip
     return host_output(device, output, case, rows, chunk_values)
 
@@ -361,6 +372,77 @@ def test_prefill(
     assert resumed[row + 192 : row + 321].tobytes() == out[row + 192 : row + 321].tobytes()
     short = prefill(device, compiler, case, [(row + 64, 64, 7, 2)], portable)
     assert short[row + 64 : row + 71].tobytes() == out[row + 64 : row + 71].tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("formats", COMPILED, ids=lambda f: f"{f[0].name}-{f[1].name}")
+@pytest.mark.parametrize("portable", [True, False], ids=["portable", "best"])
+def test_segments_of_keys_are_joined_with_the_same_bits(
+    device: Device,
+    compiler: Compiler,
+    monkeypatch: pytest.MonkeyPatch,
+    formats: tuple[KvFormat, KvFormat],
+    portable: bool,
+) -> None:
+    """In parts of two pages, and as whole tiles where there are no slots for parts."""
+    monkeypatch.setattr(attention_tiles, "SEGMENT_PAGES", 2)
+    lengths = [70, 700, 256]
+    case = make_case(device, compiler, formats, lengths)
+    starts = [0, *np.cumsum(lengths)]
+    spans = [(int(starts[i]), 0, n, i) for i, n in enumerate(lengths)]
+    q = queries_of(device, case)
+    whole = prefill(device, compiler, case, spans, portable, num_slots=24)
+    for line, (row, _, length, _) in enumerate(spans):
+        keys, values = cached(device, case, line, length)
+        part = slice(row, row + length)
+        want = expected(q[part], case.rows[part], keys, values, 0)
+        assert relative_error(whole[part], want) < 4e-3, length
+    row = spans[1][0]
+    for first, count in ((640, 60), (128, 1), (192, 130)):
+        part = slice(row + first, row + first + count)
+        parts = prefill(device, compiler, case, [(part.start, first, count, 1)], portable)
+        assert parts[part].tobytes() == whole[part].tobytes(), first
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(0, 100_000), st.integers(1, 3000)), min_size=1, max_size=5),
+    st.integers(1, 16),
+    st.integers(40, 400),
+)
+def test_every_segment_of_every_tile_is_dealt_once(
+    spans: list[tuple[int, int]], blocks: int, num_slots: int
+) -> None:
+    rows = [0, *np.cumsum([count for _, count in spans]).tolist()]
+    numbered = [(rows[i], first, count, i) for i, (first, count) in enumerate(spans)]
+    dealt = TileDealer(blocks, 132, num_slots).deal(numbered)
+    segment = attention_tiles.SEGMENT_PAGES * PAGE_TOKENS
+    counts = {tuple(tile): tile[1] // segment + 1 for tile in query_tiles(numbered).tolist()}
+    done = [
+        (tuple(line[:4]), number) for line in dealt.items.tolist() for number in range(*line[4:6])
+    ]
+    assert sorted(done) == sorted((t, i) for t, count in counts.items() for i in range(count))
+    merged = {tuple(line[:4]): line[6:] for line in dealt.merges.tolist()}
+    assert set(merged) == {tile for tile, count in counts.items() if count > 1}
+    in_parts = len(dealt.items) > len(counts)
+    used = []
+    for line in dealt.items.tolist():
+        tile, first, end, slot = tuple(line[:4]), *line[4:7]
+        if counts[tile] == 1:
+            continue
+        assert end - first == (1 if in_parts else counts[tile])
+        assert slot == merged[tile][0] + (first if in_parts else 0)
+        used += [slot] if in_parts else [slot, slot + 1]
+        assert merged[tile][1] == (counts[tile] if in_parts else 1)
+    assert len(used) == len(set(used))
+    assert not in_parts or max(used) < num_slots
+
+
+def test_a_short_prompt_after_many_keys_is_dealt_in_parts() -> None:
+    dealer = TileDealer(12, 132, 96)
+    assert len(dealer.deal([(0, 53_120, 23, 0)]).items) == 13
+    assert len(dealer.deal([(0, 0, 4096, 0)]).items) == 64
+    assert len(dealer.deal([(0, 24_576, 4096, 0)]).items) == 64
 
 
 @pytest.mark.gpu

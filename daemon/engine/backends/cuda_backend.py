@@ -177,12 +177,13 @@ class CudaBackend:
         with device.region(WORKSPACE):
             self._space = Workspace(device, shape, limits, self._loader.stacked_columns)
             self._decode_tables = DecodeTables(device, limits.decode_rows, limits.max_pages)
-            self._prefill_arrays = PrefillArrays(
-                device, limits.max_rows, limits.max_sequences, limits.max_pages
-            )
             frequencies = np.asarray(shape.rope.frequencies)
             self._frequencies = device.to_device(frequencies.view(np.uint64))
             self._make_kernels(shape)
+            self._prefill_arrays = PrefillArrays(
+                device, self._attention_prefill.dealer,
+                limits.max_rows, limits.max_sequences, limits.max_pages,
+            )  # fmt: skip
         if device.computes:
             self._compiler.finish()
 
@@ -296,7 +297,7 @@ class CudaBackend:
         if isinstance(run, DecodeRun):
             self._attention_decode(queries, x, run.positions, *place, dependent=True)
         else:
-            self._attention_prefill(queries, x, run.tiles, *place)
+            self._attention_prefill(queries, x, run.items, run.merges, *place)
         return Operand(out, run.num_rows, self._operand_layout)
 
     def mix_experts(self, weights: ExpertWeights, residual: DeviceArray) -> DeviceArray:
@@ -388,11 +389,13 @@ class CudaBackend:
         sizes, heads = self._memory.slots.sizes, shape.attention.num_heads
         self._delta_step = DeltaStep(*common, sizes, DeltaTypes(F32, F16), self._eps)
         self._delta_prefill = DeltaPrefill(
-            *common, sizes, DeltaTypes(F16, F16), self._eps, self._space.chunks
+            *common, sizes, DeltaTypes(F16, F16), self._eps, self._space.scratch
         )
         self._kv_append = {dtype: KvAppend(*common, layout, dtype) for dtype in (F32, F16)}
         self._attention_decode = AttentionDecode(*common, layout, heads, max_rows, F32, F16)
-        self._attention_prefill = AttentionPrefill(*common, layout, heads, F16, F16)
+        self._attention_prefill = AttentionPrefill(
+            *common, layout, heads, F16, F16, self._space.scratch
+        )
         self._sample = Sample(*common, shape.vocab_size, max_rows)
         if shape.experts is not None:
             self._mixer = ExpertMixer(*common, shape, shape.experts, self._limits.max_rows)

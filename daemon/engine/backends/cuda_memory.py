@@ -12,6 +12,7 @@ from daemon.engine.backends.cuda_transfers import SnapshotTransfers
 from daemon.engine.memory.memory_plan import PAGES, STATES
 from daemon.engine.model.shape import ModelShape
 from daemon.errors import UnsupportedModel
+from daemon.kernels.attention_tiles import PARTIAL_BYTES, SLOTS_OF_WHOLE
 from daemon.kernels.delta_prefill import workspace_bytes
 from daemon.kernels.delta_state import DeltaSizes, DeltaSlots
 from daemon.kernels.kv_format import HEAD_DIM, KvFormat, KvLayout
@@ -98,12 +99,16 @@ class SequenceMemory:
         self.slots.copy(self._device, source, target)
 
 
+SEGMENT_SLOTS = 96
+"""Segments of a prompt's keys whose sums attention may keep: eight tiles after 48K tokens."""
+
+
 class Workspace:
     """Arrays that every step overwrites; recorded graphs keep their addresses.
 
     `residual` float32 `[rows, hidden]`; `narrow` and `wide` fp16 operands of hidden size and of
     any; `projected` into a mixer, float32 in decode and fp16 in prefill; `queries` 16 bits;
-    `picked` the rows whose logits are wanted; `chunks` the delta net's between its prefill kernels.
+    `picked` the rows whose logits are wanted; `scratch` what a mixer's prefill kernels hand on.
 
     Args:
         stacked_columns: see `WeightLoader`.
@@ -123,8 +128,7 @@ class Workspace:
         self.queries = allocate((rows * shape.attention.num_heads * HEAD_DIM,), queries)
         self.picked = allocate((limits.decode_rows, shape.hidden), F32)
         self.logits = allocate((limits.decode_rows, shape.vocab_size), F32)
-        chunks = workspace_bytes(delta_sizes(shape), _max_chunks(limits))
-        self.chunks = allocate((chunks,), ElementType.U8)
+        self.scratch = allocate((_scratch_bytes(shape, limits),), ElementType.U8)
 
 
 class _Widths(NamedTuple):
@@ -141,6 +145,13 @@ def _widths(shape: ModelShape) -> _Widths:
     delta_row = delta.conv_dim + delta.value_size + 2 * delta.num_v_heads
     operand = max(attended, delta.value_size, shape.dense_dim)
     return _Widths(max(2 * attended + 2 * kv, delta_row), operand)
+
+
+def _scratch_bytes(shape: ModelShape, limits: CudaLimits) -> int:
+    """Enough for the delta net's chunks, and for attention to work on segments side by side."""
+    chunks = _max_chunks(limits)
+    slots = max(SLOTS_OF_WHOLE * chunks, SEGMENT_SLOTS) * shape.attention.num_heads
+    return max(workspace_bytes(delta_sizes(shape), chunks), slots * PARTIAL_BYTES)
 
 
 def _max_chunks(limits: CudaLimits) -> int:

@@ -11,13 +11,13 @@ import numpy as np
 
 from daemon.checkpoint import PAGE_TOKENS
 from daemon.engine.batch import Batch, Span
-from daemon.kernels.attention_tiles import query_tiles
+from daemon.kernels.attention_tiles import MAX_ITEMS, TileDealer
 from daemon.kernels.delta_prefill import PrefillSpan, PrefillTables, chunk_tables
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray
 
 Int32 = np.ndarray[Any, np.dtype[np.int32]]
-NUM_PARTS = 7
+NUM_PARTS = 8
 ALIGNED_INTS = 64
 """Of the arrays of a prefill batch: each begins on 256 bytes."""
 
@@ -45,7 +45,8 @@ class PrefillRun(NamedTuple):
     positions: DeviceArray
     sequences: DeviceArray
     page_table: DeviceArray
-    tiles: DeviceArray
+    items: DeviceArray
+    merges: DeviceArray
     tables: PrefillTables
     last_rows: tuple[int, ...]
 
@@ -96,11 +97,16 @@ class PrefillArrays:
     the one before still runs.
     """
 
-    def __init__(self, device: Device, max_rows: int, max_spans: int, max_pages: int) -> None:
+    def __init__(
+        self, device: Device, dealer: TileDealer, max_rows: int, max_spans: int, max_pages: int
+    ) -> None:
         self._device = device
+        self._dealer = dealer
         self._max_pages = max_pages
         max_chunks = max_rows // PAGE_TOKENS + max_spans
-        sizes = (3 * max_rows, max_spans * max_pages, 8 * max_chunks, 4 * max_spans)
+        sizes = (
+            3 * max_rows, max_spans * max_pages, 20 * max_chunks, 8 * MAX_ITEMS, 4 * max_spans
+        )  # fmt: skip
         size = sum(sizes) + NUM_PARTS * ALIGNED_INTS
         self._memory = device.allocate((size,), np.int32)
         self._pinned = device.allocate_pinned(2 * size * 4).view(np.int32).reshape(2, size)
@@ -116,18 +122,21 @@ class PrefillArrays:
         chunks, lines = chunk_tables(
             [PrefillSpan(row, count, span.slot, _captures(span)) for row, span, count in placed]
         )
-        tokens, positions, sequences, table, tiles, *tables = self._upload(
+        dealt = self._dealer.deal(
+            (row, span.start, n, i) for i, (row, span, n) in enumerate(placed)
+        )
+        tokens, positions, sequences, table, items, merges, *tables = self._upload(
             np.concatenate([span.tokens for span in spans]),
             np.concatenate([np.arange(span.start, span.end) for span in spans]),
             np.repeat(np.arange(len(spans)), counts),
             page_table(spans, self._max_pages),
-            query_tiles((row, span.start, n, i) for i, (row, span, n) in enumerate(placed)),
+            *dealt,
             chunks,
             lines,
         )
         ends = zip(first_rows[1:].tolist(), spans, strict=True)
         return PrefillRun(
-            int(first_rows[-1]), tokens, positions, sequences, table, tiles,
+            int(first_rows[-1]), tokens, positions, sequences, table, items, merges,
             PrefillTables(*tables), tuple(end - 1 for end, span in ends if span.samples),
         )  # fmt: skip
 

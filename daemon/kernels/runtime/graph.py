@@ -26,6 +26,7 @@ class Graph:
         finally:
             graph = checked(driver.cuStreamEndCapture(self._stream), "end a graph")
         self._executable = checked(driver.cuGraphInstantiate(graph, 0), "prepare a graph")
+        self._destroy = driver.cuGraphExecDestroy
         checked(driver.cuGraphDestroy(graph), "drop a graph")
 
     def replay(self) -> None:
@@ -33,5 +34,5 @@ class Graph:
         checked(driver.cuGraphLaunch(self._executable, self._stream), "replay a graph")
 
     def __del__(self) -> None:
-        if driver is not None and hasattr(self, "_executable"):
-            driver.cuGraphExecDestroy(self._executable)
+        if hasattr(self, "_destroy"):
+            self._destroy(self._executable)
