@@ -3,14 +3,18 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("cuda.core")
 
 from tensor_tables import tensor_table
 
+from daemon.engine.backends import cuda_plan
 from daemon.engine.backends.cuda_memory import CudaLimits
 from daemon.engine.backends.cuda_plan import memory_needs
+from daemon.engine.batch import Batch, Span
+from daemon.engine.model.model import Model
 from daemon.kernels.runtime.compiler import KERNELS, Cubin
 from daemon.kernels.runtime.paper_device import Card, PaperCompiler
 
@@ -43,6 +47,20 @@ def test_every_kernel_belongs_to_a_step_of_some_model_on_some_card() -> None:
     sizes = (("9b", HOPPER), ("4b", AMPERE), ("35b-a3b", AMPERE))
     asked = set().union(*(listed(size, card).sources for size, card in sizes))
     assert asked == {path.name for path in KERNELS.glob("*.cu")}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 65, 700, 1433, 1984])
+def test_no_length_of_a_prompt_needs_another_kernel(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    rehearsed = listed("27b", HOPPER).variants
+
+    def run_one(model: Model, limits: CudaLimits) -> None:
+        span = Span(np.zeros(num_tokens, np.int32), 0, 0, pages=(0,), samples=True)
+        model.logits(Batch("prefill", (span,)))
+
+    monkeypatch.setattr(cuda_plan, "_run_steps", run_one)
+    assert listed("27b", HOPPER).variants <= rehearsed
 
 
 def test_variants_are_few_enough_to_wait_for() -> None:

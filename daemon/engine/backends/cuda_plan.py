@@ -64,10 +64,9 @@ def _run_steps(model: Model, limits: CudaLimits) -> None:
     """A step of every kind that has kernels of its own."""
     for num_rows in {1, limits.decode_rows}:
         model.logits(Batch("decode", tuple(_span(1, slot) for slot in range(num_rows))))
-    num_tokens = PAGE_TOKENS
-    while num_tokens <= limits.max_rows:
+    # Tiles change their width with every 64 tokens: none may be compiled while somebody waits.
+    for num_tokens in range(PAGE_TOKENS, limits.max_rows + 1, PAGE_TOKENS):
         model.logits(Batch("prefill", (_span(num_tokens, 0),)))
-        num_tokens *= 2
 
 
 def _span(num_tokens: int, slot: int) -> Span:
