@@ -90,7 +90,12 @@ class TileDealer:
         slots = np.cumsum(counts, dtype=np.int32) - counts
         lines = _lines(tiles, 0 * counts, counts, slots, counts)
         first = np.concatenate([np.arange(count) for count in counts])
-        parts = _lines(np.repeat(tiles, counts, axis=0), first, first + 1, np.arange(len(first), dtype=np.int32))
+        parts = _lines(
+            np.repeat(tiles, counts, axis=0),
+            first,
+            first + 1,
+            np.arange(len(first), dtype=np.int32),
+        )
         return QueryItems(parts, lines[counts > 1])
 
     def _in_parts(self, counts: Int32) -> bool:
