@@ -10,7 +10,7 @@
 constexpr int HEAD_THREADS = 128;  // that have a head's 64 rows
 constexpr int PARTIAL_VECTORS = 33 * HEAD_THREADS;  // float4; attention_tiles.py knows it too
 
-// Part of a query tile's keys. Of several segments in all: one, whose sums go to the slot; or all of
+// What came of some segments, in global memory: [blocks of 8 dims, then maxima and sums][threads]
 // them, joined in the slot, with the next slot for those of the segment at hand.
 struct QueryItem {
     QueryTile tile;
