@@ -32,9 +32,14 @@ KERNELS = (
 )
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def config(compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(compiled))
     return Config(
         model=ModelConfig(),
         engine=EngineConfig(device="cuda", context=4096, key_format="q8_0", value_format="q4_0"),

@@ -28,6 +28,8 @@ class Graph:
         self._executable = checked(driver.cuGraphInstantiate(graph, 0), "prepare a graph")
         self._destroy = driver.cuGraphExecDestroy
         checked(driver.cuGraphDestroy(graph), "drop a graph")
+        # Kept, since at interpreter exit the module's names may be gone.
+        self._destroy = driver.cuGraphExecDestroy
 
     def replay(self) -> None:
         """Run all captured launches again, in the stream's order."""
