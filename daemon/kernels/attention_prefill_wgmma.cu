@@ -99,6 +99,8 @@ __device__ __forceinline__ void load_queries(u8* target, const u16* queries, con
 
 // Issues score = queries x keysᵀ; both tiles [4 panels][64 rows][64 dims].
 __device__ __forceinline__ void start_scores(float (&score)[8][4], u32 queries, u32 keys) {
+    // Or the compiler keeps 16 descriptors from page to page, for which there are no registers.
+    asm volatile("" : "+r"(queries));
     begin_products();
 #pragma unroll
     for (int step = 0; step < 16; ++step) {

@@ -41,7 +41,7 @@ COMPILED = [MIXED[1], *MIXED[-2:]]  # every format once at least
 FORMAT_IDS = [f"{k.name}-{v.name}" for k, v in MIXED]
 # By query heads of a block: with one (cards with 99 KB) a thread holds twice as much of a page.
 SPILL_BUDGET = {1: 320, 2: 32}
-WGMMA_SPILL_BUDGET = 320  # most of the producer, which has 48 registers
+WGMMA_SPILL_BUDGET = 256  # of the producer, which has 48 registers
 
 
 def from_bf16(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

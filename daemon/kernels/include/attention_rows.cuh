@@ -65,7 +65,7 @@ struct Join {
 __device__ __forceinline__ void join_partials(float4* earlier, const float4* later) {
     constexpr int ENDS = 32 * HEAD_THREADS;
     const Join join = Join::of(earlier[ENDS], later[ENDS]);
-#pragma unroll 4
+#pragma unroll 8
     for (int at = 0; at < ENDS; at += HEAD_THREADS) {
         earlier[at] = join.of_outputs(earlier[at], later[at]);
     }
