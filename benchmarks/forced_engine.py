@@ -81,7 +81,7 @@ class ForcedEngine:
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         """See `Engine.submit`."""
-        if request.priority == "idle":
+        if request.priority != "client":
             with self._changed:
                 self._num_idle += 1
             self._engine.submit(request, self._idle(deliver))

@@ -1,8 +1,8 @@
-"""The self-audit: a share of resumed requests is evaluated again, resumed and cold, and compared.
+"""The self-audit: a share of resumed requests is evaluated again, cold, and compared.
 
-Owns the sampling of requests, the comparison and its counts. Stands before the engine and asks it
-for two pieces of idle work a sample; knows no store, only how to have a record dropped. Events come
-on the engine's thread.
+Owns the sampling of requests, the comparison and its counts. Stands before the engine, which tells
+it what a resumed prompt led to, and asks it for one piece of idle work a sample; knows no store,
+only how to have a record dropped. Events come on the engine's thread.
 """
 
 import logging
@@ -13,38 +13,35 @@ from collections.abc import Callable, Sequence
 import msgspec
 from msgspec import Struct
 
-from daemon.checkpoint import Found
 from daemon.engine.requests import (
     Deliver,
     Engine,
     EngineInfo,
     Event,
+    Failed,
     Finished,
     GenerationRequest,
+    Probed,
     SamplingParams,
-    Started,
-    TokenLogprobs,
-    TokenSampled,
 )
 from daemon.errors import QwendError
 
 logger = logging.getLogger(__name__)
 
-NUM_ALTERNATIVES = 20
 TOLERANCE = 1e-3
 """Of a natural logarithm. A state born by prompt evaluation equals the cold one bit for bit; only
 the way from logits to logarithms may round."""
-
-_GREEDY = SamplingParams(temperature=0.0, logprobs=NUM_ALTERNATIVES)
 
 Discard = Callable[[Sequence[int]], None]
 """Drops the checkpoints of a prompt, and all that shares a page with them."""
 
 
 class AuditCounts(Struct, frozen=True, kw_only=True):
-    """Since the daemon started. `num_abandoned` were overtaken: by other work, or by eviction."""
+    """Since the daemon started. `num_waiting` have not come to their verdict yet; `num_abandoned`
+    never will: more came than the idle device could do, or it failed."""
 
     share: float
+    num_waiting: int = 0
     num_compared: int = 0
     num_mismatches: int = 0
     num_abandoned: int = 0
@@ -80,6 +77,7 @@ class AuditedEngine:
         """See `Engine.submit`."""
         if request.priority == "client" and self._choose() < self._counts.share:
             deliver = _Sample(self, request, deliver).deliver
+            request = msgspec.structs.replace(request, probe=True)
         self._engine.submit(request, deliver)
 
     def cancel(self, request_id: str) -> None:
@@ -93,23 +91,27 @@ class AuditedEngine:
 
     def evaluate(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Queue idle work; when the engine takes none any more, the sample is given up."""
+        self.count(num_waiting=1)
         try:
             self._engine.submit(request, deliver)
         except QwendError:
-            self.count(num_abandoned=1)
+            self.give_up()
 
-    def judge(self, request: GenerationRequest, found: Found, pair: Sequence[TokenSampled]) -> None:
+    def give_up(self) -> None:
+        """A sample gets no verdict."""
+        self.count(num_waiting=-1, num_abandoned=1)
+
+    def judge(self, request: GenerationRequest, resumed: Probed, cold: Probed) -> None:
         """Compare what followed on the checkpoint with what followed on a cold evaluation."""
-        resumed, cold = pair
-        if _are_equal(resumed, cold):
-            self.count(num_compared=1)
+        is_equal = _distance(resumed, cold) <= TOLERANCE
+        self.count(num_waiting=-1, num_compared=1, num_mismatches=int(not is_equal))
+        if is_equal:
             return
-        self.count(num_compared=1, num_mismatches=1)
         logger.error(
             "request %s went on from a checkpoint at %d tokens that does not equal a cold "
             "evaluation; it is dropped with all that shares its pages",
             request.id,
-            found.position,
+            resumed.num_restored_tokens,
         )
         self._discard(request.tokens)
 
@@ -121,68 +123,55 @@ class AuditedEngine:
 
 
 class _Sample:
-    """One request that may be audited: its events on their way, then two evaluations of ours."""
+    """One request that may be audited: its events on their way, then an evaluation of ours."""
 
     def __init__(self, audit: AuditedEngine, request: GenerationRequest, deliver: Deliver) -> None:
         self._audit = audit
         self._request = request
         self._deliver = deliver
-        self._found: Found | None = None
-        self._sampled: list[TokenSampled] = []
+        self._resumed: Probed | None = None
+        self._cold: Probed | None = None
 
     def deliver(self, event: Event) -> None:
         """Pass an event on; when a resumed request has ended well, begin."""
-        if isinstance(event, Started):
-            self._found = event.restored
+        if isinstance(event, Probed):
+            is_resumed = event.num_restored_tokens > 0 and event.born == "prompt"
+            self._resumed = event if is_resumed else None
+            return
         self._deliver(event)
-        is_resumed = self._found is not None and self._found.born == "prompt"
-        if isinstance(event, Finished) and event.reason != "cancelled" and is_resumed:
-            assert self._found is not None
-            self._evaluate("resumed", self._found.position)
-
-    def _evaluate(self, name: str, max_cached: int) -> None:
-        request = GenerationRequest(
-            id=f"{self._request.id}-{name}",
-            tokens=self._request.tokens,
-            sampling=_GREEDY,
-            max_tokens=1,
-            session=self._request.session,
-            priority="idle",
-            max_cached=max_cached,
-        )
-        self._audit.evaluate(request, self._evaluated)
+        if isinstance(event, Finished) and event.reason != "cancelled" and self._resumed:
+            self._audit.evaluate(_cold(self._request), self._evaluated)
 
     def _evaluated(self, event: Event) -> None:
-        """Events of our own evaluations: after the resumed one the cold one, after that the
-        verdict."""
-        if isinstance(event, TokenSampled):
-            self._sampled.append(event)
-        elif isinstance(event, Finished):
-            self._ended(event)
-
-    def _ended(self, event: Finished) -> None:
-        assert self._found is not None
-        is_first = len(self._sampled) == 1 and event.num_cached_tokens > 0
-        if is_first and event.num_cached_tokens == self._found.position:
-            self._evaluate("cold", 0)
-        elif len(self._sampled) == 2:
-            self._audit.judge(self._request, self._found, self._sampled)
-        else:
-            self._audit.count(num_abandoned=1)
+        """Events of our own evaluation; the last brings the verdict."""
+        if isinstance(event, Probed):
+            self._cold = event
+        elif isinstance(event, Finished | Failed):
+            if self._resumed is None or self._cold is None:
+                self._audit.give_up()
+            else:
+                self._audit.judge(self._request, self._resumed, self._cold)
 
 
-def _are_equal(one: TokenSampled, other: TokenSampled) -> bool:
-    """Whether two evaluations give the same token and the same likeliest alternatives."""
-    assert one.logprobs is not None
-    assert other.logprobs is not None
-    return one.token == other.token and _distance(one.logprobs, other.logprobs) <= TOLERANCE
+def _cold(request: GenerationRequest) -> GenerationRequest:
+    """The same prompt, evaluated without checkpoints."""
+    return GenerationRequest(
+        id=f"{request.id}-audit",
+        tokens=request.tokens,
+        boundaries=request.boundaries,
+        sampling=SamplingParams(temperature=0.0),
+        max_tokens=1,
+        session=request.session,
+        priority="audit",
+        probe=True,
+    )
 
 
-def _distance(one: TokenLogprobs, other: TokenLogprobs) -> float:
+def _distance(one: Probed, other: Probed) -> float:
     """The greatest difference between the logarithms of the same tokens; those that only one of
     them lists stand at the list's end, where alternatives may tie."""
     first, second = dict(one.alternatives), dict(other.alternatives)
     shared = first.keys() & second.keys()
-    pairs = [(first[token], second[token]) for token in shared] + [(one.chosen, other.chosen)]
-    is_other_list = 2 * len(shared) < len(first)
-    return float("inf") if is_other_list else max(abs(a - b) for a, b in pairs)
+    if 2 * len(shared) < len(first):
+        return float("inf")
+    return max(abs(first[token] - second[token]) for token in shared)

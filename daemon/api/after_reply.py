@@ -81,7 +81,7 @@ def _idle_request(
         boundaries=tuple(Boundary(*boundary) for boundary in beginning.boundaries),
         max_tokens=0,
         session=asked.session,
-        priority="idle",
+        priority="next",
     )
 
 

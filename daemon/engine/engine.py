@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from daemon.checkpoint import PAGE_TOKENS, Boundary, Found, Snapshot
 from daemon.engine.backends.backend import Writing
 from daemon.engine.batch import Span
-from daemon.engine.checkpointing import CheckpointStore
+from daemon.engine.checkpointing import CheckpointStore, NoCheckpoints
 from daemon.engine.memory.residents import Resident
 from daemon.engine.model.model import Model
 from daemon.engine.outbox import Outbox
@@ -85,7 +85,8 @@ class StepEngine:
     def add(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Queue a request."""
         assert request.id not in self.sequences, "request ids are unique"
-        timeline = self.store.timeline(request.tokens, request.session)
+        store = NoCheckpoints() if request.priority == "audit" else self.store
+        timeline = store.timeline(request.tokens, request.session)
         sequence = Sequence(request, self.outbox.through(deliver), timeline)
         if sequence.is_idle_work and not request.max_tokens:
             self._end_contained_idle_work(request)
@@ -128,8 +129,17 @@ class StepEngine:
             self.outbox.empty()
         return bool(decode or prefill or num_restored or num_admitted)
 
-    def finish_saving(self) -> None:
-        """Wait until all that was to be kept has been handed to the store."""
+    def stop(self) -> None:
+        """End all requests and wait until what was done for them has been handed to the store.
+
+        What nobody waits for is dropped.
+        """
+        for sequence in list(self.sequences.values()):
+            if sequence.is_idle_work:
+                self._finish(sequence, "cancelled")
+            else:
+                self.cancel(sequence.request.id)
+        self.outbox.empty()
         self.saving.finish()
 
     def _admit(self) -> int:
@@ -169,11 +179,13 @@ class StepEngine:
             if (failure := sequence.failure) is not None:
                 self.fail((sequence,), failure)
                 continue
+            if (probed := sequence.probed(choice.logprobs)) is not None:
+                sequence.deliver(probed)
             sequence.append(choice.token)
             sequence.phase = Phase.DECODE
             reason = sequence.finish_reason(self.context_length)
             if reason != "stop":
-                sequence.deliver(TokenSampled(choice.token, choice.logprobs))
+                sequence.deliver(TokenSampled(choice.token, sequence.asked_of(choice.logprobs)))
             if reason is not None:
                 self._end_reply(sequence, reason)
         for sequence in work.sequences:
@@ -211,6 +223,9 @@ class StepEngine:
 
     def _restore_or_start(self, sequence: Sequence) -> None:
         """Begin to read the best checkpoint, or begin at token 0 when there is none."""
+        if not sequence.is_kept:
+            self._start_audit(sequence)
+            return
         if self.saving.concerns(sequence):
             # The best may be on its way to the store; see `_advance_restores`.
             sequence.phase = Phase.RESTORING
@@ -293,6 +308,15 @@ class StepEngine:
         assert sequence.found is not None
         self._start(sequence, sequence.found.position)
 
+    def _start_audit(self, sequence: Sequence) -> None:
+        """Begin at token 0, or where a part of such an evaluation of the same prompt has ended."""
+        resident, sequence.resident = sequence.resident, None
+        if resident is None:
+            self._start_cold(sequence)
+            return
+        sequence.num_grid_pages = resident.num_grid_pages
+        self._start(sequence, resident.position)
+
     def _start_cold(self, sequence: Sequence) -> None:
         self.backend.clear_slot(sequence.slot)
         sequence.born, sequence.num_grid_pages = "prompt", 0
@@ -301,6 +325,7 @@ class StepEngine:
     def _start(self, sequence: Sequence, position: int) -> None:
         sequence.num_evaluated = sequence.num_restored = position
         sequence.phase = Phase.PREFILL
+        sequence.positions = sequence.audit_positions
         if sequence.is_kept:
             sequence.positions = sequence.timeline.positions(sequence.request.boundaries, position)
         if not sequence.was_started:
@@ -314,7 +339,7 @@ class StepEngine:
     def _checkpoint(self, work: Work) -> None:
         """Save what the batch captured on its way."""
         for sequence, span in zip(work.sequences, work.batch.spans, strict=True):
-            for capture in span.captures:
+            for capture in span.captures if sequence.is_kept else ():
                 reason = sequence.positions[capture.position]
                 self.saving.begin(sequence, capture.position, capture.slot, sequence.born, reason)
             self._keep_on_the_way(sequence, span)
@@ -366,7 +391,7 @@ class StepEngine:
             boundaries=(*sequence.request.boundaries, reply_end),
             max_tokens=0,
             session=sequence.request.session,
-            priority="idle",
+            priority="canonical",
         )
         self.add(request, _ignore)
 

@@ -116,7 +116,7 @@ class EngineThread:
         with self._lock:
             if self._failure is not None:
                 raise self._failure
-            if request.priority == "idle":
+            if request.priority != "client":
                 self._commands.put(Submit(request, deliver))
                 return
             if self._num_open >= self._max_requests:
@@ -167,9 +167,7 @@ class EngineThread:
             command = self._next_command(wait=not worked)
             while command is not None:
                 if isinstance(command, Stop):
-                    for request_id in list(engine.sequences):
-                        engine.cancel(request_id)
-                    engine.finish_saving()
+                    engine.stop()
                     return
                 self._obey(engine, command)
                 command = self._next_command(wait=False)

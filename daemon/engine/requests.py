@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
-from daemon.checkpoint import Boundary, Found
+from daemon.checkpoint import Birth, Boundary, Found
 from daemon.engine.constraint import Constraint
 from daemon.errors import QwendError
 
@@ -34,19 +34,20 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
 
 
-Priority = Literal["client", "idle"]
-"""Whether somebody waits for it. Idle work runs while no client's request waits or runs, gives way
-within one small step, keeps what it has done, and is the first to be given up."""
+Priority = Literal["client", "next", "canonical", "audit"]
+"""How urgent it is, the most urgent first. All but a client's requests are idle work: it runs while
+none of these waits or runs and nothing more urgent does, gives way within one small step, goes on
+from where it was, and is the first to be given up. An audit starts from no checkpoint and leaves
+none."""
 
 
 class GenerationRequest(Struct, frozen=True, kw_only=True):
     """One prompt to continue. `session` is a client's hint of affinity, never part of a key.
 
     With `max_tokens` 0 nothing is sampled: the prompt is evaluated up to the last of `boundaries`
-    that has no checkpoint yet, and ends as "length". That, at priority "idle", is how work for
-    requests to come is done ahead. With `max_cached`, no later checkpoint is restored (0: none)
-    and nothing of the evaluation is kept: so is a checkpoint audited. `constraint` says what may
-    follow, None: anything; the engine takes it over.
+    that has no checkpoint yet, and ends as "length". That, as idle work, is how work for
+    requests to come is done ahead. With `probe`, what is likeliest to follow the prompt is reported
+    as `Probed`. `constraint` says what may follow, None: anything; the engine takes it over.
     """
 
     id: str
@@ -57,7 +58,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     stop_tokens: frozenset[int] = frozenset()
     session: str = ""
     priority: Priority = "client"
-    max_cached: int | None = None
+    probe: bool = False
     constraint: Constraint | None = None
 
 
@@ -83,6 +84,18 @@ class TokenLogprobs(Struct, frozen=True):
     """Natural logarithms under the model's own distribution, best alternative first."""
 
     chosen: float
+    alternatives: tuple[tuple[int, float], ...]
+
+
+class Probed(Struct, frozen=True, tag=True):
+    """What is likeliest to follow the prompt; comes before the first token, whatever that is.
+
+    The evaluation went on from `num_restored_tokens` of a checkpoint, or began at 0; `born` is how
+    its state came about.
+    """
+
+    num_restored_tokens: int
+    born: Birth
     alternatives: tuple[tuple[int, float], ...]
 
 
@@ -115,7 +128,7 @@ class Failed(Struct, frozen=True, tag=True):
     error: QwendError
 
 
-Event = Started | Progress | TokenSampled | Finished | Failed
+Event = Started | Progress | Probed | TokenSampled | Finished | Failed
 
 Deliver = Callable[[Event], None]
 """Takes a request's events in order, on the engine's thread; must return at once, never raise."""
@@ -143,8 +156,8 @@ class Engine(Protocol):
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Queue a request; `deliver` then gets Started … and one Finished or Failed.
 
-        Idle work is never refused: a newer piece ends the older ones that it contains, and the
-        oldest of too many, as "cancelled".
+        Idle work is never refused: a newer piece ends the older ones that it contains, and of too
+        many the least urgent go, as "cancelled".
 
         Raises:
             PromptTooLong: the prompt leaves no room for one token.

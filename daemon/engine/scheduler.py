@@ -2,16 +2,17 @@
 
 Decoding sequences come first, one token each; the rest of the token budget goes to prompts, to the
 one that has waited longest first, with a share for each further one so that none starves. Idle work
-is planned only while there is nothing else. Owns the order of sequences and the free lists. Engine
-thread only.
+is planned only while there is nothing else, the most urgent first. Owns the order of sequences and
+the free lists. Engine thread only.
 """
 
+from bisect import insort_left, insort_right
 from collections import deque
 from collections.abc import Iterable
 
 from msgspec import Struct
 
-from daemon.checkpoint import PAGE_TOKENS
+from daemon.checkpoint import PAGE_TOKENS, Birth
 from daemon.engine.batch import Batch, Capture, Span
 from daemon.engine.memory.kv_pages import KVPages
 from daemon.engine.memory.residents import Resident, Residents
@@ -22,6 +23,9 @@ IDLE_STEP_TOKENS = 512
 """Tokens of idle work in one step: what a request that arrives meanwhile may have to wait for."""
 
 MAX_IDLE = 16
+
+MAX_AUDITED = 2
+"""Conversations whose audits' evaluation stays on the device for their next."""
 
 
 class Limits(Struct, frozen=True):
@@ -68,9 +72,10 @@ class Scheduler:
         self.pages = KVPages(limits.num_pages)
         self.slots = Slots(limits.num_slots)
         self.waiting: deque[Sequence] = deque()
-        self.idle: deque[Sequence] = deque()
+        self.idle: list[Sequence] = []
         self.running: list[Sequence] = []
         self.residents = Residents()
+        self.audited = Residents()
 
     @property
     def is_full(self) -> bool:
@@ -79,26 +84,39 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        (self.idle if sequence.is_idle_work else self.waiting).append(sequence)
+        if sequence.is_idle_work:
+            insort_right(self.idle, sequence, key=_rank)
+        else:
+            self.waiting.append(sequence)
 
     def admit(self) -> list[Sequence]:
         """Give places to waiting sequences, in order, while there are any."""
         admitted = []
         while self.waiting and self._place(self.waiting[0]):
             admitted.append(self.waiting.popleft())
-        if self.idle and not self.waiting and not self.running and self._place(self.idle[0]):
-            admitted.append(self.idle.popleft())
+        if self._is_idle_next() and self._place(self.idle[0]):
+            admitted.append(self.idle.pop(0))
         return admitted
 
+    def _is_idle_next(self) -> bool:
+        """Whether the first piece of idle work is more urgent than all that runs or waits."""
+        if not self.idle or self.waiting:
+            return False
+        return all(self.idle[0].rank < sequence.rank for sequence in self.running)
+
     def in_the_way(self) -> Sequence | None:
-        """Idle work on the device whose places the first waiting sequence needs, after `admit`."""
-        if not self.waiting:
+        """Idle work on the device whose places something more urgent needs, after `admit`."""
+        if not self.waiting and not self._is_idle_next():
             return None
-        return next((s for s in self.running if s.is_idle_work), None)
+        return max((s for s in self.running if s.is_idle_work), key=_rank, default=None)
 
     def surplus_idle(self) -> Sequence | None:
-        """The oldest piece of idle work when there are too many."""
-        return self.idle[0] if len(self.idle) > MAX_IDLE else None
+        """When there are too many pieces of idle work, one of the least urgent: the oldest, but the
+        newest of the audits, so that those begun come to an end."""
+        if len(self.idle) <= MAX_IDLE:
+            return None
+        last = [s for s in self.idle if s.rank == self.idle[-1].rank]
+        return last[0] if last[0].is_kept else last[-1]
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its places."""
@@ -112,24 +130,34 @@ class Scheduler:
     def leave_resident(self, sequence: Sequence) -> None:
         """Let an ending sequence's pages stay, with the state that it holds on the grid."""
         position = sequence.held
-        if not position or not self.limits.max_residents or not sequence.is_kept:
+        if not position or not self.limits.max_residents:
             return
+        slot, sequence.mark_slot = sequence.mark_slot, -1
+        self._add_resident(sequence, position, slot, sequence.held_born)
+
+    def _add_resident(self, sequence: Sequence, position: int, slot: int, born: Birth) -> None:
+        residents = self._residents_of(sequence)
         tokens = tuple(sequence.tokens[:position])
-        for contained in self.residents.take_contained(tokens):
+        for contained in residents.take_contained(tokens):
             self._free_resident(contained)
         num_pages = position // PAGE_TOKENS
         resident = Resident(
             tokens=tokens,
             pages=sequence.pages[:num_pages],
-            slot=sequence.mark_slot,
-            born=sequence.held_born,
+            slot=slot,
+            born=born,
             num_grid_pages=min(sequence.num_grid_pages, num_pages),
             timeline=sequence.timeline,
         )
-        sequence.pages, sequence.mark_slot = sequence.pages[num_pages:], -1
-        self.residents.add(resident)
-        while len(self.residents) > self.limits.max_residents:
-            self._free_oldest_resident()
+        sequence.pages = sequence.pages[num_pages:]
+        residents.add(resident)
+        limit = self.limits.max_residents if sequence.is_kept else MAX_AUDITED
+        while len(residents) > limit and (oldest := residents.take_oldest()):
+            self._free_resident(oldest)
+
+    def _residents_of(self, sequence: Sequence) -> Residents:
+        """What was evaluated without checkpoints is for others of its kind alone."""
+        return self.residents if sequence.is_kept else self.audited
 
     def plan_decode(self) -> Work | None:
         """One token of every decoding sequence; may preempt the youngest to find a page."""
@@ -157,6 +185,8 @@ class Scheduler:
         budget = self.limits.prefill_tokens
         if all(sequence.is_idle_work for sequence in self.running):
             budget = min(budget, IDLE_STEP_TOKENS)
+            first = min((sequence.rank for sequence in waiting), default=0)
+            waiting = [sequence for sequence in waiting if sequence.rank == first]
         else:
             waiting = [sequence for sequence in waiting if not sequence.is_idle_work]
         spans, sequences = [], []
@@ -201,14 +231,27 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> Sequence:
         """Send a sequence back to the head of its queue; its reply becomes part of the prompt."""
+        if not sequence.is_kept:
+            self._leave_audit(sequence)
         self._free_places(sequence)
         self.running.remove(sequence)
         sequence.phase = Phase.WAITING
         sequence.num_evaluated = 0
         sequence.mark = sequence.held = 0
         sequence.resident = None
-        (self.idle if sequence.is_idle_work else self.waiting).appendleft(sequence)
+        if sequence.is_idle_work:
+            insort_left(self.idle, sequence, key=_rank)
+        else:
+            self.waiting.appendleft(sequence)
         return sequence
+
+    def _leave_audit(self, sequence: Sequence) -> None:
+        """What an interrupted audit has done stays on the device until its places are needed."""
+        done = sequence.num_evaluated
+        if not done or done % PAGE_TOKENS or not self.limits.max_residents:
+            return
+        slot, sequence.slot = sequence.slot, -1
+        self._add_resident(sequence, done, slot, sequence.born)
 
     def _place(self, sequence: Sequence) -> bool:
         """Give a sequence its places and let it run; False when there are too few."""
@@ -221,7 +264,7 @@ class Scheduler:
         pages = self._find_pages(count, after=known, is_idle=sequence.is_idle_work)
         if pages is None:
             if resident is not None:
-                self.residents.add(resident)
+                self._residents_of(sequence).add(resident)
             return False
         sequence.resident = resident
         sequence.pages = known + pages
@@ -231,9 +274,10 @@ class Scheduler:
         return True
 
     def _take_resident(self, sequence: Sequence) -> Resident | None:
-        if sequence.is_idle_work or not sequence.is_kept:
+        if sequence.is_idle_work and sequence.is_kept:
             return None
-        return self.residents.take(sequence.tokens, sequence.cached_limit, self.strict)
+        residents = self._residents_of(sequence)
+        return residents.take(sequence.tokens, sequence.cached_limit, self.strict)
 
     def _find_pages(
         self, count: int, after: tuple[int, ...] = (), is_idle: bool = False
@@ -251,7 +295,11 @@ class Scheduler:
         return slot
 
     def _free_oldest_resident(self, spare_newest: bool = False) -> bool:
-        resident = self.residents.take_oldest(spare_newest)
+        """The newest goes last: after what audits have done, which takes longer to do again than
+        a checkpoint to be restored."""
+        resident = self.residents.take_oldest(spare_newest=True) or self.audited.take_oldest()
+        if resident is None and not spare_newest:
+            resident = self.residents.take_oldest()
         if resident is None:
             return False
         self._free_resident(resident)
@@ -280,3 +328,7 @@ class Scheduler:
         for slot in {sequence.slot, sequence.mark_slot} - {-1}:
             self.slots.give_back(slot)
         sequence.slot = sequence.mark_slot = -1
+
+
+def _rank(sequence: Sequence) -> int:
+    return sequence.rank

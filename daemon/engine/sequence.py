@@ -7,16 +7,28 @@ import enum
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
 import numpy as np
 
 from daemon.checkpoint import PAGE_TOKENS, Birth, Found, Reason, Snapshot
 from daemon.engine.backends.backend import SamplingRow, Writing
 from daemon.engine.checkpointing import Timeline
 from daemon.engine.memory.residents import Resident
-from daemon.engine.requests import Deliver, FinishReason, GenerationRequest
+from daemon.engine.requests import (
+    Deliver,
+    FinishReason,
+    GenerationRequest,
+    Priority,
+    Probed,
+    TokenLogprobs,
+)
 from daemon.errors import QwendError
+
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+NUM_PROBED = 20
+"""Alternatives that a probe reports."""
 
 
 class Phase(enum.Enum):
@@ -91,12 +103,17 @@ class Sequence:
     @property
     def is_idle_work(self) -> bool:
         """Whether nobody waits for it."""
-        return self.request.priority == "idle"
+        return self.request.priority != "client"
+
+    @property
+    def rank(self) -> int:
+        """How many kinds of work are more urgent."""
+        return PRIORITIES.index(self.request.priority)
 
     @property
     def is_kept(self) -> bool:
-        """Whether its evaluation leaves checkpoints."""
-        return self.request.max_cached is None
+        """Whether its evaluation starts from checkpoints and leaves some."""
+        return self.request.priority != "audit"
 
     @property
     def is_arriving(self) -> bool:
@@ -117,11 +134,16 @@ class Sequence:
         return max(self.positions, default=self.num_evaluated)
 
     @property
+    def audit_positions(self) -> Mapping[int, Reason]:
+        """Where an audit's state is kept on the device, for the next one of this conversation."""
+        ends = {b.position // PAGE_TOKENS * PAGE_TOKENS: b.reason for b in self.request.boundaries}
+        last = max((end for end in ends if 0 < end <= self.cached_limit), default=0)
+        return {last: ends[last]} if last else {}
+
+    @property
     def cached_limit(self) -> int:
         """The most tokens that may come from a checkpoint: one at least is evaluated."""
-        limit = self.num_known - 1
-        asked = self.request.max_cached
-        return limit if asked is None else min(limit, asked)
+        return self.num_known - 1
 
     @property
     def num_pages_needed(self) -> int:
@@ -155,7 +177,24 @@ class Sequence:
         """How to choose this sequence's next token; waits for its constraint."""
         step = self.num_known - self.num_prompt
         mask = None if self.constraint is None else self.constraint.allowed()
-        return SamplingRow(self.request.sampling, self.seed, step, self._counts or {}, mask)
+        params = self.request.sampling
+        if self.request.probe and step == 0:
+            num_alternatives = max(params.logprobs or 0, NUM_PROBED)
+            params = msgspec.structs.replace(params, logprobs=num_alternatives)
+        return SamplingRow(params, self.seed, step, self._counts or {}, mask)
+
+    def probed(self, logprobs: TokenLogprobs | None) -> Probed | None:
+        """What to report before the first token, if that was asked for."""
+        if logprobs is None or not self.request.probe or self.reply:
+            return None
+        return Probed(self.num_restored, self.born, logprobs.alternatives[:NUM_PROBED])
+
+    def asked_of(self, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
+        """As many of the alternatives as the request asked for."""
+        count = self.request.sampling.logprobs
+        if logprobs is None or count is None:
+            return None
+        return TokenLogprobs(logprobs.chosen, logprobs.alternatives[:count])
 
     @property
     def failure(self) -> QwendError | None:

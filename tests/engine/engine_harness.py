@@ -108,7 +108,7 @@ class EngineHarness:
             if self.engine.step():
                 continue
             if not self.engine.sequences:
-                self.engine.finish_saving()
+                self.engine.saving.finish()
                 return
             time.sleep(0.001)  # a checkpoint is on its way
         raise AssertionError("the engine did not come to rest")

@@ -15,6 +15,7 @@ from daemon.checkpoint import PAGE_TOKENS
 from daemon.engine.backends.backend import Contents, Sampled, SamplingRow, Writing
 from daemon.engine.batch import Batch, Span
 from daemon.engine.constraint import Mask
+from daemon.engine.requests import TokenLogprobs
 
 VOCAB = 50_000
 
@@ -28,6 +29,13 @@ def continuation(prompt: Sequence[int], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(next_token(tokens))
     return tokens[len(prompt) :]
+
+
+def logprobs_of(token: int, num_alternatives: int | None) -> TokenLogprobs | None:
+    """Made up from the token."""
+    if num_alternatives is None:
+        return None
+    return TokenLogprobs(-0.5, tuple((token + i, -0.5 - i) for i in range(num_alternatives)))
 
 
 class TapeModel:
@@ -95,9 +103,13 @@ class TapeModel:
         """What follows from the tape, or the first token that a mask allows."""
         assert len(logits) == len(rows)
         masks = [row.mask for row in rows]
-        return [
-            Sampled(token if mask is None else _first_of(mask), None)
+        tokens = [
+            token if mask is None else _first_of(mask)
             for token, mask in zip(logits, masks, strict=True)
+        ]
+        return [
+            Sampled(token, logprobs_of(token, row.params.logprobs))
+            for token, row in zip(tokens, rows, strict=True)
         ]
 
     def clear_slot(self, slot: int) -> None:

@@ -7,22 +7,38 @@ from tape_harness import TapeHarness, generation_request, small_limits
 from tape_model import continuation
 
 from daemon.checkpoint import Boundary, Found
-from daemon.engine.requests import Event, Finished, GenerationRequest, Started
+from daemon.engine.requests import (
+    Deliver,
+    Event,
+    Finished,
+    GenerationRequest,
+    Priority,
+    Started,
+    TokenSampled,
+)
 from daemon.engine.scheduler import IDLE_STEP_TOKENS, MAX_IDLE
+from daemon.engine.sequence import PRIORITIES
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
     return [random.Random(seed).randrange(50_000) for _ in range(length)]
 
 
-def submit_idle(harness: TapeHarness, name: str, tokens: list[int], *ends: int) -> list[Event]:
+def submit_idle(
+    harness: TapeHarness,
+    name: str,
+    tokens: list[int],
+    *ends: int,
+    priority: Priority = "next",
+) -> list[Event]:
     events: list[Event] = []
     request = GenerationRequest(
         id=name,
         tokens=tuple(tokens),
         boundaries=tuple(Boundary(end, "user") for end in ends),
-        max_tokens=0,
-        priority="idle",
+        max_tokens=1 if priority == "audit" else 0,
+        probe=priority == "audit",
+        priority=priority,
     )
     harness.engine.add(request, events.append)
     return events
@@ -128,4 +144,56 @@ def test_what_was_built_on_a_decoded_state_becomes_canonical_too() -> None:
     harness.run()
     assert 320 in positions(store, "decode")
     assert 320 in positions(store)
+    harness.assert_all_places_are_free()
+
+
+def test_the_next_turn_comes_before_twins_and_those_before_audits() -> None:
+    for max_sequences in (1, 3):
+        harness = TapeHarness(small_limits(max_sequences), MemoryStore())
+        ends: list[str] = []
+        for seed, priority in enumerate(PRIORITIES[:0:-1]):
+            events = submit_idle(harness, priority, prompt(600, seed=seed), 576, priority=priority)
+            harness.engine.sequences[priority].deliver = _noting(ends, priority, events)
+            harness.engine.step()
+        harness.run()
+        assert ends == ["next", "canonical", "audit"]
+        harness.assert_all_places_are_free()
+
+
+def _noting(ends: list[str], name: str, events: list[Event]) -> Deliver:
+    def deliver(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Finished):
+            ends.append(name)
+
+    return deliver
+
+
+def test_of_too_many_the_least_urgent_go_and_audits_that_began_stay() -> None:
+    harness = TapeHarness(store=MemoryStore())
+    audits = [
+        submit_idle(harness, f"audit {n}", prompt(100, seed=n), priority="audit") for n in range(9)
+    ]
+    ahead = [submit_idle(harness, f"next {n}", prompt(100, seed=20 + n), 64) for n in range(9)]
+    harness.run()
+    reasons = [events[-1].reason for events in audits if isinstance(events[-1], Finished)]
+    assert reasons == ["length"] * 7 + ["cancelled"] * 2
+    assert all(not isinstance(e, Finished) or e.reason == "length" for es in ahead for e in es)
+
+
+def test_a_stop_drops_idle_work_and_keeps_that_of_clients() -> None:
+    store = MemoryStore()
+    harness = TapeHarness(small_limits(prefill_tokens=1024), store)
+    submit_idle(harness, "ahead", prompt(1000), 960)
+    harness.engine.step()
+    harness.engine.stop()
+    assert not store.states
+    tokens = prompt(900, seed=1)
+    client = harness.submit(tokens, max_tokens=70)
+    while not any(isinstance(event, TokenSampled) for event in client):
+        harness.engine.step()
+    for _ in range(66):
+        harness.engine.step()
+    harness.engine.stop()
+    assert positions(store, "decode") == [960]
     harness.assert_all_places_are_free()
