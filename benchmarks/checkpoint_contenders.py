@@ -3,6 +3,7 @@
 Each contender is given prompts in order and says how many tokens of each it would not evaluate.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,6 +16,10 @@ from daemon.cache.prefix_index import PageRow, PrefixIndex
 from daemon.cache.records import NO_PARENT, ON_GRID, StateHeader, Use
 from daemon.cache.store import footprint
 from daemon.checkpoint import PAGE_TOKENS, Reason
+
+WRITE_DELAY_US = 10_000_000
+UNUSED_BYTES = (2 << 30) // 4 + (8 << 30) // 4
+"""What may wait in memory to be used: with 8 GiB of it, see `cache/holdings.py`."""
 
 
 class Contender(Protocol):
@@ -77,11 +82,55 @@ class Stored:
         )
         if self.index.state(state.key) is None:
             self.index.add_state(state, Use(used_us=request.time_us))
-            self.written_bytes += self.sizes.state_bytes
+            self.saved(state)
+
+    def saved(self, state: StateHeader) -> None:
+        self.written_bytes += self.sizes.state_bytes
 
 
 class Qwend(Stored):
-    """Placement and eviction by `cache/policy.py`."""
+    """Placement, eviction and the choice of what is written by `cache/policy.py`."""
+
+    def __init__(self, sizes: policy.Sizes) -> None:
+        super().__init__(sizes)
+        self._waiting: dict[bytes, StateHeader] = {}
+
+    def reused(self, request: TraceRequest) -> int:
+        for state in list(self._waiting.values()):
+            self._settle(state, request.time_us - state.created_us)
+        self._give_up_unused(request.time_us)
+        return super().reused(request)
+
+    def saved(self, state: StateHeader) -> None:
+        self._waiting[state.key] = state
+
+    def _settle(self, state: StateHeader, age_us: int) -> None:
+        """Write a state, or never write it, when it has waited long enough."""
+        candidate = self.index.candidate(state.key)
+        if candidate is not None:
+            if policy.waits_for_use(state.reason) and candidate.heat <= 1.0:
+                return
+            if age_us < WRITE_DELAY_US and policy.is_lazy(state.reason, state.position, self.sizes):
+                return
+            if policy.is_worth_writing(candidate, self.sizes, 0.0):
+                self.written_bytes += self.sizes.state_bytes
+            else:
+                self.index.remove_state(state.key)
+        del self._waiting[state.key]
+
+    def _give_up_unused(self, now_us: int) -> None:
+        unused = [key for key, s in self._waiting.items() if policy.waits_for_use(s.reason)]
+        for key in sorted(unused, key=lambda key: self._score(key, now_us))[: -self._max_unused]:
+            self.index.remove_state(key)
+            del self._waiting[key]
+
+    def _score(self, key: bytes, now_us: int) -> float:
+        candidate = self.index.candidate(key)
+        return -math.inf if candidate is None else policy.keep_score(candidate, now_us)
+
+    @property
+    def _max_unused(self) -> int:
+        return max(UNUSED_BYTES // self.sizes.state_bytes, 1)
 
     def place(self, request: TraceRequest, start: int) -> dict[int, Reason]:
         return policy.positions(

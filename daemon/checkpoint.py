@@ -22,7 +22,8 @@ Reason = Literal[
     "interval",  # every N tokens of a long prefill
     "interrupted",  # where a prefill was interrupted
     "reply",  # end of a reply
-    "section",  # inside a message: a paragraph, a tool's definition, the head of a tool result
+    "section",  # inside a message: a paragraph, a tool's definition
+    "head",  # inside the first tokens of a tool result
 ]
 """Why a checkpoint was taken. Recorded with it."""
 

@@ -158,6 +158,9 @@ class Generations:
         self, asked: Conversation | RawPrompt, rules: ReplyRules
     ) -> tuple[Prompt, Draft, ReplyConstraint | None]:
         prompt, draft = self._prepare(asked)
+        cut = draft.difference.cut if draft.difference else None
+        if cut is not None and self._service.prompts.learn_cut(cut):
+            prompt = asked.prompt if isinstance(asked, RawPrompt) else self._build(asked)
         if self._service.log_prompts:
             log_text(draft.id, "prompt", self._service.tokenizer.decode(prompt.tokens))
         budget = self._service.defaults.budget_for(rules.thinking_budget)

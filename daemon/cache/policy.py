@@ -16,6 +16,7 @@ from daemon.checkpoint import PAGE_TOKENS, Boundary, Reason
 WORTH: dict[Reason, int] = {
     "mark": 7, "system": 6, "prompt": 5, "user": 4, "junction": 3, "tool": 2,
     "reply": 1, "interrupted": 1, "interval": 0, "section": -1,
+    "head": -2,
 }  # fmt: skip
 """Which reason is recorded where several meet, and which checkpoints of a prompt stay when it would
 take too many. How long a stored one is kept is another matter: see `keep_score`."""
@@ -58,10 +59,12 @@ hundred costs more than 64 tokens."""
 EXPECTED_USE: dict[Reason, float] = {
     "mark": 3.0, "system": 3.0, "prompt": 1.0, "junction": 1.0, "user": 0.0, "reply": 0.0,
     "interrupted": 0.0, "tool": -1.0, "interval": -1.0, "section": -2.0,
+    "head": -8.0,
 }  # fmt: skip
 """In powers of two: how much likelier than others a checkpoint is used again, by its reason."""
 
 LAZY_REASONS: frozenset[Reason] = frozenset({"tool", "interval", "junction"})
+UNUSED_REASONS: frozenset[Reason] = frozenset({"section", "head"})
 FREE_SHARE = 0.5
 MAX_COMPARED = 64
 
@@ -171,7 +174,7 @@ def is_lazy(reason: Reason, position: int, sizes: Sizes) -> bool:
 def waits_for_use(reason: Reason) -> bool:
     """Whether a checkpoint stays in memory, unwritten, until it is used or the daemon stops: one of
     many places where the next conversation may part, of which it will take one."""
-    return reason == "section"
+    return reason in UNUSED_REASONS
 
 
 def is_worth_writing(candidate: Candidate, sizes: Sizes, pressure: float) -> bool:
@@ -212,7 +215,7 @@ def _age(used_us: int, now_us: int) -> float:
 def positions(prompt: Prompt, sizes: Sizes) -> dict[int, Reason]:
     """Where a prompt, after `start`, should have checkpoints, in ascending order, with reasons.
 
-    Sections lie at the section boundaries and in the heads of tool results, not nearer to anything
+    Sections lie at the section boundaries, heads in those of tool results, not nearer to anything
     than their distance. Boundaries are aligned down to whole pages. A junction lies where the
     prompt leaves an earlier one: its state passes by during this evaluation and serves the third
     prompt to branch there.
@@ -231,7 +234,7 @@ def positions(prompt: Prompt, sizes: Sizes) -> dict[int, Reason]:
         if boundary.reason == "prompt" and end == one_before + 2 * PAGE_TOKENS:
             _want(wanted, end, "reply")
     wanted |= dict.fromkeys(_cover(prompt, sizes.cover_tokens, sorted(wanted)), "interval")
-    wanted |= dict.fromkeys(_sections(prompt, sizes.section_tokens, sorted(wanted)), "section")
+    wanted |= _inside_messages(prompt, sizes.section_tokens, sorted(wanted))
     possible = [p for p in wanted if max(prompt.start, 0) < p <= sizes.max_position]
     kept = sorted(possible, key=lambda position: (WORTH[wanted[position]], position))
     kept = kept[-sizes.max_states :]
@@ -282,20 +285,22 @@ def _cover(prompt: Prompt, distance: int, with_meaning: Sequence[int]) -> list[i
     ]
 
 
-def _sections(prompt: Prompt, distance: int, others: Sequence[int]) -> list[int]:
-    """Sections that are so far from what was placed otherwise, and from one another.
+def _inside_messages(prompt: Prompt, distance: int, others: Sequence[int]) -> dict[int, Reason]:
+    """Sections and heads that are so far from what was placed otherwise, and from one another.
 
     All from the first token on are gone through: so prompts with one beginning agree on them.
     """
-    pages = {b.position // PAGE_TOKENS for b in prompt.boundaries if b.reason == "section"}
-    candidates = pages.union(_heads(prompt))
+    candidates: dict[int, Reason] = dict.fromkeys(_heads(prompt), "head")
+    sections = (b.position // PAGE_TOKENS for b in prompt.boundaries if b.reason == "section")
+    candidates |= dict.fromkeys(sections, "section")
     bounds = (0, *others, prompt.num_tokens // PAGE_TOKENS * PAGE_TOKENS + distance)
-    kept = []
+    kept: dict[int, Reason] = {}
     last = 0
-    for position in sorted(page * PAGE_TOKENS for page in candidates):
+    for page in sorted(candidates):
+        position = page * PAGE_TOKENS
         after = bisect_right(bounds, position)
         if bounds[after] - position >= distance <= position - max(last, bounds[after - 1]):
-            kept.append(position)
+            kept[position] = candidates[page]
             last = position
     return kept
 

@@ -47,6 +47,7 @@ _BIRTH_CODES: dict[Birth, int] = {"prompt": 0, "decode": 1}
 _REASON_CODES: dict[Reason, int] = {
     "system": 1, "user": 2, "prompt": 3, "interval": 4, "reply": 5,
     "tool": 6, "mark": 7, "junction": 8, "interrupted": 9, "section": 10,
+    "head": 11,
 }  # fmt: skip
 _BIRTHS = {code: birth for birth, code in _BIRTH_CODES.items()}
 _REASONS = {code: reason for reason, code in _REASON_CODES.items()}

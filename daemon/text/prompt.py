@@ -5,13 +5,14 @@ reasons are spelled as the engine's. A PromptBuilder is safe on any thread.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import dropwhile
+from itertools import chain, dropwhile
 from typing import Any, Literal
 
 from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS
 from daemon.errors import InvalidRequest
+from daemon.text.cuts import Cuts
 from daemon.text.encoded_frames import EncodedFrames
 from daemon.text.messages import Message, ToolSpec
 from daemon.text.normalisers import SAFE, Conversation, Normaliser
@@ -46,7 +47,8 @@ class Prompt(Struct, frozen=True, kw_only=True):
     """What to generate from.
 
     `boundaries` are (position, reason) in rising order, one a position and none at 0: "system" is
-    the end of system prompt and tools, "user" the start of a user message, "tool" of tool results,
+    the end of system prompt and tools, "user" the start of a user message, "tool" of tool results
+    and where clients have cut such,
     "prompt" the start of the generation prompt, "mark" where a client marked a message, "section"
     the first paragraph or tool definition to begin in a page, in what system and user say.
     `generation` are the generation prompt's tokens, the last of `tokens`; with `thinking_open` it
@@ -93,6 +95,7 @@ class PromptBuilder:
         self._sampled = sampled
         self._normaliser = normaliser or Normaliser(SAFE)
         self._encoded = EncodedFrames()
+        self._cuts = Cuts()
 
     def build(
         self,
@@ -125,7 +128,10 @@ class PromptBuilder:
                 frames,
                 starts,
                 self._marks(frames, starts, messages),
-                self._inner_results(frames, starts, messages),
+                chain(
+                    self._inner_results(frames, starts, messages),
+                    self._likely_cuts(frames, starts, messages),
+                ),
                 self._sections(frames, starts, tokens),
             ),
             generation=tuple(tokens[starts[-1] :]),
@@ -137,6 +143,11 @@ class PromptBuilder:
             said=history.digests[-1],
             normalised=fired,
         )
+
+    def learn_cut(self, cut: int) -> bool:
+        """A client left so many characters of a tool's result; whether that is new, and prompts
+        built from now on have boundaries there."""
+        return self._cuts.learn(cut)
 
     def forget(self) -> None:
         """Forget the frames that were encoded, since somebody wants a text to be gone."""
@@ -171,6 +182,20 @@ class PromptBuilder:
                 text = _text_before(frame.text, messages[index].content, 0)
                 if text is not None:
                     yield start + max(0, self._num_tokens(text) - 1)
+
+    def _likely_cuts(
+        self, frames: Sequence[Frame], starts: Sequence[int], messages: Sequence[Message]
+    ) -> Iterator[int]:
+        """Where each tool's result will be cut, if it is cut where others were."""
+        cuts = self._cuts.known
+        shown = zip(frames, starts, strict=True) if cuts else ()
+        for frame, start in shown:
+            for index in frame.messages if frame.kind == "tool" else ():
+                content = messages[index].content.strip()
+                for cut in cuts:
+                    text = _text_before(frame.text, content, cut)
+                    if text is not None and cut < len(content):
+                        yield start + max(0, self._num_tokens(text) - 1)
 
     def _sections(
         self, frames: Sequence[Frame], starts: Sequence[int], tokens: Sequence[int]

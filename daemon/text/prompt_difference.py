@@ -28,6 +28,7 @@ Change = Literal[
     "never_seen",
 ]
 
+RESULT_START, RESULT_END = "<tool_response>\n", "\n</tool_response>"
 SNIPPET_CHARACTERS = 160
 _SNIPPET_TOKENS = 64
 _COMPACTED_SHARE = 0.5
@@ -43,7 +44,8 @@ class Difference(Struct, frozen=True, kw_only=True):
 
     `message` is the index of the client's message, None in the tools; a part "message" is one that
     was put in or left out. `tool` names the tool whose definition differs. `shared` is what both
-    say just before, `before` how the earlier one goes on, `after` how this one does.
+    say just before, `before` how the earlier one goes on, `after` how this one does. `cut`: a
+    tool's result came back shorter, and so many characters of its beginning are as they were.
     """
 
     position: int
@@ -55,6 +57,7 @@ class Difference(Struct, frozen=True, kw_only=True):
     shared: str
     before: str
     after: str
+    cut: int | None = None
 
 
 class _Frames(Struct, frozen=True):
@@ -95,6 +98,7 @@ def find_difference(
         ],
         before=_snippet(tokenizer, past.tokens.tolist(), position),
         after=_snippet(tokenizer, prompt.tokens, position),
+        cut=_cut(frames) if part == "tool_result" else None,
     )
 
 
@@ -139,6 +143,15 @@ def _judge(frames: _Frames) -> tuple[Part, Change]:
         case "tool":
             return "tool_result", "client_edit"
     return "content", "client_edit"
+
+
+def _cut(frames: _Frames) -> int | None:
+    """How much of a tool's result is left where it came back shorter, in characters."""
+    start = frames.after.rfind(RESULT_START, 0, frames.offset) + len(RESULT_START)
+    place = max(frames.offset - 1, 0)
+    before, after = (text.find(RESULT_END, place) for text in (frames.before, frames.after))
+    is_shorter = start >= len(RESULT_START) and 0 <= after < before
+    return frames.offset - start if is_shorter else None
 
 
 def _in_tools(frames: _Frames) -> bool:

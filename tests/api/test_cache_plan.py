@@ -199,3 +199,26 @@ def test_a_dry_run_of_every_dialect(make_api: MakeApi, dialect: str) -> None:
     if dialect != "messages":
         assert plan(api, **body).json()["prompt_tokens"] == told.json()["prompt_tokens"]
     assert api.engine.requests == []
+
+
+def test_where_a_client_cut_a_result_the_later_ones_have_a_boundary_at_once(
+    make_api: MakeApi,
+) -> None:
+    api = make_api()
+
+    def step(number: int, size: int) -> list[dict[str, Any]]:
+        function = {"name": "read", "arguments": "{}"}
+        call = {"id": f"c{number}", "type": "function", "function": function}
+        text = "".join(f"{number} line {line}\n" for line in range(200))[:size]
+        return [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": f"c{number}", "content": text},
+        ]
+
+    post(api, messages=[*USER, *step(1, 2000), *step(2, 2000)])
+    post(api, messages=[*USER, *step(1, 900), *step(2, 2000)])
+    counts = [
+        sum(boundary.reason == "tool" for boundary in request.boundaries)
+        for request in api.engine.requests
+    ]
+    assert counts == [2, 3]

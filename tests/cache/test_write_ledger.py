@@ -154,12 +154,12 @@ def test_what_waits_for_use_takes_its_share_of_memory(tmp_path: Path) -> None:
     sequence = Simulated(cache, prompt(30))
     sequence.prefill()
     for page in range(1, 30):
-        sequence.save(64 * page, "section")
+        sequence.save(64 * page, "section" if page < 10 else "head")
     sequence.save(64 * 30, "prompt")
     wait_until_written(cache, 1)
     stats = cache.stats()
     assert stats.queue_bytes == 10 * STATE_BYTES
-    assert stats.checkpoints_by_reason == {"section": 10, "prompt": 1}
+    assert stats.checkpoints_by_reason == {"section": 9, "head": 1, "prompt": 1}
     cache.close()
 
 

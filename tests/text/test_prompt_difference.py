@@ -217,3 +217,29 @@ def test_another_conversation_of_the_same_agent(eyes: Eyes) -> None:
     other = [but(SYSTEM), Message(role="user", content="How do I leave this editor? " * 30)]
     difference = eyes.compare(eyes.build([SYSTEM, ASK]), eyes.build(other), session="t")
     assert told(difference) == ("never_seen", "content", 1, "user")
+
+
+def test_where_a_result_was_cut_is_a_boundary_in_all_others(eyes: Eyes) -> None:
+    texts = ["".join(f"{n} {word} here\n" for n in range(200)) for word in ("one", "two", "three")]
+    results = [but(RESULT, content=text) for text in texts]
+    history = [SYSTEM, ASK, CALLS, results[0], ANSWER, NEXT, CALLS, *results[1:]]
+    earlier = eyes.build(history)
+    history[3] = but(RESULT, content=texts[0][:900] + "\n[cut]")
+    difference = eyes.compare(earlier, eyes.build(history))
+    assert difference is not None
+    assert difference.cut is not None
+    assert 890 <= difference.cut <= 900
+    assert eyes.builder.learn_cut(difference.cut)
+    assert not eyes.builder.learn_cut(difference.cut)
+    prompt = eyes.build(history)
+    places = [position for position, reason in prompt.boundaries if reason == "tool"]
+    shown = [eyes.tokenizer.decode(prompt.tokens[:place]) for place in places]
+    for text in texts[1:]:
+        assert any(s.endswith(text[:880]) or text[:880] in s[-900:] for s in shown)
+
+
+def test_a_result_that_is_another_was_not_cut(eyes: Eyes) -> None:
+    earlier = eyes.build(LOOP)
+    longer = eyes.compare(earlier, eyes.build([*LOOP[:3], but(RESULT, content=LINES + "more")]))
+    assert longer is not None
+    assert longer.cut is None
