@@ -5,6 +5,7 @@ importing it. Belongs to one sequence; engine thread only.
 """
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
@@ -68,6 +69,13 @@ class StoredTimeline:
         if state is not None:
             self._start_run(num_pages, state.variant, found.born)
         return future
+
+    def shared_with(self, other: "StoredTimeline") -> int:
+        """Tokens, in whole pages, that both begin with; two of one model."""
+        mine, theirs = self._chain.hashes, other._chain.hashes
+        # A hash names all tokens before: those that are equal end once, so search for the end.
+        pages = range(min(len(mine), len(theirs)))
+        return PAGE_TOKENS * bisect_left(pages, True, key=lambda i: mine[i] != theirs[i])
 
     def follow(
         self, other: "StoredTimeline", position: int, born: Birth, num_grid_pages: int

@@ -29,6 +29,10 @@ class Timeline(Protocol):
         """Read it on another thread; None when it proved damaged or has gone meanwhile."""
         ...
 
+    def shared_with(self, other: Any) -> int:
+        """Tokens, in whole pages, that this one and another timeline of this store begin with."""
+        ...
+
     def follow(self, other: Any, position: int, born: Birth, num_grid_pages: int) -> None:
         """Go on from the pages that another timeline of this store, with the same tokens up to
         `position`, made there or restored; see `Snapshot`."""
@@ -94,6 +98,10 @@ class NoTimeline:
     def load(self, found: Found) -> Future[Snapshot | None]:
         """Never called, since nothing is found."""
         raise AssertionError("nothing was found")
+
+    def shared_with(self, other: Any) -> int:
+        """Nothing that would be found."""
+        return 0
 
     def follow(self, other: Any, position: int, born: Birth, num_grid_pages: int) -> None:
         """Nothing to remember."""

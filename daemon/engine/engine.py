@@ -30,6 +30,7 @@ from daemon.engine.requests import (
 from daemon.engine.saving import Saving
 from daemon.engine.scheduler import Scheduler, Work
 from daemon.engine.sequence import Phase, Sequence
+from daemon.engine.siblings import Siblings
 from daemon.errors import DeviceError, DeviceLost, QwendError
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class StepEngine:
         self.wake = wake
         self.sequences: dict[str, Sequence] = {}
         self.saving = Saving(model.backend, wake)
+        self.siblings = Siblings()
         self.outbox = Outbox()
         self.keep_every_ms = KEEP_EVERY_MS
         store.expect(*self.backend.snapshot_sizes, self.backend.host_buffer)
@@ -232,6 +234,10 @@ class StepEngine:
             return
         strict = self.strict or sequence.is_idle_work
         found = sequence.timeline.find(sequence.cached_limit, strict)
+        start = found.position if found else 0
+        if self.siblings.follow_one(sequence, self.scheduler.running, start, strict):
+            sequence.phase = Phase.RESTORING
+            return
         resident, sequence.resident = sequence.resident, None
         # What the store no longer has was evicted, or wiped: the device must not remember it.
         if resident is not None and found is not None and found.position == resident.position:
@@ -240,7 +246,7 @@ class StepEngine:
         sequence.found = found
         boundaries = sequence.request.boundaries
         if not sequence.request.max_tokens and not sequence.timeline.positions(boundaries, 0):
-            self._start(sequence, found.position if found else 0)
+            self._start(sequence, start)
             return
         if found is None:
             self._start_cold(sequence)
@@ -272,11 +278,15 @@ class StepEngine:
             if not sequence.writing.given.done():
                 return False
             self._start_restored(sequence, sequence.writing)
-        elif self.saving.concerns(sequence):
+        elif self._awaits_another(sequence):
             return False
         else:
             self._restore_or_start(sequence)
         return True
+
+    def _awaits_another(self, sequence: Sequence) -> bool:
+        """Whether a better checkpoint is being made, or saved."""
+        return self.siblings.awaits(sequence) or self.saving.concerns(sequence)
 
     def _write(self, sequence: Sequence, read: Future[Snapshot | None]) -> None:
         """Let the snapshot that was read go to the device."""
@@ -327,7 +337,8 @@ class StepEngine:
         sequence.phase = Phase.PREFILL
         sequence.positions = sequence.audit_positions
         if sequence.is_kept:
-            sequence.positions = sequence.timeline.positions(sequence.request.boundaries, position)
+            boundaries = sequence.request.boundaries
+            sequence.plan_checkpoints(sequence.timeline.positions(boundaries, position))
         if not sequence.was_started:
             sequence.was_started = True
             sequence.num_cached = position

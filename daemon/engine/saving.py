@@ -62,7 +62,8 @@ class Saving:
         """Whether something under way would be found by a sequence, or is its own."""
         self.forget_done()
         return any(
-            save.sequence is sequence or _begin_alike(save.sequence, sequence, save.position)
+            save.sequence is sequence
+            or sequence.timeline.shared_with(save.sequence.timeline) >= save.position
             for save in self._under_way
         )
 
@@ -99,10 +100,3 @@ class Saving:
         else:
             save.handed_over.set_result(None)
         self._wake()
-
-
-def _begin_alike(one: Sequence, other: Sequence, position: int) -> bool:
-    """Compares the last page first: where prompts differ, they differ there."""
-    last = slice(position - PAGE_TOKENS, position)
-    alike = one.tokens[last] == other.tokens[last]
-    return alike and one.tokens[:position] == other.tokens[:position]

@@ -48,8 +48,9 @@ class Sequence:
     the last place on the grid that decoding passed, where a reply's checkpoint is cut. Before that,
     the slot has the state at `held`, the last one captured; `held_born` says how it came about.
     `resident` is what the sequence goes on from, if that lay on the device already. `restoring` is
-    a checkpoint that the store reads, `writing` one on its way to the device. `num_kept` tokens are
-    covered by the checkpoints that this sequence saved.
+    a checkpoint that the store reads, `writing` one on its way to the device. At `junctions` other
+    prompts in flight part from this one. `num_kept` tokens are covered by the checkpoints that this
+    sequence saved.
     """
 
     def __init__(self, request: GenerationRequest, deliver: Deliver, timeline: Timeline) -> None:
@@ -73,6 +74,7 @@ class Sequence:
         self.held_born: Birth = "prompt"
         self.resident: Resident | None = None
         self.positions: Mapping[int, Reason] = {}
+        self.junctions: set[int] = set()
         self.found: Found | None = None
         self.restoring: Future[Snapshot | None] | None = None
         self.writing: Writing | None = None
@@ -119,6 +121,16 @@ class Sequence:
     def is_arriving(self) -> bool:
         """Whether parts of its checkpoint have not reached the device."""
         return self.writing is not None and not self.writing.arrived.done()
+
+    def want_checkpoint(self, position: int) -> None:
+        """Another prompt parts from this one there."""
+        self.junctions.add(position)
+        self.plan_checkpoints(self.positions)
+
+    def plan_checkpoints(self, positions: Mapping[int, Reason]) -> None:
+        """Where to take checkpoints from now on."""
+        junctions = [p for p in self.junctions if p > self.num_evaluated]
+        self.positions = {**dict.fromkeys(junctions, "junction"), **positions}
 
     def stop_restoring(self) -> None:
         """Its places will be somebody else's."""

@@ -316,3 +316,13 @@ def test_open_explains_a_path_that_cannot_be(tmp_path: Path) -> None:
     for path in (file, file / "below"):
         with pytest.raises((ConfigError, StoreError), match="Cannot make the folder"):
             open_cache(path)
+
+
+@pytest.mark.parametrize("num_shared", [0, 63, 64, 100, 640])
+def test_timelines_know_how_far_they_are_alike(tmp_path: Path, num_shared: int) -> None:
+    cache = open_cache(tmp_path)
+    tokens = prompt(10)
+    other = [*tokens[:num_shared], *[7] * 100]
+    one, two = (cache.timeline(each, "") for each in (tokens, other))
+    assert one.shared_with(two) == two.shared_with(one) == num_shared // 64 * 64
+    cache.close()

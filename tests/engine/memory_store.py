@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from itertools import takewhile
 
 from daemon.checkpoint import PAGE_TOKENS, Birth, Boundary, Found, Reason, Snapshot
 
@@ -61,6 +62,11 @@ class MemoryTimeline:
         future.set_result(loaded)
         return future
 
+    def shared_with(self, other: "MemoryTimeline") -> int:
+        pages = zip(_pages(self.tokens), _pages(other.tokens), strict=False)
+        whole = takewhile(lambda pair: pair[0] == pair[1] and len(pair[0]) == PAGE_TOKENS, pages)
+        return PAGE_TOKENS * len(list(whole))
+
     def follow(
         self, other: "MemoryTimeline", position: int, born: Birth, num_grid_pages: int
     ) -> None:
@@ -92,3 +98,7 @@ class MemoryTimeline:
 
     def _page_key(self, index: int, num_grid_pages: int) -> tuple[Tokens, bool]:
         return tuple(self.tokens[: (index + 1) * PAGE_TOKENS]), index < num_grid_pages
+
+
+def _pages(tokens: list[int]) -> list[list[int]]:
+    return [tokens[start : start + PAGE_TOKENS] for start in range(0, len(tokens), PAGE_TOKENS)]
