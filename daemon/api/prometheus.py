@@ -7,6 +7,7 @@ asked for. Observations come from any thread, the route runs on the event loop.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from msgspec import Struct
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
@@ -20,9 +21,83 @@ from daemon.metrics import RequestRecord
 PROMPT_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 TOKEN_BUCKETS_S = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.3)
 
-_COUNTED = ("num_written", "written_bytes", "num_dropped", "num_damaged", "num_evicted",
-            "num_compared", "num_mismatches", "num_abandoned")  # fmt: skip
-"""Figures of the store that only grow; the others are gauges."""
+TIERS = ("device", "host", "disk")
+"""Where reused tokens come from; each has its series from the start, so that sums are right."""
+
+
+class Series(Struct, frozen=True):
+    """One figure as Prometheus sees it. `label` is what a table of figures is labelled with."""
+
+    name: str
+    help: str
+    is_counter: bool = False
+    label: str = ""
+
+
+STORE_SERIES = {
+    "num_checkpoints": Series("checkpoints", "Checkpoints in the store, waiting ones included."),
+    "checkpoints_by_reason": Series(
+        "checkpoints_by_reason", "Checkpoints by why they were placed where they are.",
+        label="reason",
+    ),
+    "checkpoints_by_birth": Series(
+        "checkpoints_by_birth",
+        "Checkpoints by birth: by prompt evaluation (reusable by all), or by decoding.",
+        label="birth",
+    ),
+    "num_pages": Series("pages", "Pages of 64 tokens of keys and values, each stored once."),
+    "num_bytes": Series("bytes", "Bytes that all checkpoints take, on disk or on the way there."),
+    "budget_bytes": Series("budget_bytes", "Bytes that the store may take on disk."),
+    "queue_bytes": Series("queue_bytes", "Bytes that wait for the disk: a kill costs these."),
+    "memory_bytes": Series("memory_bytes", "Bytes kept in host memory beside the disk."),
+    "num_sampled_replies": Series(
+        "sampled_replies", "Replies whose sampled tokens are remembered for exact replay."
+    ),
+    "num_written": Series("written", "Checkpoints that were written to disk.", is_counter=True),
+    "written_bytes": Series("written_bytes", "Bytes of written checkpoints.", is_counter=True),
+    "num_dropped": Series(
+        "dropped", "Checkpoints given up before they were on disk: no room, or no time.",
+        is_counter=True,
+    ),
+    "num_damaged": Series(
+        "damaged", "Records that failed a check when read; each was dropped, its tokens evaluated.",
+        is_counter=True,
+    ),
+    "num_evicted": Series(
+        "evicted", "Checkpoints removed from disk to stay within the budget.", is_counter=True
+    ),
+    "num_superseded": Series(
+        "superseded", "Checkpoints never written because a later one of their conversation came.",
+        is_counter=True,
+    ),
+}  # fmt: skip
+"""By the names of the store's figures; see `CacheStats`."""
+
+LEDGER_SERIES = {
+    "today_bytes": Series("written_today_bytes", "Bytes written to disk since midnight, UTC."),
+    "daily_budget_bytes": Series("daily_budget_bytes", "Bytes that may be written in a day."),
+    "sharing": Series(
+        "sharing_ratio", "Bytes that checkpoints would take without shared pages, per byte written."
+    ),
+}  # fmt: skip
+"""By the names of the write ledger's figures; see `WriteStats`."""
+
+AUDIT_SERIES = {
+    "share": Series("share", "Share of resumed requests that is to be evaluated again, cold."),
+    "num_waiting": Series("waiting", "Audits that wait for the device to be idle, or run."),
+    "num_compared": Series(
+        "compared", "Audits that came to an end: resumed and cold were compared.", is_counter=True
+    ),
+    "num_mismatches": Series(
+        "mismatches", "Audits whose checkpoint did not equal a cold evaluation; it was dropped.",
+        is_counter=True,
+    ),
+    "num_abandoned": Series(
+        "abandoned", "Audits given up: more came than the idle device could do, or it failed.",
+        is_counter=True,
+    ),
+}  # fmt: skip
+"""By the names of the audit's figures; see `AuditCounts`."""
 
 
 class Prometheus:
@@ -32,11 +107,11 @@ class Prometheus:
         self._registry = CollectorRegistry()
         self._registry.register(_Sums(service))
         self._prompt_s = Histogram(
-            "qwend_prompt_seconds", "Evaluation of a prompt.",
+            "qwend_prompt_seconds", "Seconds in which a prompt was evaluated, without waiting.",
             buckets=PROMPT_BUCKETS_S, registry=self._registry,
         )  # fmt: skip
         self._token_s = Histogram(
-            "qwend_token_seconds", "Generation of a token, the mean of each request.",
+            "qwend_token_seconds", "Seconds between tokens of a reply, the mean of each request.",
             buckets=TOKEN_BUCKETS_S, registry=self._registry,
         )  # fmt: skip
         service.metrics.listen(self._observe)
@@ -63,47 +138,53 @@ class _Sums(Collector):
         """The series at this moment."""
         metrics, info = self._service.metrics.snapshot(), self._service.engine.info
         build = GaugeMetricFamily(
-            "qwend_info", "1, with what is served.", labels=["version", "model", "backend"]
+            "qwend_info",
+            "Always 1; its labels say what is served, by which version, on what.",
+            labels=["version", "model", "backend"],
         )
         build.add_metric([self._service.version, info.model_name, info.backend], 1)
         yield build
-        yield _labelled("qwend_requests", "Requests that have ended.", "finish", metrics.finishes)
+        yield _labelled(
+            "qwend_requests", "Requests that have ended, by how.", "finish", metrics.finishes
+        )
         yield _labelled(
             "qwend_prompt_tokens_reused",
-            "Tokens of prompts that were not evaluated again.",
+            "Tokens of prompts that were not evaluated again, by where they came from.",
             "tier",
-            metrics.reused,
+            dict.fromkeys(TIERS, 0) | metrics.reused,
         )
         yield _labelled(
             "qwend_prompt_tokens_lost",
-            "Tokens evaluated again though they had been before.",
+            "Tokens of prompts evaluated again though they had been before, by cause.",
             "cause",
             metrics.lost,
         )
-        yield _gauge("qwend_requests_running", "Requests that are being answered.",
+        yield _gauge("qwend_requests_running", "Requests that wait or are being answered.",
                      metrics.num_running)  # fmt: skip
         yield _counter("qwend_prompt_tokens_evaluated", "Tokens of prompts that were evaluated.",
                        metrics.total.num_evaluated_tokens)  # fmt: skip
-        yield _counter("qwend_tokens_generated", "Tokens of replies.",
+        yield _counter("qwend_tokens_generated", "Tokens of replies that were sampled.",
                        metrics.total.num_generated_tokens)  # fmt: skip
-        yield from _store_series(self._service.cache_stats(), "qwend_store")
+        stats = self._service.cache_stats()
+        yield from _series("qwend_store", STORE_SERIES, stats)
+        yield from _series("qwend_store", LEDGER_SERIES, stats.get("writes", {}))
+        yield from _series("qwend_audit", AUDIT_SERIES, stats.get("audit", {}))
 
 
-def _store_series(stats: Mapping[str, Any], prefix: str) -> Iterator[Metric]:
-    """A series a figure; a table of figures becomes one with a label, the audit a prefix."""
-    for key, value in stats.items():
-        name = f"{prefix}_{key.removeprefix('num_')}"
-        text = key.replace("_", " ").removeprefix("num ").capitalize() + "."
-        if key == "audit":
-            yield from _store_series(value, "qwend_audit")
-        elif isinstance(value, Mapping):
-            family = GaugeMetricFamily(name, text, labels=["kind"])
+def _series(
+    prefix: str, known: Mapping[str, Series], figures: Mapping[str, Any]
+) -> Iterator[Metric]:
+    """The figures that there are, under the names of their series."""
+    for key, series in known.items():
+        value = figures.get(key)
+        name = f"{prefix}_{series.name}"
+        if series.label and value is not None:
+            family = GaugeMetricFamily(name, series.help, labels=[series.label])
             for kind, number in value.items():
-                if isinstance(number, int | float):
-                    family.add_metric([str(kind)], number)
+                family.add_metric([kind], number)
             yield family
-        elif isinstance(value, int | float):
-            yield (_counter if key in _COUNTED else _gauge)(name, text, value)
+        elif value is not None:
+            yield (_counter if series.is_counter else _gauge)(name, series.help, value)
 
 
 def _labelled(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:

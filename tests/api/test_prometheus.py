@@ -8,6 +8,10 @@ from http_harness import USER, ApiHarness
 from prometheus_client.parser import text_string_to_metric_families
 
 from daemon.api.app import create_app
+from daemon.api.prometheus import AUDIT_SERIES, LEDGER_SERIES, STORE_SERIES
+from daemon.audit import AuditCounts
+from daemon.cache.checkpoint_cache import CacheStats
+from daemon.cache.write_ledger import WriteStats
 from daemon.metrics import RequestRecord
 
 MakeApi = Callable[..., ApiHarness]
@@ -56,13 +60,16 @@ def test_what_the_store_holds(make_api: MakeApi) -> None:
         "num_bytes": 70,
         "checkpoints_by_reason": {"user": 2},
         "audit": {"share": 0.5, "num_mismatches": 1},
-        "name": "no number",
+        "writes": {"today_bytes": 9, "daily_budget_bytes": None, "sharing": 1.5, "by_day": {}},
     }
     service = msgspec.structs.replace(harness.service, cache_stats=lambda: stats)
     samples = scrape(ApiHarness(create_app(service), service, harness.engine, harness.replies))
     assert value(samples, "qwend_store_evicted_total") == 3
     assert value(samples, "qwend_store_bytes") == 70
-    assert value(samples, "qwend_store_checkpoints_by_reason", kind="user") == 2
+    assert value(samples, "qwend_store_checkpoints_by_reason", reason="user") == 2
+    assert value(samples, "qwend_store_written_today_bytes") == 9
+    assert value(samples, "qwend_store_sharing_ratio") == 1.5
+    assert ("qwend_store_daily_budget_bytes", frozenset()) not in samples
     assert value(samples, "qwend_audit_mismatches_total") == 1
     assert value(samples, "qwend_audit_share") == 0.5
 
@@ -86,4 +93,20 @@ def test_tiers(make_api: MakeApi) -> None:
     api.service.metrics.request_ended(record)
     samples = scrape(api)
     assert value(samples, "qwend_prompt_tokens_reused_total", tier="host") == 8
+    assert value(samples, "qwend_prompt_tokens_reused_total", tier="device") == 0
+    assert value(samples, "qwend_prompt_tokens_reused_total", tier="disk") == 0
     assert value(samples, "qwend_prompt_seconds_count") == 0
+
+
+def test_every_figure_has_a_series_and_every_series_a_sentence() -> None:
+    without = {"writes", "by_day", "today_by_session"}
+    """A table of its own; and what is for /v1/cache/stats, since sessions are without bound."""
+    for known, figures in (
+        (STORE_SERIES, CacheStats),
+        (LEDGER_SERIES, WriteStats),
+        (AUDIT_SERIES, AuditCounts),
+    ):
+        assert known.keys() == set(figures.__struct_fields__) - without
+        for series in known.values():
+            assert series.help.endswith(".")
+            assert len(series.help.split()) >= 4
