@@ -55,12 +55,19 @@ NUM_CAPTURE_SLOTS = 4
 
 
 class Daemon:
-    """All that runs, and the order in which it ends."""
+    """All that runs, and the order in which it ends.
 
-    def __init__(self, service: Service, engine: EngineThread, cache: CheckpointCache | None):
+    Args:
+        grace_s: seconds, at the end, in which checkpoints that wait are still written.
+    """
+
+    def __init__(
+        self, service: Service, engine: EngineThread, cache: CheckpointCache | None, grace_s: float
+    ) -> None:
         self.service = service
         self.engine = engine
         self.cache = cache
+        self.grace_s = grace_s
 
     def app(self) -> Starlette:
         """The HTTP application."""
@@ -74,7 +81,7 @@ class Daemon:
         self.engine.stop()
         self.service.constrainer.close()
         if self.cache is not None:
-            self.cache.close()
+            self.cache.close(self.grace_s)
 
 
 class NoReplies:
@@ -184,7 +191,8 @@ def assemble(config: Config) -> Daemon:
         version=__version__,
         created=int(time.time()),
     )
-    return Daemon(configured(service, config, file, template_source), engine, cache)
+    settled = configured(service, config, file, template_source)
+    return Daemon(settled, engine, cache, config.cache.stop_grace_s)
 
 
 def _normaliser(config: CacheConfig) -> Normaliser:

@@ -49,8 +49,9 @@ class CacheConfig(Struct, frozen=True, kw_only=True):
 
     `interval_tokens` is the spacing inside a long prompt, None: by what a state takes.
     `memory_bytes` of payloads stay in memory beside the disk, `daily_bytes` may be written to it in
-    a day, and what is superseded soon, as a rule, waits `write_delay_s` before. `audit_share` is
-    the share of resumed requests that are evaluated again, cold, when the device is idle.
+    a day, and what is superseded soon, as a rule, waits `write_delay_s` before; at the end, what
+    waits is written for `stop_grace_s`. `audit_share` is the share of resumed requests that are
+    evaluated again, cold, when the device is idle.
     `normalise` names the rules that take noise out of conversations.
     """
 
@@ -61,6 +62,7 @@ class CacheConfig(Struct, frozen=True, kw_only=True):
     memory_bytes: int = 0
     daily_bytes: int | None = None
     write_delay_s: float = 10.0
+    stop_grace_s: float = 10.0
     audit_share: float = 0.0
     normalise: str = "safe"
 

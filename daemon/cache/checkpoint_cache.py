@@ -245,6 +245,7 @@ class CheckpointCache:
         """Wait until all that was saved before is on disk or given up."""
         self._transfer.flush()
 
-    def close(self) -> None:
-        """Write what waits and close the store; call it after the engine has stopped."""
-        self._transfer.close()
+    def close(self, grace_s: float | None = None) -> None:
+        """Write what waits, for so long, and close the store; call it after the engine has stopped.
+        See `Transfer.close`."""
+        self._transfer.close(grace_s)

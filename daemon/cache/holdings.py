@@ -237,10 +237,11 @@ class Holdings:
         """Whether a waiting checkpoint is to be written now; with `at_once`, none waits longer."""
         return self._due(at_once) is not None
 
-    def next_job(self, at_once: bool) -> Job | None:
-        """The oldest checkpoint that is due, pinned until `settle` or `give_up`; it is counted."""
+    def next_job(self, at_once: bool, newest_first: bool = False) -> Job | None:
+        """The oldest checkpoint that is due, or the newest, pinned until `settle` or `give_up`; it
+        is counted."""
         self._drop_superseded()
-        state = self._due(at_once)
+        state = self._due(at_once, newest_first)
         if state is None:
             return None
         self.pin(state.header.key)
@@ -265,11 +266,21 @@ class Holdings:
                 self.forget(self.index.remove_state(key), None)
                 self.counts["superseded"] += 1
 
-    def _due(self, at_once: bool) -> QueuedState | None:
+    def give_up_due(self) -> int:
+        """Count as dropped what would have been written, had there been time; how many."""
+        lost = 0
+        while (state := self._due(at_once=True)) is not None:
+            self.forget(self.index.remove_state(state.header.key), "dropped")
+            lost += 1
+        self.counts["dropped"] += lost
+        return lost
+
+    def _due(self, at_once: bool, newest_first: bool = False) -> QueuedState | None:
         """The first that has waited long enough, or need not, and is worth its bytes."""
         now_us = self._now_us()
         pressure = self.ledger.pressure(now_us)
-        for state in self.queue.queued(with_unused=at_once):
+        waiting = self.queue.queued(with_unused=at_once)
+        for state in reversed(list(waiting)) if newest_first else waiting:
             header = state.header
             age_us = now_us - header.created_us
             is_late = at_once or age_us >= self._limits.write_delay_us

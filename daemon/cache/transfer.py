@@ -74,6 +74,7 @@ class Transfer:
         self._holdings = Holdings(loaded, limits, ledger, now_us)
         self._num_hurrying = 0
         self._is_closing = False
+        self._is_late = False
         self._is_busy = False
         self._is_stalled = False
         self._has_warned = False
@@ -238,15 +239,46 @@ class Transfer:
         with self._hurrying():
             self._lock.wait_for(lambda: not self._is_busy and not self._has_work())
 
-    def close(self) -> None:
-        """Write what waits, finish the reads, close the store. Saves after this are given up."""
+    def close(self, grace_s: float | None = None) -> None:
+        """Write what waits, finish the reads, close the store. Saves after this are given up.
+
+        After `grace_s` seconds (None: without end) the write in progress is finished, and the rest
+        given up: it costs evaluation, as after a kill, and is told to the log.
+        """
         with self._lock:
             self._is_closing = True
+            self._is_late = grace_s == 0
+            self._tell_what_waits(grace_s)
             self._lock.notify_all()
+        try:
+            self._writer.join(grace_s)
+        finally:
+            with self._lock:
+                self._is_late = True
         self._writer.join()
+        self._tell_what_is_lost()
         self._readers.shutdown()
         self._copier.close()
         self._store.close()
+
+    def _tell_what_waits(self, grace_s: float | None) -> None:
+        states = list(self._holdings.queue.queued(with_unused=True))
+        if states and grace_s:
+            logger.info(
+                "stopping: up to %d checkpoints, %.2f GB, go to disk first, for at most %g s; "
+                "Ctrl-C gives them up",
+                len(states), self._holdings.queue.num_bytes / 1e9, grace_s,
+            )  # fmt: skip
+
+    def _tell_what_is_lost(self) -> None:
+        """What was not worth its bytes is no loss."""
+        with self._lock:
+            lost = self._holdings.give_up_due()
+        if lost:
+            logger.warning(
+                "%d checkpoints were not written in time; their tokens will be evaluated again",
+                lost,
+            )
 
     # ── the writer's thread ───────────────────────────────────────────────────────────────────
 
@@ -271,7 +303,7 @@ class Transfer:
 
     def _has_work(self) -> bool:
         at_once = self._is_closing or self._num_hurrying > 0
-        if self._holdings.has_due(at_once):
+        if not self._is_late and self._holdings.has_due(at_once):
             return True
         return bool(self._holdings.pending) and not self._is_stalled
 
@@ -287,9 +319,15 @@ class Transfer:
                 self._num_hurrying -= 1
 
     def _next_transaction(self) -> tuple[Job | None, PendingChanges]:
-        """Make room, then take the oldest waiting checkpoint and all small changes."""
+        """Make room, then take a waiting checkpoint and all small changes.
+
+        The oldest; when closing the newest, with which most of its conversation is safe.
+        """
         self._holdings.make_room()
-        job = self._holdings.next_job(self._is_closing or self._num_hurrying > 0)
+        job = None
+        if not self._is_late:
+            at_once = self._is_closing or self._num_hurrying > 0
+            job = self._holdings.next_job(at_once, newest_first=self._is_closing)
         pending, self._holdings.pending = self._holdings.pending, PendingChanges()
         return job, pending
 

@@ -128,6 +128,11 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
         " (%(default)s)",
     )  # fmt: skip
     group.add_argument(
+        "--stop-grace", type=whole, default=10, metavar="SECONDS",
+        help="how long waiting checkpoints are still written when told to stop, the newest first"
+        " (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
         "--checkpoint-interval", type=positive, metavar="TOKENS",
         help="spacing of checkpoints inside a long prompt (default: by the size of a state)",
     )  # fmt: skip
@@ -174,6 +179,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
             interval_tokens=arguments.checkpoint_interval,
             daily_bytes=_daily_bytes(arguments.cache_writes),
             write_delay_s=arguments.write_delay,
+            stop_grace_s=arguments.stop_grace,
             memory_bytes=_memory_bytes(arguments),
             audit_share=arguments.audit_share,
             normalise=arguments.normalise,

@@ -57,6 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
         # What was built until here stays: looking through it for garbage takes tens of ms.
         gc.freeze()
         server.serve_on(listener)
+        if server.force_exit:
+            daemon.grace_s = 0
         if daemon.engine.failure is not None:
             raise daemon.engine.failure
 

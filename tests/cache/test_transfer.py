@@ -28,10 +28,18 @@ class HeldStore:
         self.is_writing = threading.Event()
         self.failures: list[Exception] = []
         self.failing: type[StoreError] | None = None
+        self.closes_again = False
+
+    def let_one_through(self) -> None:
+        self.closes_again = True
+        self.gate.set()
 
     def write(self, batch: WriteBatch) -> None:
         self.is_writing.set()
         assert self.gate.wait(20)
+        if self.closes_again:
+            self.closes_again = False
+            self.gate.clear()
         if self.failures:
             raise self.failures.pop(0)
         if self.failing is not None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -86,7 +87,15 @@ class DaemonProcess:
 
     def stop(self) -> int:
         """End it as `kill PID` does; the exit status."""
-        self._process.terminate()
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait for its end; the exit status."""
         status = self._process.wait(END_TIMEOUT_S)
         self._close_output()
         return status
