@@ -7,13 +7,10 @@ scheduler, all places on the device. Runs on one thread, which `engine_thread` p
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 
-from daemon.checkpoint import PAGE_TOKENS, Boundary, Found, Snapshot
-from daemon.engine.backends.backend import Writing
+from daemon.checkpoint import PAGE_TOKENS, Boundary
 from daemon.engine.batch import Span
 from daemon.engine.checkpointing import CheckpointStore, NoCheckpoints
-from daemon.engine.memory.residents import Resident
 from daemon.engine.model.model import Model
 from daemon.engine.outbox import Outbox
 from daemon.engine.requests import (
@@ -27,10 +24,10 @@ from daemon.engine.requests import (
     Started,
     TokenSampled,
 )
+from daemon.engine.restoring import Restoring
 from daemon.engine.saving import Saving
 from daemon.engine.scheduler import Scheduler, Work
 from daemon.engine.sequence import Phase, Sequence
-from daemon.engine.siblings import Siblings
 from daemon.errors import DeviceError, DeviceLost, QwendError
 
 logger = logging.getLogger(__name__)
@@ -72,12 +69,12 @@ class StepEngine:
         self.store = store
         self.context_length = context_length
         self.num_tokens = num_tokens
-        self.strict = strict
         self.canonical = canonical
-        self.wake = wake
         self.sequences: dict[str, Sequence] = {}
         self.saving = Saving(model.backend, wake)
-        self.siblings = Siblings()
+        self.restoring = Restoring(
+            model.backend, self.saving, strict=strict, start=self._start, wake=wake
+        )
         self.outbox = Outbox()
         self.keep_every_ms = KEEP_EVERY_MS
         store.expect(*self.backend.snapshot_sizes, self.backend.host_buffer)
@@ -120,7 +117,7 @@ class StepEngine:
         """
         self.saving.forget_done()
         num_admitted = self._admit()
-        num_restored = self._advance_restores()
+        num_restored = self.restoring.advance(self.scheduler.running)
         decode = self.scheduler.plan_decode()
         if decode is not None:
             self._run(decode)
@@ -150,7 +147,7 @@ class StepEngine:
         while True:
             for sequence in self.scheduler.admit():
                 num_admitted += 1
-                self._restore_or_start(sequence)
+                self.restoring.begin(sequence, self.scheduler.running)
             idle = self.scheduler.in_the_way()
             if idle is None:
                 return num_admitted
@@ -222,115 +219,6 @@ class StepEngine:
                                       sequence.num_prompt))  # fmt: skip
 
     # ── checkpoints ───────────────────────────────────────────────────────────────────────────
-
-    def _restore_or_start(self, sequence: Sequence) -> None:
-        """Begin to read the best checkpoint, or begin at token 0 when there is none."""
-        if not sequence.is_kept:
-            self._start_audit(sequence)
-            return
-        if self.saving.concerns(sequence):
-            # The best may be on its way to the store; see `_advance_restores`.
-            sequence.phase = Phase.RESTORING
-            return
-        strict = self.strict or sequence.is_idle_work
-        found = sequence.timeline.find(sequence.cached_limit, strict)
-        start = found.position if found else 0
-        if self.siblings.follow_one(sequence, self.scheduler.running, start, strict):
-            sequence.phase = Phase.RESTORING
-            return
-        resident, sequence.resident = sequence.resident, None
-        # What the store no longer has was evicted, or wiped: the device must not remember it.
-        if resident is not None and found is not None and found.position == resident.position:
-            self._go_on(sequence, resident, found)
-            return
-        sequence.found = found
-        boundaries = sequence.request.boundaries
-        if not sequence.request.max_tokens and not sequence.timeline.positions(boundaries, 0):
-            self._start(sequence, start)
-            return
-        if found is None:
-            self._start_cold(sequence)
-            return
-        sequence.phase = Phase.RESTORING
-        sequence.restoring = sequence.timeline.load(found)
-        sequence.restoring.add_done_callback(lambda _: self.wake())
-
-    def _go_on(self, sequence: Sequence, resident: Resident, found: Found) -> None:
-        """Begin from what lies on the device: the sequence has its pages and its state already."""
-        position, born = resident.position, resident.born
-        sequence.born, sequence.num_grid_pages = born, resident.num_grid_pages
-        sequence.timeline.follow(resident.timeline, position, born, resident.num_grid_pages)
-        sequence.found = Found(position, born, found.reason, "device")
-        self._start(sequence, position)
-
-    def _advance_restores(self) -> int:
-        """Put checkpoints that have been read onto the device, and begin with those that are on
-        their way there; counts them."""
-        restoring = [s for s in self.scheduler.running if s.phase is Phase.RESTORING]
-        return sum(self._advance_restore(sequence) for sequence in restoring)
-
-    def _advance_restore(self, sequence: Sequence) -> bool:
-        if sequence.restoring is not None:
-            if not sequence.restoring.done():
-                return False
-            self._write(sequence, sequence.restoring)
-        elif sequence.writing is not None:
-            if not sequence.writing.given.done():
-                return False
-            self._start_restored(sequence, sequence.writing)
-        elif self._awaits_another(sequence):
-            return False
-        else:
-            self._restore_or_start(sequence)
-        return True
-
-    def _awaits_another(self, sequence: Sequence) -> bool:
-        """Whether a better checkpoint is being made, or saved."""
-        return self.siblings.awaits(sequence) or self.saving.concerns(sequence)
-
-    def _write(self, sequence: Sequence, read: Future[Snapshot | None]) -> None:
-        """Let the snapshot that was read go to the device."""
-        sequence.restoring = None
-        error = read.exception()
-        if error is not None:
-            logger.error("a checkpoint could not be read: %s", error)
-            self._start_cold(sequence)
-        elif (snapshot := read.result()) is None:
-            self._restore_or_start(sequence)
-        else:
-            pages = {sequence.pages[index]: content for index, content in snapshot.pages.items()}
-            sequence.born, sequence.num_grid_pages = snapshot.born, snapshot.num_grid_pages
-            sequence.writing = self.backend.begin_write(sequence.slot, snapshot.state, pages)
-            sequence.writing.given.add_done_callback(lambda _: self.wake())
-            if sequence.writing.given.done():
-                self._start_restored(sequence, sequence.writing)
-
-    def _start_restored(self, sequence: Sequence, writing: Writing) -> None:
-        """Go on from a snapshot that is on its way: what needs it waits for it on the device."""
-        error = writing.given.exception()
-        if isinstance(error, DeviceLost):
-            raise error
-        if error is not None:
-            logger.error("a checkpoint could not be restored: %s", error)
-            sequence.writing = None
-            self._start_cold(sequence)
-            return
-        assert sequence.found is not None
-        self._start(sequence, sequence.found.position)
-
-    def _start_audit(self, sequence: Sequence) -> None:
-        """Begin at token 0, or where a part of such an evaluation of the same prompt has ended."""
-        resident, sequence.resident = sequence.resident, None
-        if resident is None:
-            self._start_cold(sequence)
-            return
-        sequence.num_grid_pages = resident.num_grid_pages
-        self._start(sequence, resident.position)
-
-    def _start_cold(self, sequence: Sequence) -> None:
-        self.backend.clear_slot(sequence.slot)
-        sequence.born, sequence.num_grid_pages = "prompt", 0
-        self._start(sequence, 0)
 
     def _start(self, sequence: Sequence, position: int) -> None:
         sequence.num_evaluated = sequence.num_restored = position

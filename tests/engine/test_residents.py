@@ -82,7 +82,7 @@ def test_a_store_that_has_more_is_preferred_and_the_places_serve_all_the_same() 
 
 def test_strict_goes_on_only_from_what_prompt_evaluation_made() -> None:
     harness = harness_of(store=MemoryStore())
-    harness.engine.strict = harness.scheduler.strict = True
+    harness.engine.restoring.strict = harness.scheduler.strict = True
     history, _ = talk(harness, prompt(150), count=10)
     _, started = talk(harness, [*history, 1])
     assert started.restored is not None
