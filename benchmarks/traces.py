@@ -105,7 +105,7 @@ class Replay:
 
     async def ask(self, session: str, record: dict[str, Any]) -> Row:
         """One recorded request, answered as it was then."""
-        reply = _message(record["response"] or {})
+        reply = as_message(record["response"] or {})
         asked = Asked(lambda prompt: self._spelled(reply, prompt))
         self.engine.expect(asked)
         path = record["path"] + (f"?{record['query']}" if record.get("query") else "")
@@ -193,7 +193,8 @@ def _show_progress(row: Row) -> None:
     print(f"{told}{row.new} new, excess {row.excess} {why}", file=sys.stderr)
 
 
-def _message(response: dict[str, Any]) -> Message:
+def as_message(response: dict[str, Any]) -> Message:
+    """A recorded answer."""
     calls = (
         ToolCall("", call["name"], json.loads(call["arguments"]))
         for call in response.get("calls") or ()

@@ -1,13 +1,22 @@
 """The simulation of checkpoints over hash traces: read, played, summed up, drawn."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from benchmarks import checkpoints
+from benchmarks.checkpoints import KV_BYTES, STATE_BYTES
 from benchmarks.coding_traces import load_trace
+from benchmarks.model_sizes import SIZES
+from benchmarks.recorded_placement import play, prompts_of, sizes_of
+from benchmarks.traces import read_sessions
+from daemon.cache.policy import Sizes
+from daemon.cache.store import footprint
+from daemon.checkpoint import PAGE_TOKENS
 
 
 def request(time_s: float, blocks: list[int], num_more: int = 10, **more: Any) -> dict[str, Any]:
@@ -53,3 +62,36 @@ def test_the_benchmark_runs_and_its_figures_add_up(
     assert unlimited["qwend"]["reused_share"] == max(s["reused_share"] for s in scores) <= ceiling
     assert unlimited["qwend"]["excess_p50"] == 0
     assert plot.read_text().count("<rect") == len(scores)
+
+
+def test_the_sizes_of_a_checkpoint_follow_from_those_of_its_model() -> None:
+    assert sizes_of(SIZES["27b"], "q8_0", 1) == Sizes(
+        state_bytes=footprint(STATE_BYTES),
+        page_bytes=footprint(KV_BYTES["q8_0"] * PAGE_TOKENS),
+        budget_bytes=1,
+    )
+
+
+def test_recorded_requests_are_played_with_the_work_ahead_of_each_next_one(
+    tmp_path: Path,
+) -> None:
+    rules = "\n\n".join(f"Rule {n}. " + "word " * 60 for n in range(60))
+    messages = [{"role": "system", "content": rules}, {"role": "user", "content": "Look."}]
+    other = [{"role": "system", "content": rules[:9000] + "Another."}, messages[1]]
+    records = [
+        {
+            "seq": seq, "t": seq, "t_end": seq, "method": "POST", "path": "/v1/chat/completions",
+            "headers": {}, "body": {"model": "m", "messages": asked}, "answer": "T1.0",
+            "response": {"text": "I look. " * 20, "reasoning": "So."},
+        }
+        for seq, asked in enumerate((messages, other))
+    ]  # fmt: skip
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, records)))
+    prompts = asyncio.run(prompts_of(read_sessions(tmp_path, ())))
+    assert [bool(prompt.name) for prompt in prompts] == [True, False, True, False]
+    sizes = sizes_of(SIZES["27b"], "q8_0", 1 << 40)
+    small = msgspec.structs.replace(sizes, state_bytes=sizes.page_bytes)
+    first, second = play(prompts, small).values()
+    assert first == 0
+    assert 0 <= second <= 64
+    assert play(prompts, sizes)["one 1 T1.0"] > 64
