@@ -163,8 +163,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill(
         if (page < last) keys.start(page + 1, tile.valid_keys(page + 1));
         rows.mix_page(score, shared_address(value_tile), lane);
         if (item.is_only_segment() || (page < last && (page + 1) % SEGMENT_PAGES != 0)) continue;
-        rows.end_segment(page - first < SEGMENT_PAGES, q_heads,
-                         item.partial(partials, head, q_heads, threadIdx.x % HEAD_THREADS));
+        float4* partial = item.partial(partials, head, q_heads, threadIdx.x % HEAD_THREADS);
+        if (page - first < SEGMENT_PAGES) {
+            rows.save(partial);
+        } else {
+            rows.join_into(partial);
+        }
         rows.clear();
     }
     if (item.is_only_segment()) {

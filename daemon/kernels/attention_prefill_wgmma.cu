@@ -227,8 +227,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
                    min(page + SEGMENT_PAGES, count) - 1, item.tile.last_page - base, first_row,
                    lane);
             if (item.is_only_segment()) break;
-            rows.end_segment(page == 0, kv_heads * GROUP,
-                             item.partial(partials, head, kv_heads * GROUP, thread));
+            float4* partial = item.partial(partials, head, kv_heads * GROUP, thread);
+            if (page == 0) {
+                rows.save(partial);
+            } else {
+                rows.join_into(partial);
+            }
         }
         if (item.is_only_segment()) {
             rows.write(projections, output, item.tile, row_stride, head, kv_heads * GROUP,

@@ -18,14 +18,11 @@ Int32 = np.ndarray[Any, np.dtype[np.int32]]
 OUTPUTS = {ElementType.F32: 0, ElementType.F16: 1}
 """Values of the macro OUTPUT."""
 
-SEGMENT_PAGES = 64
+SEGMENT_PAGES = 128
 """Pages whose keys are summed up before they are joined to those before; part of a row's bits."""
 
 PARTIAL_BYTES = 33 * 128 * 16
 """What came of some segments for a tile's head: 64 x 256 outputs, maxima and sums, float32."""
-
-SLOTS_OF_WHOLE = 2
-"""Of a tile whose segments are one block's: their sums so far, and those of the next."""
 
 MAX_ITEMS = 512
 """Parts of tiles in a launch where tiles are dealt in parts."""
@@ -84,7 +81,7 @@ class TileDealer:
         tiles = query_tiles(spans)
         counts: Int32 = tiles[:, 1] // (PAGE_TOKENS * SEGMENT_PAGES) + 1
         if not self._in_parts(counts):
-            slots = SLOTS_OF_WHOLE * (np.cumsum(counts > 1, dtype=np.int32) - 1)
+            slots = np.cumsum(counts > 1, dtype=np.int32) - 1
             lines = _lines(tiles, 0 * counts, counts, slots, 1)
             return QueryItems(lines, lines[counts > 1])
         slots = np.cumsum(counts, dtype=np.int32) - counts

@@ -40,7 +40,7 @@ MIXED = [*((f, f) for f in FORMATS), (KvFormat.Q8_0, KvFormat.Q4_0), (KvFormat.B
 COMPILED = [MIXED[1], *MIXED[-2:]]  # every format once at least
 FORMAT_IDS = [f"{k.name}-{v.name}" for k, v in MIXED]
 # By query heads of a block: with one (cards with 99 KB) a thread holds twice as much of a page.
-SPILL_BUDGET = {1: 320, 2: 32}
+SPILL_BUDGET = {1: 320, 2: 96}
 WGMMA_SPILL_BUDGET = 256  # of the producer, which has 48 registers
 
 
@@ -432,7 +432,7 @@ def test_every_segment_of_every_tile_is_dealt_once(
             continue
         assert end - first == (1 if in_parts else counts[tile])
         assert slot == merged[tile][0] + (first if in_parts else 0)
-        used += [slot] if in_parts else [slot, slot + 1]
+        used.append(slot)
         assert merged[tile][1] == (counts[tile] if in_parts else 1)
     assert len(used) == len(set(used))
     assert not in_parts or max(used) < num_slots
@@ -440,7 +440,7 @@ def test_every_segment_of_every_tile_is_dealt_once(
 
 def test_a_short_prompt_after_many_keys_is_dealt_in_parts() -> None:
     dealer = TileDealer(12, 132, 96)
-    assert len(dealer.deal([(0, 53_120, 23, 0)]).items) == 13
+    assert len(dealer.deal([(0, 53_120, 23, 0)]).items) == 7
     assert len(dealer.deal([(0, 0, 4096, 0)]).items) == 64
     assert len(dealer.deal([(0, 24_576, 4096, 0)]).items) == 64
 

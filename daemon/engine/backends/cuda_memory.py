@@ -12,7 +12,7 @@ from daemon.engine.backends.cuda_transfers import SnapshotTransfers
 from daemon.engine.memory.memory_plan import PAGES, STATES
 from daemon.engine.model.shape import ModelShape
 from daemon.errors import UnsupportedModel
-from daemon.kernels.attention_tiles import PARTIAL_BYTES, SLOTS_OF_WHOLE
+from daemon.kernels.attention_tiles import PARTIAL_BYTES
 from daemon.kernels.delta_prefill import workspace_bytes
 from daemon.kernels.delta_state import DeltaSizes, DeltaSlots
 from daemon.kernels.kv_format import HEAD_DIM, KvFormat, KvLayout
@@ -99,8 +99,8 @@ class SequenceMemory:
         self.slots.copy(self._device, source, target)
 
 
-SEGMENT_SLOTS = 96
-"""Segments of a prompt's keys whose sums attention may keep: eight tiles after 48K tokens."""
+SEGMENT_SLOTS = 64
+"""Segments of a prompt's keys whose sums attention may keep: ten tiles after 48K tokens."""
 
 
 class Workspace:
@@ -150,7 +150,7 @@ def _widths(shape: ModelShape) -> _Widths:
 def _scratch_bytes(shape: ModelShape, limits: CudaLimits) -> int:
     """Enough for the delta net's chunks, and for attention to work on segments side by side."""
     chunks = _max_chunks(limits)
-    slots = max(SLOTS_OF_WHOLE * chunks, SEGMENT_SLOTS) * shape.attention.num_heads
+    slots = max(chunks, SEGMENT_SLOTS) * shape.attention.num_heads
     return max(workspace_bytes(delta_sizes(shape), chunks), slots * PARTIAL_BYTES)
 
 

@@ -61,15 +61,17 @@ struct Join {
     }
 };
 
-// Joins a later partial result to an earlier one, in memory: registers are full of other things.
-__device__ __forceinline__ void join_partials(float4* earlier, const float4* later) {
-    constexpr int ENDS = 32 * HEAD_THREADS;
-    const Join join = Join::of(earlier[ENDS], later[ENDS]);
-#pragma unroll 8
-    for (int at = 0; at < ENDS; at += HEAD_THREADS) {
-        earlier[at] = join.of_outputs(earlier[at], later[at]);
-    }
-    earlier[ENDS] = join.of_ends(earlier[ENDS], later[ENDS]);
+// Volatile, so that the compiler does not load more at a time than there are registers for.
+__device__ __forceinline__ float4 load_now(const float4* at) {
+    float4 x;
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(at) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void store_now(float4* at, float4 x) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(x.x), "f"(x.y),
+                 "f"(x.z), "f"(x.w) : "memory");
 }
 
 struct SoftRows {
@@ -150,12 +152,26 @@ struct SoftRows {
         set_ends(partial[32 * HEAD_THREADS]);
     }
 
-    // A segment's end, where there are others. `partial` is the thread's own place in the slot.
-    __device__ __forceinline__ void end_segment(bool is_first, int q_heads,
-                                                float4* partial) const {
-        float4* own = is_first ? partial : partial + size_t(q_heads) * PARTIAL_VECTORS;
-        save(own);
-        if (!is_first) join_partials(partial, own);
+    // Joins these sums to those of the keys before, in memory.
+    __device__ __forceinline__ void join_into(float4* partial) const {
+        constexpr int BATCH = 8;
+        const float4 own = make_float4(maximum[0], maximum[1], sum[0], sum[1]);
+        const float4 ends = load_now(partial + 32 * HEAD_THREADS);
+        const Join join = Join::of(ends, own);
+#pragma unroll
+        for (int first = 0; first < 32; first += BATCH) {
+            float4 earlier[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                earlier[i] = load_now(partial + (first + i) * HEAD_THREADS);
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                store_now(partial + (first + i) * HEAD_THREADS,
+                          join.of_outputs(earlier[i], block(first + i)));
+            }
+        }
+        store_now(partial + 32 * HEAD_THREADS, join.of_ends(ends, own));
     }
 
     // Takes in the sums of keys after these.
