@@ -5,7 +5,7 @@
 // scale x level (- minimum) in float32. Bytes: a sixteenth of the tiles that hold the row, in words
 // that a warp reads together, and one row of floats out.
 //
-// Macros: TYPE (a QuantType). Grid (rows), 256 threads.
+// Macros: TYPE (a QuantType but F32, whose values packing has rounded). Grid (rows), 256 threads.
 #include "quant_blocks.cuh"
 #include "warp.cuh"
 
@@ -38,9 +38,11 @@ __device__ __forceinline__ float half_at(const u8* at) { return half_float(*(con
 // The value in row `row` (0..15), column `k` (0..255) of a tile.
 __device__ __forceinline__ float tile_value(const u8* tile, int row, int k) {
     const int r = row / 8, lane = row % 8 * 4 + k / 64, c = k % 64, s = k / 32;
-    if (TYPE == F16)
-        return half_at(tile + c / 4 * 512 + lane * 16 + (c % 4 / 2 * 2 + r) * 4 + c % 2 * 2);
     const u8* scales = tile + SCALES_AT[TYPE];
+    if (TYPE == F16) {
+        const u8* at = tile + c / 4 * 512 + lane * 16 + (c % 4 / 2 * 2 + r) * 4 + c % 2 * 2;
+        return half_at(at) * ((const float*)scales)[row];
+    }
     const int code = tile_code(tile, r, lane, c);
     if (TYPE == Q8_0) return half_at(scales + row * 16 + s * 2) * (code - 128);
     if (TYPE == Q4_0) return half_at(scales + row * 16 + s * 2) * (code - 8);

@@ -38,7 +38,8 @@ DOWN_PARAMETERS = ("pointer",) * 7 + ("int32",) * 10
 STATIC_SHARED_BYTES = 3072
 """Barriers, and what the driver keeps of a block."""
 
-TILE_ROWS = 16
+ITEM_ROWS = 16
+"""Of the output, that a block of moe_down makes at a time."""
 SUM_STRIDE = 20
 """Floats that a token's 16 sums take in moe_gate_up's shared memory."""
 
@@ -139,7 +140,7 @@ class MoeDecode:
         warps = self._warps if self._slots(slot_bytes, self._warps, room) > 0 else self._warps // 2
         slots = self._slots(slot_bytes, warps, room)
         kernel = self._down_kernel(types, num_panels, slots, slot_bytes, blocks, warps)
-        items = columns // TILE_ROWS
+        items = columns // ITEM_ROWS
         shared_form = (shared.kind.code, shared.kind.tile_bytes, shared.blocks) if shared else (
             0, 0, 0,
         )  # fmt: skip
@@ -205,7 +206,7 @@ def _form(matrix: ExpertMatrix | None) -> tuple[int, int, int]:
     """Type, bytes of a tile, tiles of an expert's rows."""
     if matrix is None:
         return (0, 0, 0)
-    return (matrix.kind.code, matrix.kind.tile_bytes, matrix.rows // TILE_ROWS)
+    return (matrix.kind.code, matrix.kind.tile_bytes, 4 * matrix.stripes)
 
 
 def gate_up_room(team: Team, num_panels: int, sizes: MoeSizes) -> int:
@@ -216,7 +217,7 @@ def gate_up_room(team: Team, num_panels: int, sizes: MoeSizes) -> int:
 
 def down_room(num_panels: int, blocks: int, sizes: MoeSizes) -> int:
     """Shared memory of moe_down besides its rings: every row's parts, and the lists."""
-    parts = num_panels * PANEL_TOKENS * (sizes.num_used + 1) * blocks * TILE_ROWS
+    parts = num_panels * PANEL_TOKENS * (sizes.num_used + 1) * blocks * ITEM_ROWS
     return 4 * parts + sizes.max_slots * (MAX_TOKENS + 4)
 
 

@@ -12,19 +12,24 @@
 constexpr int THREADS = 32 * WARPS;
 constexpr int RANKS = USED + 1;
 
+// `part`: which of the tiles that make an item's 16 rows.
 struct Job {
-    int slot, block;
+    int slot, block, part;
 };
+
+// Tiles of an expert that an item takes: two where they have 8 rows.
+__device__ __forceinline__ int parts_of(const Matrix& m) { return 16 / tile_height(m.type); }
 
 struct Work {
     Matrix routed, shared;
     const int* experts;  // in shared memory: how many, then each
-    int num_jobs;        // of an item
+    int num_items, num_jobs;  // jobs of an item
 
     __device__ __forceinline__ Job job(int index) const {
-        if (index < shared.num_blocks) return {0, index};
-        const int rest = index - shared.num_blocks;
-        return {1 + rest / routed.num_blocks, rest % routed.num_blocks};
+        const int first = shared.num_blocks * parts_of(shared);
+        if (index < first) return {0, index / parts_of(shared), index % parts_of(shared)};
+        const int parts = parts_of(routed), rest = (index - first) / parts;
+        return {1 + rest / routed.num_blocks, rest % routed.num_blocks, (index - first) % parts};
     }
 
     __device__ __forceinline__ const Matrix& matrix(const Job& job) const {
@@ -32,8 +37,9 @@ struct Work {
     }
 
     __device__ __forceinline__ const u8* tile(int item, const Job& job) const {
-        if (job.slot == 0) return shared.tile(0, item, job.block);
-        return routed.tile(experts[job.slot], item, job.block);
+        const int row = item * parts_of(matrix(job)) + job.part;
+        if (job.slot == 0) return shared.tile(0, row, job.block);
+        return routed.tile(experts[job.slot], row, job.block);
     }
 };
 
@@ -48,7 +54,7 @@ __device__ __forceinline__ void issue_next(
         ahead.item += gridDim.x;
         ahead.index = warp;
     }
-    if (ahead.item >= work.routed.tile_rows || ahead.index >= work.num_jobs) return issue_nothing();
+    if (ahead.item >= work.num_items || ahead.index >= work.num_jobs) return issue_nothing();
     const Job job = work.job(ahead.index);
     issue_copy(ring, slot, work.tile(ahead.item, job), work.matrix(job).tile_bytes, lane);
     ahead.index += WARPS;
@@ -58,12 +64,14 @@ __device__ __forceinline__ void issue_next(
 typedef float Parts[TOKENS][RANKS][BLOCKS][16];
 
 __device__ __forceinline__ void leave_sums(
-    Parts& parts, const Sums& sum, const Job& job, const u8* ranks, int lane) {
+    Parts& parts, const Sums& sum, const Job& job, int height, const u8* ranks, int lane) {
 #pragma unroll
     for (int n = 0; n < NUM_PANELS; n++)
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-            const int token = 8 * n + lane % 4 * 2 + c % 2, row = lane / 4 + c / 2 * 8;
+            if (c / 2 * 8 >= height) continue;
+            const int token = 8 * n + lane % 4 * 2 + c % 2;
+            const int row = job.part * height + lane / 4 + c / 2 * 8;
             const int rank = ranks[job.slot * MAX_ROWS + token];
             if (rank < RANKS) parts[token][rank][job.block][row] = sum[n][0][c] + sum[n][1][c];
         }
@@ -80,7 +88,7 @@ __device__ __forceinline__ void finish(
     int num_rows) {
     for (int i = threadIdx.x; i < num_rows * 16; i += THREADS) {
         const int token = i / 16, row = i % 16;
-        float* at = residual + token * work.routed.tile_rows * 16 + item * 16 + row;
+        float* at = residual + token * work.num_items * 16 + item * 16 + row;
         const float before = *at, *weight = weights + token * RANKS;
         float sum = 0.0f;
 #pragma unroll
@@ -97,11 +105,11 @@ __device__ __forceinline__ void finish(
 // routed, shared: tiles of all experts, of the shared one (no blocks: there is none). list, ranks,
 // weights: moe_route's, which ended before the previous kernel let this one begin. hidden:
 // moe_gate_up's.
-// residual: f32 [num_rows, 16 * tile_rows].
+// residual: f32 [num_rows, 16 * num_items].
 extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_down(
     const u8* routed, const u8* shared, const int* list, const u8* ranks, const float* weights,
     const u8* hidden, float* residual, int routed_type, int routed_bytes, int routed_blocks,
-    int shared_type, int shared_bytes, int shared_blocks, int tile_rows, int hidden_blocks,
+    int shared_type, int shared_bytes, int shared_blocks, int num_items, int hidden_blocks,
     int max_slots, int num_rows) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ u64 full[WARPS * SLOTS];
@@ -116,15 +124,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_down(
     Ring ring = {memory + warp * SLOTS * SLOT_BYTES, full + warp * SLOTS, 0, 0};
     start_ring(ring, lane);
     __syncthreads();
-    const Work work = {{routed, routed_type, routed_bytes, tile_rows, routed_blocks},
-                       {shared, shared_type, shared_bytes, tile_rows, shared_blocks},
-                       experts, shared_blocks + experts[0] * routed_blocks};
+    Work work = {{routed, routed_type, routed_bytes, 0, routed_blocks},
+                 {shared, shared_type, shared_bytes, 0, shared_blocks},
+                 experts, num_items, 0};
+    const int routed_parts = parts_of(work.routed), shared_parts = parts_of(work.shared);
+    work.routed.tile_rows = num_items * routed_parts;
+    work.shared.tile_rows = num_items * shared_parts;
+    work.num_jobs = shared_blocks * shared_parts + experts[0] * routed_blocks * routed_parts;
     Ahead ahead = {int(blockIdx.x), warp};
     for (int s = 0; s < SLOTS; s++) issue_next(ring, s, ahead, work, warp, lane);
     wait_for_previous_kernel();
     allow_next_kernel();
     const int panel_bytes = hidden_blocks * 4096;
-    for (int item = blockIdx.x; item < tile_rows; item += gridDim.x) {
+    for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
         for (int index = warp; index < work.num_jobs; index += WARPS) {
             const Job job = work.job(index);
             const u8* slot = hidden + (long long)job.slot * NUM_PANELS * panel_bytes;
@@ -137,10 +149,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_down(
             __syncwarp();
             issue_next(ring, ring.slot, ahead, work, warp, lane);
             ring.advance();
-            leave_sums(parts, sum, job, own_ranks, lane);
+            const int height = tile_height(work.matrix(job).type);
+            leave_sums(parts, sum, job, height, own_ranks, lane);
         }
         __syncthreads();
         finish(parts, work, weights, residual, item, num_rows);
-        if (item + gridDim.x < tile_rows) __syncthreads();
+        if (item + gridDim.x < num_items) __syncthreads();
     }
 }

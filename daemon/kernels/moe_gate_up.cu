@@ -1,7 +1,7 @@
 // Gate and up of every expert that any of up to 16 rows chose, and of the shared one, with SwiGLU.
 //
 // Which experts is read from device memory (moe_route), so that a recorded launch serves any
-// choice. An item is 16 rows of one expert; a team of TEAM warps makes it, each warp its own blocks
+// choice. An item is a tile of one expert; a team of TEAM warps makes it, each warp its own blocks
 // of k, and adds the sums in the order of the warps. Items are dealt to the teams in turn, those of
 // the shared expert first: their tiles are asked for before the previous kernel has ended. Every
 // expert is multiplied with all rows, which costs nothing; moe_down takes what was chosen. So each
@@ -89,10 +89,10 @@ struct Output {
 };
 
 __device__ __forceinline__ void finish(
-    const Output& out, const float* sums, int slot, int tile_row, int thread) {
-    constexpr int ROWS = EPILOGUE == 2 ? 8 : 16;
-    for (int i = thread; i < out.num_rows * ROWS; i += TEAM_THREADS) {
-        const int token = i / ROWS, row = i % ROWS, k = tile_row * ROWS + row;
+    const Output& out, const float* sums, int type, int slot, int tile_row, int thread) {
+    const int rows = EPILOGUE == 2 ? 8 : tile_height(type);
+    for (int i = thread; i < out.num_rows * rows; i += TEAM_THREADS) {
+        const int token = i / rows, row = i % rows, k = tile_row * rows + row;
         float* stored = out.up + (long long)(slot * MAX_ROWS + token) * out.up_stride + k;
         const float sum = total(sums, token, row);
         if (EPILOGUE == 0) *stored = sum;
@@ -153,6 +153,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) moe_gate_up(
         float* own = sums + buffer * ITEM_SUMS;
         leave_sums(own + block * TOKENS * STRIDE, sum, lane);
         named_barrier<TEAM_THREADS>(1 + team);
-        finish(out, own, work.slot(item), work.row(item), threadIdx.x % TEAM_THREADS);
+        finish(out, own, type, work.slot(item), work.row(item), threadIdx.x % TEAM_THREADS);
     }
 }

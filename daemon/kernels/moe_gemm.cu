@@ -45,7 +45,8 @@ struct Work {
         const int index = tile.row_tile * TILE_STRIPES + number;
         const int before = tile.group == EXPERTS ? 0 : tile.group * m.stripes;
         const long long units = (long long)(before + index) * m.num_blocks;
-        return {m.tiles + units * 4 * m.tile_bytes, m.type, m.tile_bytes, index * 64, 64};
+        const int rows = 4 * tile_height(m.type);
+        return {m.tiles + units * 4 * m.tile_bytes, m.type, m.tile_bytes, index * rows, rows};
     }
 };
 
@@ -69,7 +70,7 @@ __device__ __forceinline__ void count_tiles(int* ends, const Work& work, int lan
 }
 
 // x: fp16 chunks [blocks * 4, lines, 64], swizzled by a line's number in its group; rows, chunks:
-// see Output. Stripes of 64 rows; routed or shared may have none.
+// see Output. Stripes of four tiles; routed or shared may have none.
 extern "C" __global__ void GEMM_BOUNDS moe_gemm(
     const u8* routed, const u8* shared, const int* first, const u8* x, float* rows, u8* chunks,
     int routed_type, int routed_bytes, int routed_stripes, int routed_blocks, int shared_type,

@@ -37,7 +37,7 @@ class RawExperts(NamedTuple):
 
 
 class ExpertMatrix(NamedTuple):
-    """One packed format: `tiles` u8 `[experts * rows / 64, columns / 256, 4, tile bytes]`."""
+    """One packed format: `tiles` u8 `[experts * stripes, columns / 256, 4, tile bytes]`."""
 
     kind: QuantType
     tiles: DeviceArray
@@ -47,8 +47,8 @@ class ExpertMatrix(NamedTuple):
 
     @property
     def stripes(self) -> int:
-        """Groups of 64 rows of one expert."""
-        return self.rows // STRIPE_ROWS
+        """Groups of four tiles of one expert."""
+        return self.rows // self.kind.stripe_rows
 
     @property
     def blocks(self) -> int:
@@ -108,8 +108,15 @@ def pack_stacked(packer: Packer, raw: RawExperts) -> GatedExperts:
     halves = [
         raw.matrix.rows_between(start, start + width) for start in range(0, raw.matrix.rows, width)
     ]
-    packed = packer.pack_pairs(list(zip(halves[::2], halves[1::2], strict=True)))
-    return _paired(packed, raw.num_experts)
+    pairs = list(zip(halves[::2], halves[1::2], strict=True))
+    if can_pair(*pairs[0]):
+        return _paired(packer.pack_pairs(pairs), raw.num_experts)
+    gate, up = (packer.pack_stack(half).segments[0] for half in (halves[::2], halves[1::2]))
+    apart = (
+        ExpertMatrix(kind, tiles, raw.num_experts, width, raw.matrix.columns)
+        for kind, _, _, tiles in (gate, up)
+    )
+    return GatedExperts(tuple(apart), width)
 
 
 def _paired(packed: PackedMatrix, num_experts: int) -> GatedExperts:

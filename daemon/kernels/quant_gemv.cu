@@ -14,7 +14,7 @@
 // residual, 2 SwiGLU of paired rows), BULK_COPIES (1: the copy engine fills the rings, sm_90 on;
 // 0: cp.async)
 #include "operand.cuh"
-#include "quant_blocks.cuh"
+#include "quant_sums.cuh"
 #include "warp.cuh"
 #if BULK_COPIES
 #include "pipeline.cuh"
@@ -37,7 +37,7 @@ struct Seam {
     int first_sums, num_sums;    // of its pieces, in order; num_sums 0 ends a block's list
     int row, num_rows;           // of the output
     int first_slot, num_before;  // what the blocks before have of it, in order
-    int own_slot, unused;        // where this block's goes; -1 for the last block, which finishes
+    int own_slot, type;          // where this block's goes; -1 for the last block, which finishes
 };
 
 struct Ring {
@@ -163,10 +163,10 @@ __device__ __forceinline__ void write_product(
     *(u16*)panel_place(out.panels, token, k, out.stride) = float_half(y * ACTIVATION_SCALE);
 }
 
-// Writes a warp's 16 of a stripe's rows.
+// Writes a warp's quarter of a stripe's rows.
 __device__ __forceinline__ void finish(
-    const Output& out, int row, int num_rows, const Totals& total, int part, int lane) {
-    const int own = 16 * part + (lane >> 2);
+    const Output& out, int type, int row, int num_rows, const Totals& total, int part, int lane) {
+    const int height = tile_height(type), own = height * part + (lane >> 2);
 #pragma unroll
     for (int n = 0; n < NUM_PANELS; n++) {
         const int token = 8 * n + (lane & 3) * 2;
@@ -176,7 +176,8 @@ __device__ __forceinline__ void finish(
             write_product(out, k, token + 1, total[n].y, total[n].w);
         } else {
             if (own < num_rows) write_row(out, row + own, token, total[n].x, total[n].y);
-            if (own + 8 < num_rows) write_row(out, row + own + 8, token, total[n].z, total[n].w);
+            if (height == 16 && own + 8 < num_rows)
+                write_row(out, row + own + 8, token, total[n].z, total[n].w);
         }
     }
 }
@@ -229,7 +230,7 @@ __device__ __forceinline__ void close_seam(
             total[n] = all;
         }
     }
-    if (s.own_slot < 0) finish(out, s.row, s.num_rows, total, part, lane);
+    if (s.own_slot < 0) finish(out, s.type, s.row, s.num_rows, total, part, lane);
 }
 
 // Where a warp is in its work.
@@ -267,20 +268,22 @@ __device__ __forceinline__ void multiply_part(
 // Begins with the tile's first part of x in x[0], ends with that of the tile at `next_chunk`.
 template <int type>
 __device__ __forceinline__ void multiply_tile(
-    Sums& sum, Part (&x)[2], const Input& in, int chunk, int next_chunk, Worker& w) {
+    Sums& sum, Factors& factors, Part (&x)[2], const Input& in, int chunk, int next_chunk,
+    Worker& w) {
     wait_for_slot(w.ring);
     const u8* tile = w.ring.slots + w.ring.slot * SLOT_BYTES;
     HalfTile h[2];
     load_half<type>(h[0], tile, w.lane, 0);
     load_half<type>(h[1], tile, w.lane, 1);
-    if (type != F16) release_slot(w);
+    load_factors<type>(factors, tile, w.lane);
+    if (!HAS_FACTORS<type>) release_slot(w);
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
         const int later = part + 1 < PARTS ? chunk + (part + 1) * PART_CHUNKS : next_chunk;
         load_part(x[(part + 1) % 2], in, later, w.lane);
         multiply_part<type>(sum, x[part % 2], h[part * 2 / PARTS], tile, part, w.lane);
     }
-    if (type == F16) release_slot(w);
+    if (HAS_FACTORS<type>) release_slot(w);
 }
 
 // A team's later pieces begin with a stripe, at chunk 0.
@@ -288,14 +291,19 @@ template <int type>
 __device__ __forceinline__ void multiply_piece(
     Sums& sum, Part (&x)[2], const Piece& p, const Input& in, Worker& w) {
     const int end = (p.first_block + p.num_units) * 8;
+    Factors factors;
     for (int chunk = p.first_block * 8; chunk < end; chunk += 8)
-        multiply_tile<type>(sum, x, in, chunk, chunk + 8 < end ? chunk + 8 : 0, w);
+        multiply_tile<type>(sum, factors, x, in, chunk, chunk + 8 < end ? chunk + 8 : 0, w);
+#pragma unroll
+    for (int n = 0; n < NUM_PANELS; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) close_sums<type>(sum[n][i], factors);
 }
 
 template <int type>
 __device__ __forceinline__ void dispatch(
     Sums& sum, Part (&x)[2], const Piece& p, const Input& in, Worker& w) {
-    if constexpr (type < 7) {
+    if constexpr (type < NUM_TYPES) {
         if constexpr ((TYPES >> type) & 1) {
             if (p.type == type) return multiply_piece<type>(sum, x, p, in, w);
         }
@@ -356,7 +364,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) quant_gemv(
             if (p->sums >= 0)
                 sums[p->sums * SUMS + (w.part * NUM_PANELS + n) * 32 + lane] = total[n];
         }
-        if (p->sums < 0) finish(out, p->row, p->num_rows, total, w.part, lane);
+        if (p->sums < 0) finish(out, p->type, p->row, p->num_rows, total, w.part, lane);
     }
     __syncthreads();
     // The last first: what goes to another block must not wait for what comes from one.

@@ -54,7 +54,7 @@ _INTS = "type tile_bytes first_block num_units row num_rows sums unused"
 PIECE = np.dtype([("units", np.uint64), *((name, np.int32) for name in _INTS.split())])
 """struct Piece of quant_gemv.cu."""
 
-_INTS = "first_sums num_sums row num_rows first_slot num_before own_slot unused"
+_INTS = "first_sums num_sums row num_rows first_slot num_before own_slot type"
 SEAM = np.dtype([(name, np.int32) for name in _INTS.split()])
 """struct Seam of quant_gemv.cu."""
 
@@ -66,7 +66,7 @@ SPACING = 2**40
 
 
 class Stripe(NamedTuple):
-    """64 rows of a matrix: where their units lie, and what one weighs."""
+    """64 rows of a matrix, 32 of F32: where their units lie, and what one weighs."""
 
     pointer: int
     kind: int
@@ -332,7 +332,8 @@ def _fill_seams(seams: Table, runs: list[_Run], stripes: list[Stripe], units: in
         first_slot, last = slot, max(shares)
         for number, (block, num_sums) in enumerate(sorted(shares.items())):
             own = -1 if block == last else first_slot + number
-            where = (stripes[index].row, stripes[index].num_rows, first_slot, number, own, 0)
+            stripe = stripes[index]
+            where = (stripe.row, stripe.num_rows, first_slot, number, own, stripe.kind)
             seams[block, counts[block]] = (cut[block], num_sums, *where)
             counts[block] += 1
             cut[block] += num_sums
@@ -346,8 +347,8 @@ def stripes_of(matrix: PackedMatrix) -> list[Stripe]:
     for kind, first_row, rows, tiles in matrix.segments:
         stripe_bytes = tiles.num_bytes // tiles.shape[0]
         for index in range(tiles.shape[0]):
-            row = index * STRIPE_ROWS
-            valid = min(STRIPE_ROWS, rows - row)
+            row = index * kind.stripe_rows
+            valid = min(kind.stripe_rows, rows - row)
             pointer = tiles.pointer + index * stripe_bytes
             stripes.append(Stripe(pointer, kind.code, kind.tile_bytes, first_row + row, valid))
     return stripes

@@ -29,10 +29,11 @@ BLOCK_COLUMNS = 256
 
 
 class QuantType(NamedTuple):
-    """How a matrix is kept: the code and tile size of quant_blocks.cuh."""
+    """How a matrix is kept: the code, tile size and rows of four tiles of quant_blocks.cuh."""
 
     code: int
     tile_bytes: int
+    stripe_rows: int = STRIPE_ROWS
 
 
 class FileFormat(NamedTuple):
@@ -42,10 +43,15 @@ class FileFormat(NamedTuple):
     kept_as: QuantType
     source: int = 0
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether each row gets a factor, for which the whole of it is read first."""
+        return self.source > 0
+
 
 Q4_K, Q5_K, Q6_K = QuantType(0, 2304), QuantType(1, 2816), QuantType(2, 3360)
 Q8_0, IQ4_XS, Q4_0 = QuantType(3, 4352), QuantType(4, 2176), QuantType(5, 2304)
-F16 = QuantType(6, 8192)
+F16, F32 = QuantType(6, 8256), QuantType(7, 8256, 32)
 
 FORMATS = {
     "Q4_K": FileFormat(144, Q4_K),
@@ -56,9 +62,9 @@ FORMATS = {
     "Q4_0": FileFormat(144, Q4_0),
     "F16": FileFormat(512, F16, 0),
     "BF16": FileFormat(512, F16, 1),
-    "F32": FileFormat(1024, F16, 2),
+    "F32": FileFormat(1024, F32, 2),
 }
-"""What is kept without conversion. BF16 and F32 values are rounded to fp16, as operands are."""
+"""What is kept without conversion; quant_pack.cu says how near BF16 and F32 stay."""
 
 
 class RawMatrix(NamedTuple):
@@ -137,6 +143,20 @@ class Packer:
         self._finish()
         return PackedMatrix(row, columns, tuple(segments), paired=False)
 
+    def pack_stack(self, parts: Sequence[RawMatrix]) -> PackedMatrix:
+        """The rows of parts of one format that fill stripes, as a single segment."""
+        kind, columns = kept_format(parts[0]).kept_as, parts[0].columns
+        rows = sum(part.rows for part in parts)
+        tiles = self._empty_tiles(kind, rows, columns)
+        stripe = 0
+        for part in parts:
+            assert part.format == parts[0].format
+            assert part.rows % kind.stripe_rows == 0
+            self._fill(part, tiles.rows(stripe, tiles.shape[0]), -1)
+            stripe += part.rows // kind.stripe_rows
+        self._finish()
+        return PackedMatrix(rows, columns, (Segment(kind, 0, rows, tiles),), paired=False)
+
     def pack_paired(self, gate: RawMatrix, up: RawMatrix) -> PackedMatrix:
         """Gate and up rows alternating in groups of 8; both must be of one format (`can_pair`)."""
         return self.pack_pairs([(gate, up)])
@@ -170,7 +190,7 @@ class Packer:
         return target
 
     def _empty_tiles(self, kind: QuantType, rows: int, columns: int) -> DeviceArray:
-        stripes, blocks = -(-rows // STRIPE_ROWS), columns // BLOCK_COLUMNS
+        stripes, blocks = -(-rows // kind.stripe_rows), columns // BLOCK_COLUMNS
         tiles = self._device.allocate((stripes, blocks, 4, kind.tile_bytes), np.uint8)
         self._device.fill(tiles.rows(stripes - 1, stripes), 0)
         return tiles
@@ -185,24 +205,25 @@ class Packer:
         kernel = self._kernel(format)
         for start in range(0, part.rows, run):
             rows = part.rows_between(start, min(start + run, part.rows))
-            first_stripe = start * (1 if pairing < 0 else 2) // STRIPE_ROWS
+            first_stripe = start * (1 if pairing < 0 else 2) // format.kept_as.stripe_rows
             target = tiles.rows(first_stripe, tiles.shape[0])
+            grid = (-(-rows.rows // 8), 1 if format.is_scaled else blocks, 1)
             self._uploader.send(
                 rows.rows * row_bytes,
                 partial(write_readable, rows),
-                partial(self._repack, kernel, target, rows.rows, blocks, pairing),
+                partial(self._repack, kernel, grid, target, rows.rows, blocks, pairing),
             )
 
     def _repack(
         self,
         kernel: Kernel,
+        grid: tuple[int, int, int],
         target: DeviceArray,
         rows: int,
         blocks: int,
         pairing: int,
         raw: DeviceArray,
     ) -> None:
-        grid = (-(-rows // 8), blocks, 1)
         arguments = (raw, target, rows, blocks, pairing)
         kernel.launch(self._device.stream, grid, (256, 1, 1), *arguments)
 
@@ -217,6 +238,8 @@ class Packer:
 
 def can_pair(gate: RawMatrix, up: RawMatrix) -> bool:
     """Whether two matrices can be interleaved for a fused SwiGLU."""
+    if kept_format(gate).kept_as is F32:
+        return False
     same = (gate.format, gate.rows, gate.columns) == (up.format, up.rows, up.columns)
     return same and gate.rows % 32 == 0
 

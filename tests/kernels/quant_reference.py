@@ -11,22 +11,41 @@ BLOCK_BYTES = {
     **{"F16": 512, "BF16": 512, "F32": 1024},
 }
 SCALES_AT = {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "Q8_0": [0], "IQ4_XS": [0], "Q4_0": [0]}
-KEPT_AS = {"BF16": "F16", "F32": "F16"}
+KEPT_AS = {"BF16": "F16"}
+TILE_ROWS = {"F32": 8}
+"""Of the matrix; other types have 16."""
+
+FLOAT_BOUND, REST_BOUND = 2.0**-22, 2.0**-38
+"""How far a packed float32 may be off, of itself and of its row's largest value; bf16: only the
+latter."""
 
 
 def random_matrix(format: str, rows: int, columns: int, rng: np.random.Generator) -> Array:
     """Bytes `[rows, bytes of a row]` as a file has them; values of order 0.01 to 1."""
     if format in ("F16", "BF16", "F32"):
-        values = rng.normal(0, 0.02, (rows, columns)).astype(np.float32)
-        if format == "BF16":
-            return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-        return values.astype(np.float16 if format == "F16" else np.float32).view(np.uint8)
+        return float_matrix(format, rng.normal(0, 0.02, (rows, columns)))
     blocks = columns // (32 if format in ("Q8_0", "Q4_0") else 256)
     raw = rng.integers(0, 256, (rows, blocks, BLOCK_BYTES[format]), np.uint8)
     for at in SCALES_AT[format]:
         scale = rng.uniform(0.5, 1.5, (rows, blocks, 1)) * (0.0002 if "K" in format else 0.001)
         raw[..., at : at + 2] = scale.astype(np.float16).view(np.uint8)
     return raw.reshape(rows, -1)
+
+
+def float_matrix(format: str, values: Array) -> Array:
+    """Bytes `[rows, bytes of a row]` of F16, BF16 or F32, truncated."""
+    single = values.astype(np.float32)
+    if format == "BF16":
+        return (single.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    return (single.astype(np.float16) if format == "F16" else single).view(np.uint8)
+
+
+def of_any_magnitude(rows: int, columns: int, rng: np.random.Generator) -> Array:
+    """Rows from 1e-30 to 1e36, within each six orders of magnitude; one is all zeros."""
+    values = rng.normal(size=(rows, columns)) * 10.0 ** rng.uniform(-6, 0, (rows, columns))
+    values *= 10.0 ** np.linspace(-30, 36, rows)[:, None]
+    values[rows // 3] = 0
+    return values
 
 
 def _half(raw: Array, at: int) -> Array:
@@ -86,8 +105,9 @@ def packed_values(kind: str, tiles: Array, rows: int) -> Array:
     """Float32 `[rows, columns]` of tiles `[stripes, blocks, 4, tile bytes]`, by their layout."""
     stripes, blocks = tiles.shape[:2]
     value = _tile_values(kind, tiles.reshape(-1, tiles.shape[-1]))
-    value = value.reshape(stripes, blocks, 4, 16, 256).transpose(0, 2, 3, 1, 4)
-    return value.reshape(stripes * 64, blocks * 256)[:rows]
+    height = TILE_ROWS.get(kind, 16)
+    value = value.reshape(stripes, blocks, 4, height, 256).transpose(0, 2, 3, 1, 4)
+    return value.reshape(stripes * 4 * height, blocks * 256)[:rows]
 
 
 def _words(tiles: Array, start: int, stop: int) -> Array:
@@ -118,8 +138,8 @@ def _codes(kind: str, tiles: Array) -> Array:
     if kind == "Q8_0":
         code = tiles[:, :4096].reshape(n, 2, 2, 2, 32, 16).transpose(0, 1, 3, 4, 2, 5)
         return _both_halves(code.reshape(n, 2, 2, 32, 32)).astype(np.int32) - 128
-    if kind == "F16":
-        half = np.ascontiguousarray(tiles).view(np.float16).reshape(n, 16, 8, 4, 2, 2, 2)
+    if kind in ("F16", "F32"):
+        half = np.ascontiguousarray(tiles[:, :8192]).view(np.float16).reshape(n, 16, 8, 4, 2, 2, 2)
         # [tile, step, g, t, pair, row half, e] to [tile, row half, g, t, step, pair, e]
         return half.transpose(0, 5, 2, 3, 1, 4, 6).reshape(n, 16, 256)
     words = _words(tiles, 0, 2048).reshape(n, 2, 2, 32, 4)
@@ -135,8 +155,10 @@ def _codes(kind: str, tiles: Array) -> Array:
 
 def _tile_values(kind: str, tiles: Array) -> Array:
     n, code = tiles.shape[0], _codes(kind, tiles)
-    if kind == "F16":
-        return code.astype(np.float32)
+    if kind in ("F16", "F32"):
+        factors = np.ascontiguousarray(tiles[:, 8192:]).view(np.float32)
+        value = factors[..., None] * code.astype(np.float32)
+        return value if kind == "F16" else value[:, :8] + value[:, 8:]
     if kind in ("Q8_0", "Q4_0"):
         d = np.ascontiguousarray(tiles[:, -256:]).view(np.float16).reshape(n, 16, 8)
         zero = 8 if kind == "Q4_0" else 0

@@ -25,7 +25,7 @@ from daemon.kernels.moe_pack import (
 )
 from daemon.kernels.moe_route import MoeRoute, MoeSizes, RouteLists, RowLines
 from daemon.kernels.quant_gemv import STORE, SWIGLU, WITHOUT_COPY_ENGINE
-from daemon.kernels.quant_pack import Packer, RawMatrix
+from daemon.kernels.quant_pack import F32, Q4_K, Packer, RawMatrix
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
 from daemon.kernels.runtime.device import Device
 
@@ -55,7 +55,7 @@ def test_what_lies_apart_takes_two_launches() -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("types", "panels", "slot"), [(72, 1, 8192), (5, 2, 3360)])
+@pytest.mark.parametrize(("types", "panels", "slot"), [(72, 1, 8256), (200, 2, 8256), (5, 2, 3360)])
 def test_decode_compiles_with_few_spills(arch: str, types: int, panels: int, slot: int) -> None:
     bulk, warps = int(arch not in WITHOUT_COPY_ENGINE), 8 if arch in ("sm_86", "sm_89") else 16
     compiler = Compiler(arch, None)
@@ -232,6 +232,7 @@ CASES = {
         MoeSizes(9, 2, 512, True), (256, 512), (("Q5_K",) * 3, ("Q8_0", "Q6_K", "F32")),
     ),
     "none-shared": (MoeSizes(7, 1, 768, False), (256, 0), (("BF16", "BF16", "Q4_0"), ("",) * 3)),
+    "floats": (MoeSizes(6, 3, 512, True), (256, 256), (("BF16", "BF16", "F32"), ("F32",) * 3)),
     "all-used": (MoeSizes(4, 4, 512, True), (256, 256), (("Q6_K",) * 3, ("Q6_K",) * 3)),
     "large": (
         MoeSizes(12, 10, 4096, True), (1024, 1024), (("Q4_K", "Q4_K", "Q5_K"), ("Q8_0",) * 3),
@@ -314,6 +315,21 @@ def test_gate_and_up_in_one_tensor(device: Device, compiler: Compiler) -> None:
 
 
 @pytest.mark.gpu
+def test_float32_gate_and_up_of_one_tensor_lie_apart(device: Device, compiler: Compiler) -> None:
+    count, width, hidden = 3, 64, 512
+    data = random_matrix("F32", count * 2 * width, hidden, np.random.default_rng(0))
+    packer = Packer(device, compiler)
+    matrix = RawMatrix("F32", len(data), hidden, data.reshape(-1))
+    fused = pack_stacked(packer, RawExperts(count, matrix))
+    assert not fused.is_paired
+    for part, half in zip(fused.parts, (0, 1), strict=True):
+        rows = np.ascontiguousarray(data.reshape(count, 2, width, -1)[:, half]).reshape(-1)
+        raw = RawExperts(count, RawMatrix("F32", count * width, hidden, rows))
+        alone = pack_experts(packer, raw)
+        np.testing.assert_array_equal(device.to_host(part.tiles), device.to_host(alone.tiles))
+
+
+@pytest.mark.gpu
 def test_experts_that_fill_no_stripe_are_refused(device: Device, compiler: Compiler) -> None:
     packer = Packer(device, compiler)
     data = random_matrix("Q8_0", 2 * 48, 256, np.random.default_rng(0)).reshape(-1)
@@ -325,5 +341,6 @@ def test_experts_that_fill_no_stripe_are_refused(device: Device, compiler: Compi
 
 
 def test_an_expert_matrix_knows_its_stripes() -> None:
-    matrix = ExpertMatrix(None, None, 256, 1024, 2048)  # type: ignore[arg-type]
-    assert (matrix.stripes, matrix.blocks) == (16, 8)
+    for kind, stripes in ((Q4_K, 16), (F32, 32)):
+        matrix = ExpertMatrix(kind, None, 256, 1024, 2048)  # type: ignore[arg-type]
+        assert (matrix.stripes, matrix.blocks) == (stripes, 8)

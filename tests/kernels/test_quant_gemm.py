@@ -2,7 +2,13 @@
 
 import numpy as np
 import pytest
-from quant_reference import BLOCK_BYTES, file_values, random_matrix
+from quant_reference import (
+    BLOCK_BYTES,
+    file_values,
+    float_matrix,
+    of_any_magnitude,
+    random_matrix,
+)
 
 pytest.importorskip("cuda.core")
 
@@ -10,13 +16,16 @@ from daemon.kernels import quant_gemm
 from daemon.kernels.quant_activations import CHUNKS, ActivationKernels
 from daemon.kernels.quant_gemm import STORE_HALF, GemmKernels
 from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU
-from daemon.kernels.quant_pack import Packer, RawMatrix
+from daemon.kernels.quant_pack import F16, F32, Packer, RawMatrix
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 
 TOLERANCE = 1e-3
 """Of the norm: weights and activations are rounded to fp16, sums are float32."""
+
+EXACT_TOLERANCE = 5e-5
+"""The same where weights and activations are exact: what tensor cores cut off of sums."""
 
 
 def relative_error(got: np.ndarray, expected: np.ndarray) -> float:  # type: ignore[type-arg]
@@ -28,6 +37,15 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:  # type: ign
 def test_compiles_with_few_spills_and_no_serialized_products(arch: str, epilogue: int) -> None:
     columns = 256 if arch == "sm_90a" else 128
     defines = quant_gemm.defines(5, columns, 13440, epilogue, 3)
+    report = Compiler(arch, None).report(quant_gemm.SOURCE, defines)
+    assert report.kernels["quant_gemm"].spill_bytes <= 40
+    assert not report.serialized_wgmma
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_floats_compile_with_few_spills_and_no_serialized_products(arch: str) -> None:
+    types = (1 << F16.code) + (1 << F32.code)
+    defines = quant_gemm.defines(types, 128, 4 * F32.tile_bytes, STORE_HALF, 2)
     report = Compiler(arch, None).report(quant_gemm.SOURCE, defines)
     assert report.kernels["quant_gemm"].spill_bytes <= 40
     assert not report.serialized_wgmma
@@ -94,12 +112,27 @@ def test_rows_of_fp16_are_the_float32_ones_rounded(bench: Bench, rows: tuple[int
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("format", ["BF16", "F32"])
+def test_floats_of_any_magnitude_are_multiplied_as_they_are(bench: Bench, format: str) -> None:
+    rng = np.random.default_rng(12)
+    data = float_matrix(format, of_any_magnitude(200, 1280, rng))
+    plan = bench.gemm.plan(bench.packer.pack([RawMatrix(format, 200, 1280, data.reshape(-1))]))
+    x = rng.integers(-8, 9, (100, 1280)).astype(np.float32)
+    out = bench.device.allocate((100, 200), np.float32)
+    bench.gemm.multiply(plan, bench.chunks(x), 100, out, STORE)
+    got = bench.device.to_host(out).astype(np.float64)
+    expected = x.astype(np.float64) @ file_values(format, data).astype(np.float64).T
+    error = np.linalg.norm(got - expected, axis=0)
+    assert (error <= EXACT_TOLERANCE * np.linalg.norm(expected, axis=0)).all()
+
+
+@pytest.mark.gpu
 def test_bits_do_not_depend_on_the_cut_or_the_tile(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    part, _ = matrix("Q6_K", 256, 2048, 5)
-    other, _ = matrix("Q4_K", 192, 2048, 6)
-    plan = bench.gemm.plan(bench.packer.pack([part, other]))
+    formats = (("Q6_K", 256), ("BF16", 64), ("F32", 48), ("Q4_K", 80))
+    parts = [matrix(format, rows, 2048, rows)[0] for format, rows in formats]
+    plan = bench.gemm.plan(bench.packer.pack(parts))
     x = np.random.default_rng(7).normal(size=(576, 2048)).astype(np.float32)
     results = []
     for columns, cut in [(64, 576), (128, 576), (256, 576), (128, 64), (64, 192)]:

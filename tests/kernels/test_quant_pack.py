@@ -2,7 +2,17 @@
 
 import numpy as np
 import pytest
-from quant_reference import BLOCK_BYTES, KEPT_AS, file_values, packed_values, random_matrix
+from quant_reference import (
+    BLOCK_BYTES,
+    FLOAT_BOUND,
+    KEPT_AS,
+    REST_BOUND,
+    file_values,
+    float_matrix,
+    of_any_magnitude,
+    packed_values,
+    random_matrix,
+)
 
 pytest.importorskip("cuda.core")
 
@@ -45,6 +55,7 @@ def test_only_equal_shapes_and_formats_pair() -> None:
     assert can_pair(gate, raw("Q4_0", 64, 256))
     assert not can_pair(gate, raw("Q8_0", 64, 256))
     assert not can_pair(raw("Q4_0", 48, 256), raw("Q4_0", 48, 256))
+    assert not can_pair(raw("F32", 64, 256), raw("F32", 64, 256))
 
 
 @pytest.mark.gpu
@@ -59,10 +70,39 @@ def test_tiles_hold_the_file_values(device: Device, compiler: Compiler, format: 
     tiles = device.to_host(packed.segments[0].tiles)
     values = packed_values(KEPT_AS.get(format, format), tiles, 256)
     expected = file_values(format, part.data.reshape(200, -1))
-    if format in ("F32", "BF16"):
-        expected = expected.astype(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(values[:200], expected)
+    if format == "F32":
+        assert_near(values[:200], expected, FLOAT_BOUND)
+    else:
+        np.testing.assert_array_equal(values[:200], expected)
     np.testing.assert_array_equal(values[200:], 0)
+
+
+def assert_near(values: np.ndarray, expected: np.ndarray, bound: float) -> None:  # type: ignore[type-arg]
+    size = np.abs(expected.astype(np.float64))
+    error = np.abs(values.astype(np.float64) - expected)
+    assert (error <= bound * size + REST_BOUND * size.max(-1, keepdims=True)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("format", "bound"), [("BF16", 0.0), ("F32", FLOAT_BOUND)])
+def test_floats_of_any_magnitude_keep_their_values(
+    device: Device, compiler: Compiler, format: str, bound: float
+) -> None:
+    data = float_matrix(format, of_any_magnitude(80, 1280, np.random.default_rng(4)))
+    part = RawMatrix(format, 80, 1280, data.reshape(-1))
+    packed = Packer(device, compiler).pack([part])
+    tiles = device.to_host(packed.segments[0].tiles)
+    values = packed_values(KEPT_AS.get(format, format), tiles, 80)
+    assert_near(values, file_values(format, data), bound)
+
+
+@pytest.mark.gpu
+def test_parts_of_a_stack_follow_one_another(device: Device, compiler: Compiler) -> None:
+    parts = [raw("F32", 64, 512, seed) for seed in range(3)]
+    packer = Packer(device, compiler)
+    stack = packer.pack_stack(parts).segments[0]
+    alone = [device.to_host(packer.pack([part]).segments[0].tiles) for part in parts]
+    np.testing.assert_array_equal(device.to_host(stack.tiles), np.concatenate(alone))
 
 
 @pytest.mark.gpu

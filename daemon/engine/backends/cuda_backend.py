@@ -106,7 +106,7 @@ class CudaBackend:
     def numerics(self) -> str:
         """The card's architecture, how work is dealt to it, and the formats of keys and values."""
         formats = f"{self._limits.k_format.name}/{self._limits.v_format.name}"
-        return f"cuda {self._device.arch}; {self._device.num_sms} SMs; KV {formats}; kernels 3"
+        return f"cuda {self._device.arch}; {self._device.num_sms} SMs; KV {formats}; kernels 4"
 
     @property
     def overlaps(self) -> bool:

@@ -115,7 +115,7 @@ class WeightLoader:
     def tied_table(self, tensor: Tensor) -> tuple[CudaTable, CudaMatrix]:
         """The output matrix, whose tiles are looked up too, unless packing has rounded them."""
         head = self.matrix([tensor])
-        if tensor.format.name in ("F32", "BF16"):
+        if tensor.format.name == "F32":
             return self.table(tensor), head
         [segment] = head.gemv.matrix.segments
         kernel = EmbedTiles(self._device, self._compiler, segment.kind)

@@ -13,7 +13,7 @@
 // 3 SiLU, times the rows that were stored before, 4 store in fp16).
 #pragma once
 #include "operand.cuh"
-#include "quant_blocks.cuh"
+#include "quant_sums.cuh"
 #include "warp.cuh"
 
 constexpr int CHUNK_BYTES = COLUMNS * 128;  // 64 columns of W for all tokens of a tile
@@ -22,7 +22,7 @@ constexpr int CHUNK_BYTES = COLUMNS * 128;  // 64 columns of W for all tokens of
 struct Stripe {
     const u8* units;
     int type, tile_bytes;
-    int row, num_rows;  // of the output; num_rows 0 to 64
+    int row, num_rows;  // of the output; num_rows 0 to 4 tile heights
 };
 
 // Some stripes times COLUMNS tokens.
@@ -52,6 +52,11 @@ __device__ __forceinline__ void write_swiglu(
     *(u16*)at = float_half(y * ACTIVATION_SCALE);
 }
 
+// Whether a lane has the first of its rows, or the second, 8 further.
+__device__ __forceinline__ bool has_row(const Stripe& s, int second) {
+    return second == 0 || tile_height(s.type) == 16;
+}
+
 // Sums of a lane to SwiGLU: rows `row` (gate) and row + 8 (up), tokens `token`, + 1, + 8, + 9, ...
 template <int count>
 __device__ __forceinline__ void write_products(
@@ -77,7 +82,7 @@ __device__ __forceinline__ void write_gated(
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             const int own = token + 8 * i + c % 2, k = row + c / 2 * 8;
-            if (k >= s.num_rows || own >= tile.end) continue;
+            if (k >= s.num_rows || own >= tile.end || !has_row(s, c / 2)) continue;
             const float up = out.rows[(long long)own * out.stride + s.row + k];
             write_swiglu(out, tile, own, s.row + k, sum[i][c] / ACTIVATION_SCALE, up);
         }
@@ -90,7 +95,7 @@ __device__ __forceinline__ void write_rows(
     const Output& out, const Tile& tile, const Stripe& s, int row, int token,
     const float (&sum)[count][4]) {
     constexpr int GROUP = 8;
-    const int inside[2] = {row < s.num_rows, row + 8 < s.num_rows};
+    const int inside[2] = {row < s.num_rows, row + 8 < s.num_rows && has_row(s, 1)};
     float* first = out.rows + (long long)token * out.stride + s.row + row;
 #pragma unroll
     for (int start = 0; start < count; start += GROUP) {
@@ -126,7 +131,8 @@ __device__ __forceinline__ void write_half_rows(
         const u32 y = transpose_matrix(
             half2_saturated(pair[0] / ACTIVATION_SCALE, pair[1] / ACTIVATION_SCALE));
         u16* at = first + (long long)(i / 2 * 8) * out.stride + i % 2 * 8;
-        const int rows = token + i / 2 * 8 < tile.end ? s.num_rows - row - i % 2 * 8 : 0;
+        const bool is_inside = token + i / 2 * 8 < tile.end && has_row(s, i % 2);
+        const int rows = is_inside ? s.num_rows - row - i % 2 * 8 : 0;
         if (rows > 1 && aligned) {
             *(u32*)at = y;
         } else {
@@ -224,10 +230,12 @@ __device__ __forceinline__ void multiply_stripe(
     Sums& sum, const Rings& rings, Cursor& w, Cursor& c, int num_blocks, int group, int warp,
     int lane) {
     int held = -1;
+    Factors factors;
     for (int block = 0; block < num_blocks; block++) {
         barrier_wait(rings.weights_full + w.stage, w.phase);
         const u8* tile =
             rings.weights + (w.stage * 2 + group) * UNIT_BYTES + warp * TILE_BYTES[type];
+        load_factors<type>(factors, tile, lane);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             HalfTile h;
@@ -249,13 +257,15 @@ __device__ __forceinline__ void multiply_stripe(
     }
     wgmma_wait<0>();
     release_chunk(rings, held, -1, lane);
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 8; i++) close_sums<type>(sum[i], factors);
 }
 
 template <int type>
 __device__ __forceinline__ void dispatch(
     int wanted, Sums& sum, const Rings& rings, Cursor& w, Cursor& c, int num_blocks, int group,
     int warp, int lane) {
-    if constexpr (type < 7) {
+    if constexpr (type < NUM_TYPES) {
         if constexpr ((TYPES >> type) & 1) {
             if (wanted == type)
                 return multiply_stripe<type>(sum, rings, w, c, num_blocks, group, warp, lane);
@@ -273,7 +283,8 @@ __device__ void consume(const Rings& rings, const Work& work, const Output& out)
         const Stripe stripe = work.stripe(tile, group);
         Sums sum = {};
         dispatch<0>(stripe.type, sum, rings, w, c, tile.num_blocks, group, warp, lane);
-        write_sums(out, tile, stripe, warp * 16 + lane / 4, tile.token + lane % 4 * 2, sum);
+        const int row = warp * tile_height(stripe.type) + lane / 4;
+        write_sums(out, tile, stripe, row, tile.token + lane % 4 * 2, sum);
     }
 }
 
@@ -342,11 +353,27 @@ template <int type = 0>
 __device__ __forceinline__ void dispatch(
     int wanted, float (&sum)[COLUMNS / 8][4], const u8* tile, const u8* chunk, int quarter,
     int lane) {
-    if constexpr (type < 7) {
+    if constexpr (type < NUM_TYPES) {
         if constexpr ((TYPES >> type) & 1) {
             if (wanted == type) return multiply_chunk<type>(sum, tile, chunk, quarter, lane);
         }
         dispatch<type + 1>(wanted, sum, tile, chunk, quarter, lane);
+    }
+}
+
+template <int type = 0>
+__device__ __forceinline__ void close_all(
+    int wanted, float (&sum)[COLUMNS / 8][4], const u8* tile, int lane) {
+    if constexpr (type < NUM_TYPES) {
+        if constexpr (((TYPES >> type) & 1) && HAS_FACTORS<type>) {
+            if (wanted == type) {
+                Factors factors;
+                load_factors<type>(factors, tile, lane);
+#pragma unroll
+                for (int i = 0; i < COLUMNS / 8; i++) close_sums<type>(sum[i], factors);
+            }
+        }
+        close_all<type + 1>(wanted, sum, tile, lane);
     }
 }
 
@@ -384,7 +411,10 @@ __device__ __forceinline__ void multiply_all(
                          memory + chunk % CHUNK_STAGES * CHUNK_BYTES, quarter, lane);
             }
         }
-        write_sums(out, tile, stripe, warp * 16 + lane / 4, tile.token + lane % 4 * 2, sum);
+        const u8* last = weight_ring + (tile.num_blocks - 1) % WEIGHT_STAGES * UNIT_BYTES;
+        close_all(stripe.type, sum, last + warp * stripe.tile_bytes, lane);
+        const int row = warp * tile_height(stripe.type) + lane / 4;
+        write_sums(out, tile, stripe, row, tile.token + lane % 4 * 2, sum);
         copy_async_wait<0>();
         __syncthreads();
     }

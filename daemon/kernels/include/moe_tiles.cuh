@@ -2,7 +2,7 @@
 // with up to 16 rows. Macros: TYPES, NUM_PANELS, SLOTS, SLOT_BYTES, BULK_COPIES as in quant_gemv.
 #pragma once
 #include "operand.cuh"
-#include "quant_blocks.cuh"
+#include "quant_sums.cuh"
 #include "warp.cuh"
 #if BULK_COPIES
 #include "pipeline.cuh"
@@ -15,7 +15,7 @@ constexpr int TOKENS = 8 * NUM_PANELS;
 struct Matrix {
     const u8* tiles;
     int type, tile_bytes;
-    int tile_rows;   // 16 rows each, of one expert
+    int tile_rows;   // of one expert, of tile_height rows each
     int num_blocks;  // 256 columns each
 
     __device__ __forceinline__ const u8* tile(int expert, int row, int block) const {
@@ -97,11 +97,13 @@ __device__ __forceinline__ void load_rows(Rows& x, const Input& in, int chunk, i
                                                      : make_uint4(0, 0, 0, 0);
 }
 
-// Sixteen rows of an expert times all rows of x, over 256 columns. `x` holds the first chunks; with
+// A tile of an expert times all rows of x, over 256 columns. `x` holds the first chunks; with
 // two panels the others are loaded on the way, and `x` holds the last ones after that.
 template <int type>
 __device__ __forceinline__ void multiply_tile(
     Sums& sum, const u8* tile, Rows& x, const Input& in, int lane) {
+    Sums own = {};
+    Sums& to = HAS_FACTORS<type> ? own : sum;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         HalfTile h;
@@ -114,9 +116,19 @@ __device__ __forceinline__ void multiply_tile(
 #pragma unroll
             for (int n = 0; n < NUM_PANELS; n++) {
                 const uint4& v = x[n][(half * 4 + step / 2) % HELD_CHUNKS];
-                if (step % 2 == 0) mma_m16n8k16(sum[n][0], a, v.x, v.y);
-                else mma_m16n8k16(sum[n][1], a, v.z, v.w);
+                if (step % 2 == 0) mma_m16n8k16(to[n][0], a, v.x, v.y);
+                else mma_m16n8k16(to[n][1], a, v.z, v.w);
             }
+        }
+    }
+    if constexpr (HAS_FACTORS<type>) {
+        Factors factors;
+        load_factors<type>(factors, tile, lane);
+#pragma unroll
+        for (int i = 0; i < 2 * NUM_PANELS; i++) {
+            close_sums<type>(own[i / 2][i % 2], factors);
+#pragma unroll
+            for (int c = 0; c < 4; c++) sum[i / 2][i % 2][c] += own[i / 2][i % 2][c];
         }
     }
 }
@@ -124,7 +136,7 @@ __device__ __forceinline__ void multiply_tile(
 template <int type = 0>
 __device__ __forceinline__ void multiply(
     int wanted, Sums& sum, const u8* tile, Rows& x, const Input& in, int lane) {
-    if constexpr (type < 7) {
+    if constexpr (type < NUM_TYPES) {
         if constexpr ((TYPES >> type) & 1) {
             if (wanted == type) return multiply_tile<type>(sum, tile, x, in, lane);
         }

@@ -4,25 +4,30 @@
 // m16n8k16: lane 4g+t owns rows g and g+8 and columns 64t..64t+63, so that it needs few scales.
 // Step j (0..15) multiplies its columns 64t+4j..64t+4j+3. Four tiles (64 rows) of the same columns
 // are a unit, the units of 64 rows a stripe; all are contiguous, so weights stream in order.
+// Tiles of F32 have 8 rows of the matrix: rows 0..7 their values in fp16, rows 8..15 what is left.
 //
 // Planes of a tile, in this order (chunk c of a plane: 32 lanes x 16 bytes):
 //   low bits   Q4_K Q5_K Q6_K IQ4_XS Q4_0: 4 chunks, c = (columns / 32) * 2 + row half; a 32-bit
 //              word holds columns 8w..8w+7, pair p at bits 4p and 4p+16
 //              Q8_0: 8 chunks, c = (columns / 16) * 2 + row half; bytes biased by 128
-//              F16: 16 chunks, one a step: registers a0..a3
+//              F16 F32: 16 chunks, one a step: registers a0..a3
 //   high bits  Q5_K: 1 chunk, words as the 4 low chunks; pair P (0..15) at bits P and P+16
 //              Q6_K: 2 chunks, one a row half; word (columns / 16), pair P (0..7) at 2P and 2P+16
 //   scales     Q4_K Q5_K: 4 words a row; word t: scale, scale, min, min of sub-blocks 2t, 2t+1 in
 //              6 bits each, and byte t of (d, dmin)
 //              Q6_K: 16 int8 a row, then 16 fp16 d; Q8_0, Q4_0: 8 fp16 a row
 //              IQ4_XS: 4 16-bit words a row; word t: two 6-bit scales and bits 4t..4t+3 of d
+//              F16 F32: a float a row, a power of two by which sums are multiplied; the same in all
+//              tiles of the row. It brings a row of bf16 or float32 into the range of fp16.
 #pragma once
 #include "mma.cuh"
 
-enum QuantType { Q4_K = 0, Q5_K = 1, Q6_K = 2, Q8_0 = 3, IQ4_XS = 4, Q4_0 = 5, F16 = 6 };
+enum QuantType {
+    Q4_K = 0, Q5_K = 1, Q6_K = 2, Q8_0 = 3, IQ4_XS = 4, Q4_0 = 5, F16 = 6, F32 = 7, NUM_TYPES = 8
+};
 
-constexpr int TILE_BYTES[7] = {2304, 2816, 3360, 4352, 2176, 2304, 8192};
-constexpr int SCALES_AT[7] = {2048, 2560, 3072, 4096, 2048, 2048, 0};
+constexpr int TILE_BYTES[NUM_TYPES] = {2304, 2816, 3360, 4352, 2176, 2304, 8256, 8256};
+constexpr int SCALES_AT[NUM_TYPES] = {2048, 2560, 3072, 4096, 2048, 2048, 8192, 8192};
 
 // What a lane keeps of a tile while it makes 8 steps (one half: 32 of its 64 columns).
 struct HalfTile {
@@ -79,7 +84,7 @@ __device__ __forceinline__ void load_scales(HalfTile& h, const u8* tile, int lan
 template <int type>
 __device__ __forceinline__ void load_half(HalfTile& h, const u8* tile, int lane, int half) {
     const u8* at = tile + lane * 16;
-    if constexpr (type == F16) return;
+    if constexpr (type == F16 || type == F32) return;
     h.bias = kept_bias();
     if constexpr (type == Q8_0) {
 #pragma unroll
@@ -168,7 +173,7 @@ __device__ __forceinline__ u32 weights(const HalfTile& h, int r, int pair) {
 template <int type>
 __device__ __forceinline__ void fragment(
     u32 (&a)[4], const HalfTile& h, const u8* tile, int lane, int half, int step) {
-    if constexpr (type == F16) {
+    if constexpr (type == F16 || type == F32) {
         const uint4 v = shared_16(tile + (half * 8 + step) * 512 + lane * 16);
         a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
     } else {
