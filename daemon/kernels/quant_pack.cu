@@ -159,7 +159,8 @@ struct Place {
     int r;
 };
 
-__device__ __forceinline__ Place place_of(u8* tiles, int group, int block, int num_blocks, int part) {
+__device__ __forceinline__ Place place_of(
+    u8* tiles, int group, int block, int num_blocks, int part) {
     const int number = TYPE == F32 ? group : part < 0 ? group / 2 : group;
     const long long unit = (long long)(number / 4) * num_blocks + block;
     const int r = TYPE == F32 ? 0 : part < 0 ? group & 1 : part;
