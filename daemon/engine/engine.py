@@ -166,6 +166,9 @@ class StepEngine:
             sampling = tuple(sequence for sequence, span in pairs if span.samples)
             rows = [sequence.sampling_row() for sequence in sampling]
             sampled = self.backend.sample(logits, rows, self.num_tokens) if rows else []
+            if all(sequence.is_idle_work for sequence in work.sequences):
+                # Of idle work one step is under way: a request would wait for all there are.
+                self.backend.wait()
         except DeviceLost:
             raise
         except DeviceError as error:

@@ -112,6 +112,9 @@ class TapeModel:
             for token, row in zip(tokens, rows, strict=True)
         ]
 
+    def wait(self) -> None:
+        pass
+
     def clear_slot(self, slot: int) -> None:
         self.slots[slot] = []
 

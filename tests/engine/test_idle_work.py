@@ -86,7 +86,7 @@ def test_it_waits_for_clients_and_gives_way_after_one_small_step() -> None:
     harness.run()
     assert list(client[-1].tokens) == continuation(tokens, 5)
     spans = [batch.spans[0] for batch in harness.model.batches]
-    assert [(span.start, span.end) for span in (spans[0], spans[-1])] == [(0, 512), (512, 960)]
+    assert [(span.start, span.end) for span in (spans[0], spans[-1])] == [(0, 256), (768, 960)]
     harness.assert_all_places_are_free()
 
 

@@ -111,6 +111,14 @@ class Backend(Protocol):
         """Whether `logits` only begins a step, so that the host is free until `sample`."""
         ...
 
+    def wait(self) -> None:
+        """Until the steps that were begun are done.
+
+        Raises:
+            DeviceError: one of them has failed.
+        """
+        ...
+
     def attach(self) -> None:
         """Called once, on the engine's thread, before anything else is called there."""
         ...

@@ -113,6 +113,10 @@ class CudaBackend:
         """Launches are asynchronous."""
         return True
 
+    def wait(self) -> None:
+        """For the stream of the steps; copies go on."""
+        self._device.synchronize()
+
     def attach(self) -> None:
         """Make the GPU current in the engine's thread."""
         self._device.use_here()

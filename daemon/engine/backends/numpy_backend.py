@@ -76,6 +76,9 @@ class NumpyBackend:
         """Everything is done when a call returns."""
         return False
 
+    def wait(self) -> None:
+        """There is nothing to wait for."""
+
     def attach(self) -> None:
         """NumPy runs on any thread."""
 
