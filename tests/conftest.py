@@ -19,6 +19,11 @@ settings.register_profile("qwend", deadline=None)
 settings.load_profile("qwend")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What a card's tests may be told on the command line."""
+    parser.addoption("--serve", default="", help="more flags of `qwend serve`, for tests of kills")
+
+
 @pytest.fixture
 def fake_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     """The runtime calls it instead of CUDA. What was taken from it is given back to it."""

@@ -58,7 +58,7 @@ class DaemonProcess:
         self._log = log
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
-                command("serve", "--device", "cpu", "--port", "0", *store, *flags),
+                command("serve", "--port", "0", *store, "--device", "cpu", *flags),
                 cwd=ROOT,
                 env=ENVIRONMENT,
                 stdin=subprocess.DEVNULL,

@@ -1,6 +1,10 @@
-"""kill -9 in the middle of writes, again and again: a sound store, and the right answers."""
+"""kill -9 in the middle of writes, again and again: a sound store, and the right answers.
 
-import json
+The two hundred kills are twenty-five tests, which several processes share:
+`pytest tests/end_to_end/test_kill.py -m slow -n auto`. On a card: `-m "slow and gpu"`, and for
+another model than the embedded one `--serve "--model FILE.gguf --cache-size 20G"`.
+"""
+
 import random
 import threading
 from collections.abc import Iterator
@@ -10,10 +14,16 @@ from typing import Any
 
 import httpx
 import pytest
-from daemon_process import DaemonProcess, StartDaemon, qwend
+from daemon_process import DaemonProcess, StartDaemon
+from qwend_clients.inspect_cache import StoreView, read_store
 
-FLAGS = ("--strict", "--checkpoint-interval", "64", "--cache-size", "64M")
-"""Many checkpoints, and so little room that old ones are evicted all the time."""
+FLAGS = ("--strict", "--checkpoint-interval", "64", "--ctx", "8192")
+"""Many checkpoints."""
+
+ROOMS = ("64M", "4G")
+"""So little room that old ones are evicted all the time; so much that none ever is."""
+
+NUM_SHARDS = 25
 
 SYSTEM = "You are a helpful coding assistant that works in a repository. " * 8
 CODE = [f"def step_{number}(queue):\n    return queue.get({number})\n" for number in range(60)]
@@ -69,37 +79,59 @@ def load(daemon: DaemonProcess, rng: random.Random) -> Iterator[threading.Event]
             thread.join(60)
 
 
-def check_sound(store: Path) -> dict[str, Any]:
+def check_sound(store: Path) -> StoreView:
     """Every record of the store is whole."""
-    done = qwend("inspect", "--verify", "--json", "--cache-dir", store)
-    assert done.returncode == 0, done.stdout + done.stderr
-    document: dict[str, Any] = json.loads(done.stdout)
-    assert document["damaged"] == []
-    return document
+    view = read_store(store, verify=True)
+    assert view is not None
+    assert view.damaged == ()
+    return view
 
 
-@pytest.mark.parametrize(
-    "num_kills", [5, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
-)
-def test_kills_under_load_lose_nothing_that_was_written(
-    start_daemon: StartDaemon, tmp_path: Path, num_kills: int
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def flags(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """How the daemon is served, but for its store."""
+    return ("--device", request.param, *FLAGS, *request.config.getoption("--serve").split())
+
+
+def kill_again_and_again(
+    start_daemon: StartDaemon, store: Path, flags: tuple[str, ...], seed: int, num_kills: int
 ) -> None:
-    rng = random.Random(11)
-    with start_daemon("--strict", cache_dir=None) as daemon:
+    rng = random.Random(seed)
+    room = ROOMS[seed % len(ROOMS)]
+    flags = ("--cache-size", room, *flags)
+    with start_daemon(*flags, cache_dir=None) as daemon:
         cold, _ = answers(daemon)
     num_checkpoints = 0
     for _ in range(num_kills):
-        with start_daemon(*FLAGS) as daemon, load(daemon, rng) as answered:
+        with start_daemon(*flags) as daemon, load(daemon, rng) as answered:
             assert answered.wait(60)
             daemon.wait_until(lambda stats: stats["store"]["num_written"] > 0)
             threading.Event().wait(rng.uniform(0.0, 0.8))
             daemon.kill()
-        num_checkpoints = check_sound(tmp_path / "store")["num_checkpoints"]
-    assert num_checkpoints > 0
-    with start_daemon(*FLAGS) as daemon:
+        num_before, num_checkpoints = num_checkpoints, check_sound(store).num_checkpoints
+        assert num_checkpoints > 0
+        if room == ROOMS[1]:
+            assert num_checkpoints >= num_before, "what was committed has gone"
+    with start_daemon(*flags) as daemon:
         resumed, num_reused = answers(daemon)
         assert resumed == cold
         assert num_reused > 0
         assert daemon.stats()["store"]["num_damaged"] == 0
         assert daemon.stop() == 0
-    check_sound(tmp_path / "store")
+    check_sound(store)
+
+
+def test_kills_under_load_lose_nothing_that_was_written(
+    start_daemon: StartDaemon, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    kill_again_and_again(start_daemon, tmp_path / "store", flags, seed=11, num_kills=4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("shard", range(NUM_SHARDS))
+def test_two_hundred_kills(
+    start_daemon: StartDaemon, tmp_path: Path, flags: tuple[str, ...], shard: int
+) -> None:
+    num_kills = 200 // NUM_SHARDS
+    kill_again_and_again(start_daemon, tmp_path / "store", flags, shard, num_kills)
