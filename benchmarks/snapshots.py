@@ -118,10 +118,11 @@ def _steps_beside(model: GpuModel) -> list[Row]:
     # As many buffers again, for the saves.
     time.sleep(PINNING_S)
 
+    slabs: list[Any] = []
+
     def pin() -> None:
         model.device.use_here()
-        slabs = [model.device.allocate_pinned(SLAB_BYTES) for _ in range(PINNED_BESIDE)]
-        del slabs
+        slabs.extend(model.device.allocate_pinned(SLAB_BYTES) for _ in range(PINNED_BESIDE))
 
     thread = ThreadPoolExecutor(1)
     beside: dict[str, Callable[[], Future[Any]] | None] = {

@@ -93,11 +93,10 @@ class FakeDriver:
         self.free_bytes += len(self._memory.pop(pointer)) - 256
         return (self._status(),)
 
-    def cuMemHostAlloc(self, num_bytes: int, flags: int) -> tuple[Any, int]:
-        return self._status(), self._take(num_bytes)
+    def cuMemHostRegister(self, pointer: int, num_bytes: int, flags: int) -> tuple[Any]:
+        return (self._status(),)
 
-    def cuMemFreeHost(self, pointer: int) -> tuple[Any]:
-        del self._memory[pointer]
+    def cuMemHostUnregister(self, pointer: int) -> tuple[Any]:
         return (self._status(),)
 
     def _take(self, num_bytes: int) -> int:

@@ -115,10 +115,13 @@ class StreamDriver(FakeDriver):
             assert self._changed.wait_for(lambda: recorded.has_passed, timeout=20), "a deadlock"
         return (self._status(),)
 
-    def cuMemHostAlloc(self, num_bytes: int, flags: int) -> tuple[Any, int]:
-        status, pointer = super().cuMemHostAlloc(num_bytes, flags)
+    def cuMemHostRegister(self, pointer: int, num_bytes: int, flags: int) -> tuple[Any]:
         self._pinned[pointer] = num_bytes
-        return status, pointer
+        return super().cuMemHostRegister(pointer, num_bytes, flags)
+
+    def cuMemHostUnregister(self, pointer: int) -> tuple[Any]:
+        del self._pinned[pointer]
+        return super().cuMemHostUnregister(pointer)
 
     def cuMemcpyHtoDAsync(self, to: int, source: int, num_bytes: int, stream: Any) -> tuple[Any]:
         copy = super().cuMemcpyHtoDAsync

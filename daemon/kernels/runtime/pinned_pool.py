@@ -21,7 +21,7 @@ from daemon.kernels.runtime.device import Device
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-SLAB_BYTES = 64 * 2**20
+SLAB_BYTES = 32 * 2**20
 """Pinned at a time, in as many whole buffers as it holds, or one."""
 
 GAP_BYTES = 256
