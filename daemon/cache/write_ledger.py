@@ -1,21 +1,22 @@
 """What has been written to disk, by day and session, and how much of today's allowance is left.
 
 Owns the sums, kept for so many days, and their records: key = day u32 big-endian · session utf-8,
-value = magic "qwWL" · version u16 · 0 u16 · written u64 · whole u64 · checkpoints u64 · checksum
-u64, little-endian. Days are UTC's.
+value = magic "qwWL" · version u16 · checksum of the key u16 (0: unknown) · written u64 · whole u64
+· checkpoints u64 · checksum u64, little-endian.
 Not thread-safe: `transfer` guards it.
 """
 
 import struct
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 
 from msgspec import Struct
 
-from daemon.cache.records import FORMAT_VERSION, DamagedRecord, sealed, unsealed
+from daemon.cache.records import FORMAT_VERSION, DamagedRecord, checksum, sealed, unsealed
 
 KEPT_DAYS = 31
 _DAY_US = 86_400 * 1_000_000
+_LAST_DAY = (date.max - date(1970, 1, 1)).days
 _MAGIC = b"qwWL"
 _SUMS = struct.Struct("<4sHHQQQ")
 
@@ -81,7 +82,8 @@ class WriteLedger:
         for gone in old:
             del self._sums[gone]
         changes: dict[bytes, bytes | None] = dict.fromkeys(map(_encode_key, old))
-        changes[_encode_key(key)] = _encode(self._sums[key])
+        record_key = _encode_key(key)
+        changes[record_key] = _encode(record_key, self._sums[key])
         return changes
 
     def written_on(self, now_us: int) -> Writes:
@@ -106,8 +108,10 @@ def read_ledger(records: Iterable[tuple[bytes, bytes]]) -> dict[LedgerKey, Write
     sums = {}
     for key, record in records:
         try:
-            content = unsealed(record, _MAGIC, _SUMS.size)
-            sums[_decode_key(key)] = Writes(*_SUMS.unpack(content)[3:])
+            _, _, key_sum, *counts = _SUMS.unpack(unsealed(record, _MAGIC, _SUMS.size))
+            if key_sum not in (0, _key_sum(key)):
+                continue
+            sums[_decode_key(key)] = Writes(*counts)
         except (DamagedRecord, struct.error):
             continue
     return sums
@@ -120,8 +124,8 @@ def write_stats(
     today = day_of(now_us)
     by_day: dict[str, int] = {}
     for (day, _), writes in sorted(sums.items()):
-        date = datetime.fromtimestamp(day * 86_400, UTC).date().isoformat()
-        by_day[date] = by_day.get(date, 0) + writes.written_bytes
+        name = datetime.fromtimestamp(day * 86_400, UTC).date().isoformat()
+        by_day[name] = by_day.get(name, 0) + writes.written_bytes
     ours = {session: w.written_bytes for (day, session), w in sums.items() if day == today}
     return WriteStats(
         today_bytes=sum(ours.values()),
@@ -137,9 +141,17 @@ def _encode_key(key: LedgerKey) -> bytes:
 
 
 def _decode_key(key: bytes) -> LedgerKey:
-    return int.from_bytes(key[:4], "big"), key[4:].decode(errors="replace")
+    day = int.from_bytes(key[:4], "big")
+    if day > _LAST_DAY:
+        raise DamagedRecord("a day that no calendar has")
+    return day, key[4:].decode(errors="replace")
 
 
-def _encode(sums: Writes) -> bytes:
+def _key_sum(key: bytes) -> int:
+    """Of the key, which the record's own checksum leaves out; never 0."""
+    return checksum(key) % 0xFFFF + 1
+
+
+def _encode(key: bytes, sums: Writes) -> bytes:
     counts = (sums.written_bytes, sums.whole_bytes, sums.num_checkpoints)
-    return sealed(_SUMS.pack(_MAGIC, FORMAT_VERSION, 0, *counts))
+    return sealed(_SUMS.pack(_MAGIC, FORMAT_VERSION, _key_sum(key), *counts))

@@ -1,16 +1,22 @@
 """A bit flipped in any record: the bits as saved, or a clean miss, never anything else."""
 
-import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import lmdb
+import numpy as np
 import pytest
 from cache_harness import Simulated, open_cache, prompt
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from daemon.cache.checkpoint_cache import CheckpointCache
 from daemon.cache.store import DATA_FILE
+from daemon.errors import StoreError
 
-NEEDLESS = ("uses", "sampled", "sessions", "writes")
+NEEDLESS = ("uses", "sampled", "sessions", "writes", "models")
 """Tables whose loss costs no checkpoint."""
 
 TABLES = ("pages", "states", "page_payloads", "state_payloads", *NEEDLESS)
@@ -33,33 +39,68 @@ def write_store(path: Path) -> Simulated:
     return sequence
 
 
-def flip(path: Path, table: str, chooser: random.Random) -> None:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Simulated]:
+    """A store with records of every kind, for copies; and what was saved there."""
+    path = tmp_path_factory.mktemp("written")
+    return path, write_store(path)
+
+
+def flip(path: Path, table: str, draw: Callable[[int], int], in_key: bool) -> None:
+    """Flip one bit of the key or the value of one record; `draw` takes a number below its
+    argument."""
     with (
-        lmdb.open(str(path), max_dbs=10) as env,
-        env.begin(write=True, db=env.open_db(table.encode())) as txn,
+        lmdb.open(str(path), max_dbs=11) as env,
+        env.begin(write=True, db=env.open_db(table.encode(), create=False)) as txn,
     ):
-        key, value = chooser.choice(list(txn.cursor()))
-        damaged = bytearray(value)
-        bit = chooser.randrange(len(damaged) * 8)
+        records = list(txn.cursor())
+        key, value = records[draw(len(records))]
+        damaged = bytearray(key if in_key else value)
+        bit = draw(len(damaged) * 8)
         damaged[bit // 8] ^= 1 << bit % 8
-        txn.put(key, bytes(damaged))
+        txn.delete(key)
+        txn.put(*((bytes(damaged), value) if in_key else (key, bytes(damaged))))
 
 
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("table", TABLES)
-def test_a_flipped_bit_is_a_clean_miss(tmp_path: Path, table: str, seed: int) -> None:
-    saved = write_store(tmp_path)
-    flip(tmp_path, table, random.Random(seed))
-    cache = open_cache(tmp_path)
-    for limit in (256, 192, 128, 64):
-        read_until_sound(cache, saved, limit)
-    assert cache.sampled.recall("said") in ((1, 2, 3), None)
-    cache.flush()
-    assert (cache.stats().num_damaged > 0) is (table not in NEEDLESS)
-    cache.close()
-    cache = open_cache(tmp_path)
-    assert cache.stats().num_damaged == 0, "what was damaged is gone"
-    cache.close()
+@settings(max_examples=12)
+@given(data=st.data(), in_key=st.booleans())
+def test_a_flipped_bit_is_a_clean_miss(
+    written: tuple[Path, Simulated], table: str, data: st.DataObject, in_key: bool
+) -> None:
+    source, saved = written
+    with TemporaryDirectory() as folder:
+        path = Path(shutil.copytree(source, Path(folder) / "store"))
+        flip(path, table, lambda end: data.draw(st.integers(0, end - 1)), in_key)
+        cache = open_cache(path)
+        tokens = np.asarray(saved.tokens, "<u4").tobytes()
+        for past in cache.stored_prompts(1 << 20):
+            assert tokens.startswith(past.tokens)
+        for limit in (256, 192, 128, 64):
+            read_until_sound(cache, saved, limit)
+        assert cache.sampled.recall("said") in ((1, 2, 3), None)
+        assert {row.title for row in cache.catalogue.rows()} <= {"named", ""}
+        assert set(cache.stats().writes.today_by_session) <= {"session"}
+        cache.flush()
+        assert (cache.stats().num_damaged > 0) is (table not in NEEDLESS)
+        cache.close()
+        cache = open_cache(path)
+        assert cache.stats().num_damaged == 0, "what was damaged is gone"
+        cache.close()
+
+
+@settings(max_examples=20)
+@given(data=st.data(), in_key=st.booleans())
+def test_a_store_that_does_not_know_its_version_is_refused_and_left_alone(
+    written: tuple[Path, Simulated], data: st.DataObject, in_key: bool
+) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(shutil.copytree(written[0], Path(folder) / "store"))
+        flip(path, "meta", lambda end: data.draw(st.integers(0, end - 1)), in_key)
+        before = (path / DATA_FILE).read_bytes()
+        with pytest.raises(StoreError):
+            open_cache(path)
+        assert (path / DATA_FILE).read_bytes() == before
 
 
 def read_until_sound(cache: CheckpointCache, saved: Simulated, limit: int) -> None:

@@ -1,6 +1,9 @@
+from collections.abc import Callable
+from typing import Any
+
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.cache import records
@@ -18,6 +21,7 @@ from daemon.cache.records import (
     encode_sampled,
     encode_state,
 )
+from daemon.cache.session_records import SessionRecord, decode_session, encode_session
 
 U64 = st.integers(0, 2**64 - 1)
 U32 = st.integers(0, 2**32 - 1)
@@ -59,6 +63,16 @@ REPLIES = st.builds(
     created_us=U64,
     tokens=st.lists(U32, max_size=40).map(tuple),
 )
+SESSIONS = st.builds(
+    SessionRecord,
+    fingerprint=HASH,
+    session=st.text(st.characters(codec="utf-8"), max_size=40),
+    title=st.text(st.characters(codec="utf-8"), max_size=40),
+    is_pinned=st.booleans(),
+    parent=st.just(""),
+    state_key=st.just(b""),
+    created_us=U64,
+)
 
 
 @given(PAGES)
@@ -78,13 +92,25 @@ def test_a_sampled_reply_comes_back(reply: SampledReply) -> None:
     assert decode_sampled(reply.hash, encode_sampled(reply)) == reply
 
 
-@given(STATES, st.data())
-def test_any_flipped_bit_is_noticed(state: StateHeader, data: st.DataObject) -> None:
-    record = bytearray(encode_state(state))
+RECORDS: dict[str, tuple[st.SearchStrategy[Any], Callable[..., bytes], Callable[..., Any]]] = {
+    "page": (PAGES, encode_page, lambda page, record: decode_page(page.key, record)),
+    "state": (STATES, encode_state, lambda state, record: decode_state(state.key, record)),
+    "reply": (REPLIES, encode_sampled, lambda reply, record: decode_sampled(reply.hash, record)),
+    "session": (SESSIONS, encode_session, lambda row, record: decode_session(row.key, record)),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+@settings(max_examples=60)
+@given(st.data())
+def test_any_flipped_bit_is_noticed(kind: str, data: st.DataObject) -> None:
+    strategy, encode, decode = RECORDS[kind]
+    header = data.draw(strategy)
+    record = bytearray(encode(header))
     bit = data.draw(st.integers(0, len(record) * 8 - 1))
     record[bit // 8] ^= 1 << bit % 8
     with pytest.raises(DamagedRecord):
-        decode_state(state.key, record)
+        decode(header, record)
 
 
 @given(st.binary(max_size=500))
