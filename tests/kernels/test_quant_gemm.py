@@ -95,14 +95,25 @@ def test_each_format_against_float64(bench: Bench, format: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [(256, 72), (65, 130), (65, 64), (1,)])
-def test_rows_of_fp16_are_the_float32_ones_rounded(bench: Bench, rows: tuple[int, ...]) -> None:
-    parts = [matrix("Q5_K", count, 512, 3 + count)[0] for count in rows]
+@pytest.mark.parametrize(
+    "formats",
+    [
+        (("Q5_K", 256), ("F32", 72)),
+        (("Q5_K", 65), ("Q5_K", 130)),
+        (("F32", 65), ("BF16", 64)),
+        (("F32", 1),),
+    ],
+)
+def test_rows_of_fp16_are_the_float32_ones_rounded(
+    bench: Bench, formats: tuple[tuple[str, int], ...]
+) -> None:
+    parts = [matrix(format, count, 512, 3 + count)[0] for format, count in formats]
+    num_rows = sum(part.rows for part in parts)
     plan = bench.gemm.plan(bench.packer.pack(parts))
-    operand = bench.chunks(np.random.default_rng(4).normal(0, 3e4, (75, 512)).astype(np.float32))
+    operand = bench.chunks(np.random.default_rng(4).normal(0, 1e5, (75, 512)).astype(np.float32))
     results = []
     for dtype in (ElementType.F32, ElementType.F16):
-        out = bench.device.allocate((75, sum(rows)), dtype)
+        out = bench.device.allocate((75, num_rows), dtype)
         bench.device.fill(out, 0xFF)
         bench.gemm.multiply(plan, operand, 75, out, STORE)
         results.append(bench.device.to_host(out))
