@@ -15,7 +15,13 @@ from daemon.kernels.moe_pack import (
     types_and_tile,
 )
 from daemon.kernels.moe_route import MoeSizes, RowLines
-from daemon.kernels.quant_gemm import CHUNK_STAGES, HOPPER, STATIC_SHARED_BYTES, WEIGHT_STAGES
+from daemon.kernels.quant_gemm import (
+    HOPPER,
+    MIN_CHUNK_STAGES,
+    STATIC_SHARED_BYTES,
+    Rings,
+    choose_rings,
+)
 from daemon.kernels.quant_gemm import defines as gemm_defines
 from daemon.kernels.quant_gemv import STORE
 from daemon.kernels.runtime.compiler import Compiler
@@ -107,7 +113,7 @@ class MoePrefill:
         chunks: DeviceArray | None,
     ) -> None:
         types, tile_bytes = types_and_tile(*matrices)
-        columns = self._tile_columns(rows, epilogue)
+        columns = self._tile_columns(rows, epilogue, 4 * tile_bytes)
         kernel = self._kernel(types, columns, 4 * tile_bytes, epilogue)
         grid = self._device.num_sms * (1 if self._hopper else BLOCKS_PER_SM)
         kernel.launch(
@@ -118,46 +124,39 @@ class MoePrefill:
             *(lines.first, x, out, chunks if chunks is not None else 0),
             *(field for matrix in matrices for field in _form(matrix)),
             *(self._num_lines(rows), out.shape[1]),
-            shared_bytes=self._shared_bytes(columns, 4 * tile_bytes),
+            shared_bytes=self._rings(columns, 4 * tile_bytes).num_bytes,
             dependent=True,
         )
 
     def _num_lines(self, rows: int) -> int:
         return rows * (self._sizes.num_used + int(self._sizes.has_shared))
 
-    def _tile_columns(self, rows: int, epilogue: int) -> int:
+    def _tile_columns(self, rows: int, epilogue: int, unit_bytes: int) -> int:
         """Tokens a tile: half of an expert's last tile is empty, and each costs some more."""
         mean = rows * self._sizes.num_used / self._sizes.num_experts
 
         def cost(columns: int) -> float:
             return max(1.0, mean / columns + 0.5) * (columns + 32)
 
-        wide = (256, 128, 64) if epilogue != GATE else (128, 64)
-        return min(wide if self._hopper else (128, 64), key=cost)
+        def fits(columns: int) -> bool:
+            return self._rings(columns, unit_bytes).chunk_stages >= MIN_CHUNK_STAGES
 
-    def _stages(self, columns: int, unit_bytes: int) -> int:
-        limit = self._device.shared_bytes_per_block - self._static_bytes()
-        return min(CHUNK_STAGES, (limit - self._weight_bytes(unit_bytes)) // (columns * 128))
+        wide = (256, 128, 64) if self._hopper and epilogue != GATE else (128, 64)
+        return min(filter(fits, wide), key=cost)
 
-    def _static_bytes(self) -> int:
-        """What quant_gemm has, and the ends of all groups."""
-        return STATIC_SHARED_BYTES + 4 * (self._sizes.num_experts + 1)
-
-    def _weight_bytes(self, unit_bytes: int) -> int:
-        return WEIGHT_STAGES * unit_bytes * (2 if self._hopper else 1)
-
-    def _shared_bytes(self, columns: int, unit_bytes: int) -> int:
-        ring = self._stages(columns, unit_bytes) * columns * 128
-        return ring + self._weight_bytes(unit_bytes) + (1024 if self._hopper else 0)
+    def _rings(self, columns: int, unit_bytes: int) -> Rings:
+        """Beside what quant_gemm has, and the ends of all groups."""
+        static = STATIC_SHARED_BYTES + 4 * (self._sizes.num_experts + 1)
+        room = self._device.shared_bytes_per_block - static
+        return choose_rings(room, columns, unit_bytes, self._hopper)
 
     def _kernel(self, types: int, columns: int, unit_bytes: int, epilogue: int) -> Kernel:
         key = (types, columns, unit_bytes, epilogue)
         if key not in self._kernels:
-            stages = self._stages(columns, unit_bytes)
-            macros = defines(self._sizes.num_experts, *key, stages)
+            rings = self._rings(columns, unit_bytes)
+            macros = defines(self._sizes.num_experts, *key, rings.chunk_stages)
             module = Module(self._compiler.cubin(GEMM_SOURCE, macros))
-            shared = self._shared_bytes(columns, unit_bytes)
-            self._kernels[key] = module.kernel("moe_gemm", GEMM_PARAMETERS, shared)
+            self._kernels[key] = module.kernel("moe_gemm", GEMM_PARAMETERS, rings.num_bytes)
         return self._kernels[key]
 
 

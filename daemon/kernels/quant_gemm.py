@@ -25,7 +25,8 @@ STORE_HALF = 4
 """STORE to an array of fp16."""
 
 WEIGHT_STAGES = 2
-CHUNK_STAGES = 4
+MIN_CHUNK_STAGES, CHUNK_STAGES = 2, 4
+CHUNK_TOKEN_BYTES = 128
 STATIC_SHARED_BYTES = 2048
 """Barriers, and the alignment of the ring to 1,024 bytes."""
 
@@ -50,6 +51,21 @@ class GemmPlan(NamedTuple):
     num_stripes: int
     types: int
     unit_bytes: int
+
+
+class Rings(NamedTuple):
+    """Shared memory of gemm_tiles.cuh: chunks of activations on their way, and bytes in all."""
+
+    chunk_stages: int
+    num_bytes: int
+
+
+def choose_rings(room: int, columns: int, unit_bytes: int, is_hopper: bool) -> Rings:
+    """As many stages as help, in `room` bytes; fewer than MIN_CHUNK_STAGES do not work."""
+    weights = WEIGHT_STAGES * unit_bytes * (2 if is_hopper else 1)
+    stages = min(CHUNK_STAGES, (room - weights) // (columns * CHUNK_TOKEN_BYTES))
+    aligned = 1024 if is_hopper else 0
+    return Rings(stages, stages * columns * CHUNK_TOKEN_BYTES + weights + aligned)
 
 
 class GemmKernels:
@@ -102,7 +118,7 @@ class GemmKernels:
             (384 if self._hopper else 128, 1, 1),
             *(plan.stripes, chunks, rows_out, chunks_out, matrix.columns // BLOCK_COLUMNS),
             *(row_tiles, num_tokens, padded, stride),
-            shared_bytes=self._shared_bytes(columns, plan.unit_bytes),
+            shared_bytes=self._rings(columns, plan.unit_bytes).num_bytes,
             dependent=True,
         )
 
@@ -116,25 +132,17 @@ class GemmKernels:
 
         return min((256, 128, 64) if self._hopper else (128, 64), key=cost)
 
-    def _stages(self, columns: int, unit_bytes: int) -> int:
-        limit = self._device.shared_bytes_per_block - STATIC_SHARED_BYTES
-        room = limit - self._weight_bytes(unit_bytes)
-        return min(CHUNK_STAGES, room // (columns * 128))
-
-    def _weight_bytes(self, unit_bytes: int) -> int:
-        return WEIGHT_STAGES * unit_bytes * (2 if self._hopper else 1)
-
-    def _shared_bytes(self, columns: int, unit_bytes: int) -> int:
-        ring = self._stages(columns, unit_bytes) * columns * 128
-        return ring + self._weight_bytes(unit_bytes) + (1024 if self._hopper else 0)
+    def _rings(self, columns: int, unit_bytes: int) -> Rings:
+        room = self._device.shared_bytes_per_block - STATIC_SHARED_BYTES
+        return choose_rings(room, columns, unit_bytes, self._hopper)
 
     def _kernel(self, types: int, columns: int, unit_bytes: int, epilogue: int) -> Kernel:
         key = (types, columns, unit_bytes, epilogue)
         if key not in self._kernels:
-            stages = self._stages(columns, unit_bytes)
-            cubin = self._compiler.cubin(SOURCE, defines(*key, stages))
-            shared = self._shared_bytes(columns, unit_bytes)
-            self._kernels[key] = Module(cubin).kernel("quant_gemm", PARAMETERS, shared)
+            rings = self._rings(columns, unit_bytes)
+            cubin = self._compiler.cubin(SOURCE, defines(*key, rings.chunk_stages))
+            kernel = Module(cubin).kernel("quant_gemm", PARAMETERS, rings.num_bytes)
+            self._kernels[key] = kernel
         return self._kernels[key]
 
 

@@ -9,16 +9,12 @@
 // and the card alone: a token's bits are the same whatever the other tokens are.
 // Bound: bytes of the weights, each read once.
 //
-// Macros: TYPES (bit mask of QuantTypes), NUM_PANELS (1: up to 8 tokens, 2: up to 16), SLOTS and
-// SLOT_BYTES (a warp's ring), WARPS (a multiple of 4), BLOCKS_PER_SM, EPILOGUE (0 store, 1 add to a
-// residual, 2 SwiGLU of paired rows), BULK_COPIES (1: the copy engine fills the rings, sm_90 on;
-// 0: cp.async)
+// Macros: TYPES (bit mask of QuantTypes), NUM_PANELS (1: up to 8 tokens, 2: up to 16), WARPS (a
+// multiple of 4), BLOCKS_PER_SM, EPILOGUE (0 store, 1 add to a residual, 2 SwiGLU of paired rows);
+// those of weight_ring.cuh.
 #include "operand.cuh"
 #include "quant_sums.cuh"
-#include "warp.cuh"
-#if BULK_COPIES
-#include "pipeline.cuh"
-#endif
+#include "weight_ring.cuh"
 
 constexpr int TEAM_WARPS = 4;
 constexpr int TEAMS = WARPS / TEAM_WARPS;
@@ -39,41 +35,6 @@ struct Seam {
     int first_slot, num_before;  // what the blocks before have of it, in order
     int own_slot, type;          // where this block's goes; -1 for the last block, which finishes
 };
-
-struct Ring {
-    u8* slots;  // of this warp
-    u64* full;  // one barrier a slot, sm_90 on
-    int slot, phase;
-};
-
-#if BULK_COPIES
-__device__ __forceinline__ void issue_copy(
-    Ring& ring, int slot, const u8* from, int bytes, int lane) {
-    if (lane != 0) return;
-    barrier_expect(ring.full + slot, bytes);
-    copy_bulk(ring.slots + slot * SLOT_BYTES, from, bytes, ring.full + slot);
-}
-
-__device__ __forceinline__ void issue_nothing() {}
-
-__device__ __forceinline__ void wait_for_slot(Ring& ring) {
-    barrier_wait(ring.full + ring.slot, ring.phase);
-}
-#else
-__device__ __forceinline__ void issue_copy(
-    Ring& ring, int slot, const u8* from, int bytes, int lane) {
-    const u32 to = shared_address(ring.slots + slot * SLOT_BYTES);
-    for (int at = lane * 16; at < bytes; at += 512) copy_async_16(to + at, from + at);
-    copy_async_commit();
-}
-
-__device__ __forceinline__ void issue_nothing() { copy_async_commit(); }
-
-__device__ __forceinline__ void wait_for_slot(Ring&) {
-    copy_async_wait<SLOTS - 1>();
-    __syncwarp();
-}
-#endif
 
 // What a block is dealt: Piece [TEAMS, max_pieces], then Seam [MAX_SEAMS].
 constexpr int MAX_SEAMS = TEAMS + 2;
@@ -244,7 +205,7 @@ struct Worker {
 __device__ __forceinline__ void release_slot(Worker& w) {
     __syncwarp();
     issue_next(w.ring, w.ring.slot, w.ahead, w.part, w.lane);
-    if (++w.ring.slot == SLOTS) w.ring.slot = 0, w.ring.phase ^= 1;
+    w.ring.advance();
 }
 
 template <int type>
@@ -271,7 +232,7 @@ __device__ __forceinline__ void multiply_tile(
     Sums& sum, Factors& factors, Part (&x)[2], const Input& in, int chunk, int next_chunk,
     Worker& w) {
     wait_for_slot(w.ring);
-    const u8* tile = w.ring.slots + w.ring.slot * SLOT_BYTES;
+    const u8* tile = w.ring.tile();
     HalfTile h[2];
     load_half<type>(h[0], tile, w.lane, 0);
     load_half<type>(h[1], tile, w.lane, 1);
@@ -311,17 +272,6 @@ __device__ __forceinline__ void dispatch(
     }
 }
 
-__device__ __forceinline__ void start_ring(Worker& w) {
-#if BULK_COPIES
-    if (w.lane == 0) {
-        for (int s = 0; s < SLOTS; s++) barrier_init(w.ring.full + s, 1);
-        barrier_init_done();
-    }
-    __syncwarp();
-#endif
-    for (int s = 0; s < SLOTS; s++) issue_next(w.ring, s, w.ahead, w.part, w.lane);
-}
-
 // deals: u8 [blocks, deal_bytes(max_pieces)]; panels: fp16 panels of x, [NUM_PANELS,
 // num_blocks * 8, 32 lanes, 8]; rows: float32 [num_tokens, stride] or null; out_panels: fp16 panels
 // or null; partial: float4 [slots, SUMS], all words AWAITED.
@@ -346,7 +296,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) quant_gemv(
                 warp % TEAM_WARPS,
                 lane};
     w.ahead.enter(w.part);
-    start_ring(w);
+    start_ring(w.ring, lane);
+    for (int s = 0; s < SLOTS; s++) issue_next(w.ring, s, w.ahead, w.part, lane);
     wait_for_previous_kernel();
     const Output out = {rows, out_panels, stride, num_tokens};
     const Input in = {panels, num_blocks * 8, num_tokens};

@@ -25,9 +25,10 @@ from daemon.kernels.moe_pack import (
 )
 from daemon.kernels.moe_route import MoeRoute, MoeSizes, RouteLists, RowLines
 from daemon.kernels.quant_gemv import STORE, SWIGLU, WITHOUT_COPY_ENGINE
-from daemon.kernels.quant_pack import F32, Q4_K, Packer, RawMatrix
+from daemon.kernels.quant_pack import F16, F32, Q4_K, Packer, RawMatrix
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
 from daemon.kernels.runtime.device import Device
+from daemon.kernels.runtime.paper_device import Card, PaperCompiler, PaperDevice
 
 Array = np.ndarray  # type: ignore[type-arg]
 EPS = 1e-6
@@ -87,6 +88,18 @@ def test_prefill_compiles_with_few_spills_and_no_serialized_products(
     rows = moe_prefill.rows_defines(MoeSizes(256, 8, 2048, True))
     report = compiler.report(moe_prefill.ROWS_SOURCE, rows)
     assert all(kernel.spill_bytes == 0 for kernel in report.kernels.values())
+
+
+@pytest.mark.parametrize("epilogue", [STORE, SWIGLU, GATE])
+def test_wide_tiles_are_left_out_where_their_rings_do_not_fit(epilogue: int) -> None:
+    card = PaperDevice(Card("a card", "sm_86", 84, 99 * 1024))
+    kernels = moe_prefill.MoePrefill(
+        card, PaperCompiler("sm_86"), MoeSizes(256, 8, 512, True), 256, 2048
+    )
+    for kind, columns in ((Q4_K, 128), (F16, 64)):
+        unit_bytes = 4 * kind.tile_bytes
+        assert kernels._tile_columns(16384, epilogue, unit_bytes) == columns
+        assert kernels._rings(columns, unit_bytes).chunk_stages >= 2
 
 
 Formats = tuple[str, str, str]
@@ -290,7 +303,7 @@ def test_a_prompt(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             layer.prefill,
             "_tile_columns",
-            lambda _, epilogue, columns=columns: min(columns, 128) if epilogue == GATE else columns,
+            lambda _, epilogue, __, most=columns: min(most, 128) if epilogue == GATE else most,
         )
         np.testing.assert_array_equal(layer.many(range(ROWS)), whole)
         for rows in cuts:

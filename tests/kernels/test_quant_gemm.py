@@ -14,9 +14,9 @@ pytest.importorskip("cuda.core")
 
 from daemon.kernels import quant_gemm
 from daemon.kernels.quant_activations import CHUNKS, ActivationKernels
-from daemon.kernels.quant_gemm import STORE_HALF, GemmKernels
+from daemon.kernels.quant_gemm import MIN_CHUNK_STAGES, STORE_HALF, GemmKernels, choose_rings
 from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU
-from daemon.kernels.quant_pack import F16, F32, Packer, RawMatrix
+from daemon.kernels.quant_pack import F16, F32, FORMATS, Packer, RawMatrix
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
@@ -40,6 +40,16 @@ def test_compiles_with_few_spills_and_no_serialized_products(arch: str, epilogue
     report = Compiler(arch, None).report(quant_gemm.SOURCE, defines)
     assert report.kernels["quant_gemm"].spill_bytes <= 40
     assert not report.serialized_wgmma
+
+
+@pytest.mark.parametrize("limit", [99 * 1024, 163 * 1024, 227 * 1024])
+def test_rings_fit_the_shared_memory_of_every_card(limit: int) -> None:
+    is_hopper, room = limit > 200 * 1024, limit - quant_gemm.STATIC_SHARED_BYTES
+    for kind in {format.kept_as for format in FORMATS.values()}:
+        for columns in (64, 128, 256) if is_hopper else (64, 128):
+            rings = choose_rings(room, columns, 4 * kind.tile_bytes, is_hopper)
+            assert rings.chunk_stages >= MIN_CHUNK_STAGES
+            assert rings.num_bytes <= limit
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
