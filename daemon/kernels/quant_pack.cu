@@ -4,8 +4,8 @@
 // 2^14 and more: bf16 is exact down to 2^-31 of that value, and off by 2^-39 of it at most below;
 // float32, as two values of fp16, is right to 2^-22 of itself, or that bound.
 //
-// Grid (ceil(rows / 8), y), 256 threads: a block moves 8 rows x 256 columns at a time, all of their
-// columns if y is 1. Bound by the copy to the card that precedes it (PCIe), not by this kernel.
+// Grid (ceil(rows / 8), y), 256 threads: a block moves 8 rows x 256 columns at a time, and one of y
+// shares of the columns. Bound by the copy to the card that precedes it (PCIe), not by this kernel.
 // Macros: TYPE (a QuantType), FROM (of F16: 0 fp16, 1 bf16 in the file; of F32: 2).
 #include "quant_blocks.cuh"
 

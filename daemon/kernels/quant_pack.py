@@ -26,6 +26,8 @@ PARAMETERS = ("pointer", "pointer", "int32", "int32", "int32")
 
 STRIPE_ROWS = 64
 BLOCK_COLUMNS = 256
+SCALED_BLOCKS = 16
+"""Of 256 columns, that a thread block repacks after it has read whole rows for their factors."""
 
 
 class QuantType(NamedTuple):
@@ -207,7 +209,8 @@ class Packer:
             rows = part.rows_between(start, min(start + run, part.rows))
             first_stripe = start * (1 if pairing < 0 else 2) // format.kept_as.stripe_rows
             target = tiles.rows(first_stripe, tiles.shape[0])
-            grid = (-(-rows.rows // 8), 1 if format.is_scaled else blocks, 1)
+            shares = -(-blocks // SCALED_BLOCKS) if format.is_scaled else blocks
+            grid = (-(-rows.rows // 8), shares, 1)
             self._uploader.send(
                 rows.rows * row_bytes,
                 partial(write_readable, rows),

@@ -77,7 +77,12 @@ def routed(load: Callable[..., Loaded]) -> Loaded:
 
 @pytest.mark.parametrize(
     ("mix", "form"),
-    [("q4_k_m", PLAIN), ("iq4_xs", PLAIN), ("bf16", Form(fused_gate_up=True))],
+    [
+        ("q4_k_m", PLAIN),
+        ("iq4_xs", PLAIN),
+        ("bf16", Form(fused_gate_up=True)),
+        ("f32", Form(fused_gate_up=True)),
+    ],
 )
 def test_logits_are_close_where_every_expert_is_used(
     load: Callable[..., Loaded], mix: str, form: Form
