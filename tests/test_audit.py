@@ -12,6 +12,7 @@ from engine.tape_model import continuation
 
 from daemon.audit import AuditCounts, AuditedEngine
 from daemon.checkpoint import Boundary
+from daemon.engine.batch import Batch
 from daemon.engine.requests import (
     Deliver,
     Event,
@@ -23,7 +24,7 @@ from daemon.engine.requests import (
     TokenSampled,
 )
 from daemon.engine.scheduler import MAX_IDLE, Limits
-from daemon.errors import EngineStopped
+from daemon.errors import DeviceError, EngineStopped
 
 
 class Door:
@@ -222,3 +223,18 @@ def test_a_checkpoint_that_went_meanwhile_is_compared_all_the_same() -> None:
     rig.audit.submit(request, forget)
     rig.harness.run()
     assert rig.audit.counts().num_compared == 1
+
+
+def test_an_audit_that_fails_is_given_up_and_costs_no_answer() -> None:
+    rig = Rig()
+    rig.ask(prompt())
+
+    def fail_audits(batch: Batch) -> None:
+        if all(span.start == 0 for span in batch.spans):
+            raise DeviceError("no")
+
+    rig.harness.model.before_batch = fail_audits
+    events = rig.ask(prompt())
+    assert isinstance(events[-1], Finished)
+    counts = rig.audit.counts()
+    assert (counts.num_abandoned, counts.num_waiting, counts.num_compared) == (1, 0, 0)
