@@ -3,6 +3,7 @@
 Runs on the main thread; the model itself is loaded on the engine's thread, which will own it.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -45,6 +46,8 @@ from daemon.text.prompt_history import FrameShape, PastPrompt, PromptHistory
 from daemon.text.template import FRAME_END, FRAME_START, ChatTemplate
 from daemon.text.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 STATE_VERSION = 1
 """Counts changes to the layout or the arithmetic of states; a new one makes old ones unusable."""
 
@@ -78,6 +81,7 @@ class Daemon:
 
     def __exit__(self, *_: object) -> None:
         """End running requests, keep their work, write what is queued."""
+        logger.info("stopping: requests end, their work is kept; idle work is dropped")
         self.engine.stop()
         self.service.constrainer.close()
         if self.cache is not None:

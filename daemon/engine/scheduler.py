@@ -262,7 +262,7 @@ class Scheduler:
         known = resident.pages if resident else ()
         # One page beyond the prompt, so that the first decoded page never preempts at once.
         count = sequence.num_pages_needed + 1 - len(known)
-        pages = self._find_pages(count, after=known, is_idle=sequence.is_idle_work)
+        pages = self._find_pages(count, after=known, spare_newest=not sequence.is_kept)
         if pages is None:
             if resident is not None:
                 self._residents_of(sequence).add(resident)
@@ -281,11 +281,11 @@ class Scheduler:
         return residents.take(sequence.tokens, sequence.cached_limit, self.strict)
 
     def _find_pages(
-        self, count: int, after: tuple[int, ...] = (), is_idle: bool = False
+        self, count: int, after: tuple[int, ...] = (), spare_newest: bool = False
     ) -> tuple[int, ...] | None:
-        """Free pages, in place of residents if need be; idle work leaves the newest of them."""
+        """Free pages, in place of residents if need be; audits leave the newest of them."""
         while (pages := self.pages.take(count, after)) is None:
-            if not self._free_oldest_resident(spare_newest=is_idle):
+            if not self._free_oldest_resident(spare_newest):
                 return None
         return pages
 

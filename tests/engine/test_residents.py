@@ -10,7 +10,15 @@ from memory_store import MemoryStore
 from tape_harness import TapeHarness, small_limits
 from tape_model import continuation
 
-from daemon.engine.requests import Event, Finished, Started
+from daemon.checkpoint import Boundary
+from daemon.engine.requests import (
+    Event,
+    Finished,
+    GenerationRequest,
+    Priority,
+    Started,
+    TokenSampled,
+)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -36,6 +44,43 @@ def talk(harness: TapeHarness, tokens: list[int], count: int = 70) -> tuple[list
     assert isinstance(started, Started)
     assert reply(events) == continuation(tokens, count)
     return [*tokens, *reply(events)], started
+
+
+def submit_idle(
+    harness: TapeHarness, number: int, priority: Priority, tokens: list[int]
+) -> list[Event]:
+    events: list[Event] = []
+    request = GenerationRequest(
+        id=f"{priority} {number}",
+        tokens=tuple(tokens),
+        boundaries=(Boundary(len(tokens), "user"),),
+        max_tokens=int(priority == "audit"),
+        priority=priority,
+    )
+    harness.engine.add(request, events.append)
+    return events
+
+
+def settle(harness: TapeHarness) -> None:
+    """Until nobody waits for anything."""
+    while any(not sequence.is_idle_work for sequence in harness.engine.sequences.values()):
+        harness.step()
+    harness.step()
+
+
+def test_the_next_turn_takes_the_newest_residents_place_and_an_audit_does_not() -> None:
+    harness = harness_of(num_pages=20, store=MemoryStore())
+    talk(harness, prompt(650), count=1)
+    (resident,) = harness.scheduler.residents._residents
+    audit = submit_idle(harness, 0, "audit", prompt(700))
+    for _ in range(20):
+        harness.step()
+    assert audit == []
+    assert harness.scheduler.residents._residents == [resident]
+    ahead = submit_idle(harness, 0, "next", prompt(700, seed=1))
+    while not any(isinstance(event, Finished) for event in ahead):
+        harness.step()
+    assert [r.position for r in harness.scheduler.residents._residents] == [640]
 
 
 def test_the_next_request_goes_on_without_a_copy() -> None:
@@ -142,6 +187,7 @@ def test_any_order_of_conversations_gives_the_right_replies(data: st.DataObject)
     harness.model.read_steps = data.draw(st.integers(0, 5))
     harness.model.write_steps = data.draw(st.integers(0, 5))
     histories: list[list[int]] = [prompt(100, seed=seed) for seed in range(3)]
+    audits: list[tuple[list[int], list[Event]]] = []
     for number in range(6):
         index = data.draw(st.integers(0, 2))
         cut = data.draw(st.sampled_from([None, 64, 128, 200]))
@@ -149,10 +195,22 @@ def test_any_order_of_conversations_gives_the_right_replies(data: st.DataObject)
         count = data.draw(st.integers(1, 100))
         events = harness.submit(asked[:800], max_tokens=count, boundaries=[len(asked[:800])])
         if data.draw(st.booleans()):
-            harness.run()
+            audits.append((asked[:800], submit_idle(harness, number, "audit", asked[:800])))
+        if data.draw(st.booleans()):
+            submit_idle(harness, number, "next", [*asked[:700], *prompt(64, seed=number)])
+        if data.draw(st.booleans()):
+            settle(harness)
             assert reply(events) == continuation(asked[:800], count)
             histories[index] = [*asked[:800], *reply(events)]
+    settle(harness)
+    for _ in range(data.draw(st.sampled_from([0, 30, 100]))):
+        harness.step()
+    for name in [name for name in harness.engine.sequences if name.startswith("audit")]:
+        harness.engine.cancel(name)
     harness.run()
+    for tokens, events in audits:
+        sampled = [event.token for event in events if isinstance(event, TokenSampled)]
+        assert sampled in ([], continuation(tokens, 1))
     while harness.scheduler._free_oldest_resident():
         pass
     harness.assert_all_places_are_free()
