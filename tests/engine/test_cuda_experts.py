@@ -10,6 +10,7 @@ from truths import (
     check_batched_equals_alone,
     check_resumed_equals_cold,
     cold,
+    random_prompts,
 )
 
 from benchmarks.model_sizes import TINY_MOE, ModelSizes
@@ -31,12 +32,7 @@ ALL_USED = resized(SMALL, experts=6, experts_used=6, shared_dim=512)
 
 
 def prompts() -> Golden:
-    rng = np.random.default_rng(1)
-    lengths = (40, 1, 65, 130, 20, 200, 64, 700)
-    return {
-        f"{i}_ids": rng.integers(0, SMALL.vocab, length).astype(np.int32)
-        for i, length in enumerate(lengths)
-    }
+    return random_prompts(SMALL.vocab)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from builders import SMALL_MOE, write_model
 from engine_harness import EngineHarness
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,11 +16,15 @@ from truths import (
     check_greedy_tokens,
     check_resumed_equals_cold,
     cold,
+    random_prompts,
 )
 
 from daemon.checkpoint import PAGE_TOKENS
+from daemon.engine.backends.numpy_backend import NumpyBackend
 from daemon.engine.model.model import Model
 from daemon.engine.requests import SamplingParams
+from daemon.engine.weights.gguf import open_gguf
+from daemon.engine.weights.loader import load_model, model_shape
 
 DECODED_STATE_BOUND = 0.05
 """Largest difference of a logit between a resumed decode-born state and a cold evaluation."""
@@ -71,6 +76,19 @@ def test_edited_prompts_equal_cold(
 
 def test_batched_equals_alone(tiny_coder: Model, golden: Golden) -> None:
     check_batched_equals_alone(tiny_coder, golden)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Random, of the reference backend."""
+    file = open_gguf(write_model(tmp_path_factory.mktemp("experts") / "random.gguf", SMALL_MOE))
+    return load_model(file, NumpyBackend(model_shape(file).rms_eps))
+
+
+def test_experts_too_are_batched_as_alone_and_resumed_as_cold(experts: Model) -> None:
+    prompts = random_prompts(SMALL_MOE.vocab)
+    check_batched_equals_alone(experts, prompts)
+    check_resumed_equals_cold(experts, prompts, 640)
 
 
 def test_sampled_reply_is_the_same_alone_and_in_company(tiny_coder: Model, golden: Golden) -> None:

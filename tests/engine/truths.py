@@ -9,6 +9,16 @@ from daemon.engine.model.model import Model
 Golden = dict[str, np.ndarray]
 
 
+def random_prompts(vocab: int) -> Golden:
+    """As many prompts as the golden file has; two of those batched together are equally long."""
+    rng = np.random.default_rng(1)
+    lengths = (40, 1, 65, 130, 20, 200, 64, 700)
+    return {
+        f"{i}_ids": rng.integers(0, vocab, length).astype(np.int32)
+        for i, length in enumerate(lengths)
+    }
+
+
 def cold(model: Model, tokens: np.ndarray, max_tokens: int = 8) -> tuple[np.ndarray, list[int]]:
     """Logits of the prompt's last row and the greedy reply, with nothing to resume from."""
     harness = EngineHarness(model, MemoryStore(interval=10**9))
