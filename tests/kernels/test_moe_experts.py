@@ -1,7 +1,8 @@
 """Experts of a few rows and of a prompt: right, and the same bits whoever else is in the batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ from daemon.kernels.moe_pack import (
 )
 from daemon.kernels.moe_route import MoeRoute, MoeSizes, RouteLists, RowLines
 from daemon.kernels.quant_gemv import STORE, SWIGLU, WITHOUT_COPY_ENGINE
-from daemon.kernels.quant_pack import F16, F32, Q4_K, Packer, RawMatrix
-from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
+from daemon.kernels.quant_pack import F16, F32, Q4_K, Q6_K, Packer, QuantType, RawMatrix
+from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler, Cubin
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.paper_device import Card, PaperCompiler, PaperDevice
 
@@ -42,6 +43,42 @@ def test_a_team_has_a_warp_for_each_block_of_k() -> None:
     assert choose_team(12, 16) == Team(12, 1, 1)
     assert choose_team(20, 16) == Team(10, 1, 2)
     assert choose_team(12, 8) == Team(6, 1, 2)
+
+
+class Macros(PaperCompiler):
+    """Notes what kernels are asked for."""
+
+    def __init__(self, arch: str) -> None:
+        super().__init__(arch)
+        self.asked: list[Mapping[str, str | int]] = []
+
+    def cubin(self, source: Path, defines: Mapping[str, str | int] | None = None) -> Cubin:
+        self.asked.append(defines or {})
+        return super().cubin(source, defines)
+
+
+@pytest.mark.parametrize("kind", [Q4_K, Q6_K, F16, F32], ids=["q4_k", "q6_k", "f16", "f32"])
+@pytest.mark.parametrize("limit", [99 * 1024, 163 * 1024, 227 * 1024])
+@pytest.mark.parametrize(
+    ("sizes", "width"),
+    [(MoeSizes(256, 8, 2048, True), 512), (MoeSizes(512, 10, 4096, True), 1024)],
+    ids=["35b-a3b", "397b-a17b"],
+)
+def test_decode_has_a_ring_on_every_card(
+    sizes: MoeSizes, width: int, limit: int, kind: QuantType
+) -> None:
+    card, compiler = PaperDevice(Card("a card", "sm_86", 84, limit)), Macros("sm_86")
+    kernels = moe_decode.MoeDecode(card, compiler, sizes, width)
+    lists = RouteLists.allocate(card, sizes)
+    nowhere = card.allocate((1,), np.uint8)
+    gate_up = ExpertMatrix(kind, nowhere, sizes.num_experts, width, sizes.columns)
+    down = ExpertMatrix(kind, nowhere, sizes.num_experts, sizes.columns, width)
+    for rows in (1, 16):
+        residual = card.allocate((rows, sizes.columns), np.float32)
+        gated = GatedExperts((gate_up, gate_up), width)
+        kernels.gate_up(gated, gated, nowhere, lists, rows)
+        kernels.down(down, down, lists, residual)
+    assert all(int(macros["SLOTS"]) > 0 for macros in compiler.asked)
 
 
 def test_what_lies_apart_takes_two_launches() -> None:
