@@ -71,7 +71,7 @@ def test_before_a_new_question_the_thinking_is_dropped(make_api: MakeApi, text: 
     history = [QUESTION, call_message("Look first."), RESULT]
     prompt, ahead = ask(api, history, tools=[TOOL])
     assert ahead is not None
-    assert (ahead.priority, ahead.max_tokens) == ("idle", 0)
+    assert (ahead.priority, ahead.max_tokens) == ("next", 0)
     assert ahead.boundaries[-1].position == len(ahead.tokens)
     assert "think" in text.tokenizer.decode(prompt.tokens)
     assert "think" not in text.tokenizer.decode(ahead.tokens)

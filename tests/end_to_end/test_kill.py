@@ -17,8 +17,8 @@ import pytest
 from daemon_process import DaemonProcess, StartDaemon
 from qwend_clients.inspect_cache import StoreView, read_store
 
-FLAGS = ("--strict", "--checkpoint-interval", "64", "--ctx", "8192")
-"""Many checkpoints."""
+FLAGS = ("--strict", "--checkpoint-interval", "64", "--ctx", "8192", "--cache-ram", "256M")
+"""Many checkpoints; and no more memory than lets many daemons run side by side."""
 
 ROOMS = ("64M", "4G")
 """So little room that old ones are evicted all the time; so much that none ever is."""
