@@ -28,4 +28,6 @@ def test_resumed_requests_are_compared_however_they_were_sampled(
         assert [len(token["top_logprobs"]) for token in listed] == [2] * len(listed)
         daemon.wait_until(lambda stats: stats["store"]["audit"]["num_compared"] == 2)
         audit = daemon.stats()["store"]["audit"]
+        again = daemon.http.post("/v1/chat/completions", json=body()).json()
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 300, "it stays"
     assert (audit["num_mismatches"], audit["num_waiting"], audit["num_abandoned"]) == (0, 0, 0)

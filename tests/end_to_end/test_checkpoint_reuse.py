@@ -123,15 +123,3 @@ def positions(store: Path) -> set[int]:
         for session in document["sessions"]
         for checkpoint in session["checkpoints"]
     }
-
-
-def test_audited_checkpoints_equal_a_cold_evaluation(start_daemon: StartDaemon) -> None:
-    with start_daemon("--audit-share", "1") as daemon:
-        for _ in range(2):
-            ask(daemon, first_prompt(), max_tokens=2)
-        daemon.wait_until(lambda stats: stats["store"]["audit"]["num_compared"] == 1)
-        audit = daemon.stats()["store"]["audit"]
-        assert audit == {
-            "share": 1.0, "num_compared": 1, "num_mismatches": 0, "num_abandoned": 0,
-        }  # fmt: skip
-        assert ask(daemon, first_prompt(), max_tokens=2)[2] > 1_000
