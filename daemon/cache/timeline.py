@@ -9,6 +9,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
+from msgspec import Struct
+
 from daemon.cache import policy
 from daemon.cache.prefix_hash import PrefixChain
 from daemon.cache.records import NO_PARENT, ON_GRID, VARIANT_BYTES, PageHeader, StateHeader
@@ -16,6 +18,14 @@ from daemon.cache.records import state_key as key_of_state
 from daemon.cache.transfer import Transfer
 from daemon.cache.write_queue import QueuedPage, QueuedState
 from daemon.checkpoint import PAGE_TOKENS, Birth, Boundary, Found, HostBytes, Reason, Snapshot
+
+
+class Trail(Struct, frozen=True):
+    """How a run came to its last page: enough to name the pages that follow."""
+
+    num_pages: int
+    last_variant: bytes
+    born: Birth
 
 
 class StoredTimeline:
@@ -77,12 +87,14 @@ class StoredTimeline:
         pages = range(min(len(mine), len(theirs)))
         return PAGE_TOKENS * bisect_left(pages, True, key=lambda i: mine[i] != theirs[i])
 
-    def follow(
-        self, other: "StoredTimeline", position: int, born: Birth, num_grid_pages: int
-    ) -> None:
-        """Go on from the pages of another timeline, which still lie on the device."""
+    def trail(self, position: int, born: Birth, num_grid_pages: int) -> Trail:
+        """What the pages up to `position` are called, for whoever goes on from them."""
         num_pages = position // PAGE_TOKENS
-        self._start_run(num_pages, other._variant(num_pages - 1, num_grid_pages), born)
+        return Trail(num_pages, self._variant(num_pages - 1, num_grid_pages), born)
+
+    def follow(self, trail: Trail) -> None:
+        """Go on from the pages of another timeline, which still lie on the device."""
+        self._start_run(trail.num_pages, trail.last_variant, trail.born)
 
     def positions(self, boundaries: Sequence[Boundary], start: int) -> Mapping[int, Reason]:
         """Where, after `start`, a checkpoint is wanted: none that is as good is stored there.

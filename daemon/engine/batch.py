@@ -47,7 +47,10 @@ class Span(Struct, frozen=True):
 
 
 class Batch(Struct, frozen=True):
-    """Spans that are evaluated together, all of one kind. No slot or page occurs twice."""
+    """Spans that are evaluated together, all of one kind.
+
+    No slot occurs twice. A page before a span's start may be another's too: nobody writes it.
+    """
 
     kind: Literal["prefill", "decode"]
     spans: tuple[Span, ...]

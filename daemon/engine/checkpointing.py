@@ -33,9 +33,13 @@ class Timeline(Protocol):
         """Tokens, in whole pages, that this one and another timeline of this store begin with."""
         ...
 
-    def follow(self, other: Any, position: int, born: Birth, num_grid_pages: int) -> None:
-        """Go on from the pages that another timeline of this store, with the same tokens up to
-        `position`, made there or restored; see `Snapshot`."""
+    def trail(self, position: int, born: Birth, num_grid_pages: int) -> Any:
+        """What the pages up to `position`, which this sequence made or restored, are called in the
+        store, whatever becomes of them here; see `Snapshot`."""
+        ...
+
+    def follow(self, trail: Any) -> None:
+        """Go on from the pages of another timeline of this store that begins alike."""
         ...
 
     def positions(self, boundaries: Sequence[Boundary], start: int) -> Mapping[int, Reason]:
@@ -103,7 +107,10 @@ class NoTimeline:
         """Nothing that would be found."""
         return 0
 
-    def follow(self, other: Any, position: int, born: Birth, num_grid_pages: int) -> None:
+    def trail(self, position: int, born: Birth, num_grid_pages: int) -> None:
+        """Nothing has a name."""
+
+    def follow(self, trail: Any) -> None:
         """Nothing to remember."""
 
     def positions(self, boundaries: Sequence[Boundary], start: int) -> Mapping[int, Reason]:

@@ -4,7 +4,6 @@ Token ids in, token ids out; knows no text, no HTTP and no disk. Owns the sequen
 scheduler, all places on the device. Runs on one thread, which `engine_thread` provides.
 """
 
-import logging
 import time
 from collections.abc import Callable
 
@@ -29,9 +28,6 @@ from daemon.engine.saving import Saving
 from daemon.engine.scheduler import Scheduler, Work
 from daemon.engine.sequence import Phase, Sequence
 from daemon.errors import DeviceError, DeviceLost, QwendError
-
-logger = logging.getLogger(__name__)
-
 
 KEEP_EVERY_MS = 20_000.0
 
@@ -72,9 +68,7 @@ class StepEngine:
         self.canonical = canonical
         self.sequences: dict[str, Sequence] = {}
         self.saving = Saving(model.backend, wake)
-        self.restoring = Restoring(
-            model.backend, self.saving, strict=strict, start=self._start, wake=wake
-        )
+        self.restoring = Restoring(model.backend, scheduler, self.saving, strict, self._start, wake)
         self.outbox = Outbox()
         self.keep_every_ms = KEEP_EVERY_MS
         store.expect(*self.backend.snapshot_sizes, self.backend.host_buffer)
@@ -117,7 +111,10 @@ class StepEngine:
         """
         self.saving.forget_done()
         num_admitted = self._admit()
-        num_restored = self.restoring.advance(self.scheduler.running)
+        num_restored = self.restoring.advance()
+        while (victim := self.scheduler.make_room()) is not None:
+            self._keep_interrupted(victim)
+            self.scheduler.preempt(victim)
         decode = self.scheduler.plan_decode()
         if decode is not None:
             self._run(decode)
@@ -147,12 +144,34 @@ class StepEngine:
         while True:
             for sequence in self.scheduler.admit():
                 num_admitted += 1
-                self.restoring.begin(sequence, self.scheduler.running)
+                self.restoring.take_state(sequence)
+                self._take_over_idle_work(sequence)
+                self.restoring.begin(sequence)
+            self._note_followers()
             idle = self.scheduler.in_the_way()
             if idle is None:
                 return num_admitted
-            self._keep_interrupted(idle)
-            self.scheduler.preempt(idle)
+            self._set_aside(idle)
+
+    def _note_followers(self) -> None:
+        now_s = time.perf_counter()
+        for sequence in self.scheduler.followers:
+            if sequence.follows_since_s is None:
+                sequence.follows_since_s = now_s
+
+    def _take_over_idle_work(self, sequence: Sequence) -> None:
+        """Idle work that is going the way of a request, and not ahead of it, is done by that."""
+        for idle in [s for s in self.scheduler.running if s.is_idle_work and s.is_kept]:
+            is_behind = idle.timeline.shared_with(sequence.timeline) > idle.num_evaluated
+            if is_behind and not sequence.is_idle_work:
+                self._set_aside(idle)
+
+    def _set_aside(self, idle: Sequence) -> None:
+        """Idle work gives up its places; what it has done stays."""
+        self._keep_interrupted(idle)
+        if idle.is_kept:
+            self.scheduler.leave_resident(idle)
+        self.scheduler.preempt(idle)
 
     def _run(self, work: Work) -> None:
         began = time.perf_counter()
@@ -234,7 +253,9 @@ class StepEngine:
             sequence.was_started = True
             sequence.num_cached = position
             restored = sequence.found if position else None
-            sequence.deliver(Started(sequence.num_prompt, position, restored))
+            since_s = sequence.follows_since_s
+            followed_ms = None if since_s is None else (time.perf_counter() - since_s) * 1e3
+            sequence.deliver(Started(sequence.num_prompt, position, restored, followed_ms))
         if not sequence.request.max_tokens and sequence.goal <= position:
             self._finish(sequence, "length")
 
@@ -248,7 +269,8 @@ class StepEngine:
             if span.captures and self.scheduler.limits.max_residents:
                 last = span.captures[-1]
                 self._hold(sequence, last.slot, last.position)
-        self._release_captures(work)
+            left = [c for c in span.captures if self.scheduler.leave_junction(sequence, c)]
+            self.scheduler.give_back(c for c in span.captures if c not in left)
 
     def _keep_on_the_way(self, sequence: Sequence, span: Span) -> None:
         """A slow prompt is kept by time too: a kill costs no more than these seconds."""
@@ -276,6 +298,7 @@ class StepEngine:
         is_new = done > sequence.num_restored
         if sequence.phase is Phase.PREFILL and done % PAGE_TOKENS == 0 and is_new:
             self.saving.begin(sequence, done, sequence.slot, sequence.born, "interrupted")
+            self._hold(sequence, sequence.slot, done)
         elif sequence.phase is Phase.DECODE:
             self._save_reply(sequence)
 

@@ -65,12 +65,14 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
 class Started(Struct, frozen=True, tag=True):
     """Evaluation begins; `num_cached_tokens` of the prompt are not evaluated again.
 
-    `restored` is the checkpoint that they come from.
+    `restored` is the checkpoint that they come from. `followed_ms`: how long the request waited for
+    another one to evaluate what both begin with; None: it went on from none in flight.
     """
 
     num_prompt_tokens: int
     num_cached_tokens: int
     restored: Found | None = None
+    followed_ms: float | None = None
 
 
 class Progress(Struct, frozen=True, tag=True):

@@ -1,102 +1,127 @@
-"""What a sequence begins with, once it has its places: a checkpoint, what lies there, or nothing.
+"""How a sequence that has its places begins: on the device, from the store, or with token 0.
 
-Owns the way from there to the first token to evaluate: waiting for a better checkpoint that is
-being made, reading the best one, and letting it go to the device, beside the steps. Engine thread
-only.
+Owns the choice and the way there: what the device has may be used at once, a checkpoint is read by
+the store, then goes to the device while the engine goes on. Engine thread only.
 """
 
 import logging
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from daemon.checkpoint import Found, Snapshot
 from daemon.engine.backends.backend import Backend, Writing
-from daemon.engine.memory.residents import Resident
+from daemon.engine.memory.residents import Branch
 from daemon.engine.saving import Saving
+from daemon.engine.scheduler import Scheduler
 from daemon.engine.sequence import Phase, Sequence
-from daemon.engine.siblings import Siblings
 from daemon.errors import DeviceLost
 
 logger = logging.getLogger(__name__)
 
 
 class Restoring:
-    """Sequences in Phase.RESTORING, and how they leave it.
+    """Sequences on their way from their places to their first step.
 
     Args:
         strict: restore only states that were born by prompt evaluation.
-        start: called with a sequence whose slot and pages have so many tokens.
-        wake: called, on any thread, when a checkpoint has been read or is on its way to the device.
+        start: called with a sequence and the position at which its evaluation begins.
+        wake: called, on any thread, when there is more to do.
     """
 
     def __init__(
         self,
         backend: Backend,
+        scheduler: Scheduler,
         saving: Saving,
-        *,
         strict: bool,
         start: Callable[[Sequence, int], None],
         wake: Callable[[], None],
     ) -> None:
         self.strict = strict
         self._backend = backend
+        self._scheduler = scheduler
         self._saving = saving
-        self._siblings = Siblings()
         self._start = start
         self._wake = wake
 
-    def begin(self, sequence: Sequence, running: Collection[Sequence]) -> None:
-        """Begin to read the best checkpoint, or begin at token 0 when there is none."""
+    def take_state(self, sequence: Sequence) -> None:
+        """Copy the state of the branch that the scheduler chose, before its owner goes on."""
+        if sequence.branch is not None and sequence.branch.slot != sequence.slot:
+            self._backend.copy_slot(sequence.branch.slot, sequence.slot)
+
+    def begin(self, sequence: Sequence) -> None:
+        """Begin to read the best checkpoint, or begin with what is there already, or at token 0."""
         if not sequence.is_kept:
-            self._start_audit(sequence)
+            self._begin_audit(sequence)
             return
+        # The best may be on its way to the store, or the timeline in use: then `advance` tries.
         sequence.phase = Phase.RESTORING
-        if self._saving.concerns(sequence):
+        if self._saving.has_own(sequence):
             return
         strict = self.strict or sequence.is_idle_work
         found = sequence.timeline.find(sequence.cached_limit, strict)
-        start = found.position if found else 0
-        if self._siblings.follow_one(sequence, running, start, strict):
-            return
-        resident, sequence.resident = sequence.resident, None
-        # What the store no longer has was evicted, or wiped: the device must not remember it.
-        if resident is not None and found is not None and found.position == resident.position:
-            self._go_on(sequence, resident, found)
+        num_coming = self._saving.furthest(sequence, strict)
+        if sequence.branch is not None:
+            if _is_best(sequence.branch, found, num_coming):
+                self._go_on(sequence, sequence.branch, found)
+                return
+            if not self._leave_branch(sequence, sequence.branch, max(_end(found), num_coming)):
+                return
+        if num_coming > _end(found):
             return
         sequence.found = found
         boundaries = sequence.request.boundaries
         if not sequence.request.max_tokens and not sequence.timeline.positions(boundaries, 0):
-            self._start(sequence, start)
+            self._start(sequence, _end(found))
         elif found is None:
             self._start_cold(sequence)
         else:
             sequence.restoring = sequence.timeline.load(found)
             sequence.restoring.add_done_callback(lambda _: self._wake())
 
-    def advance(self, running: Collection[Sequence]) -> int:
+    def advance(self) -> int:
         """Put checkpoints that have been read onto the device, and begin with those that are on
         their way there; counts them."""
-        restoring = [sequence for sequence in running if sequence.phase is Phase.RESTORING]
-        return sum(self._advance(sequence, running) for sequence in restoring)
+        restoring = [s for s in self._scheduler.running if s.phase is Phase.RESTORING]
+        return sum(self._advance(sequence) for sequence in restoring)
 
-    def _advance(self, sequence: Sequence, running: Collection[Sequence]) -> bool:
+    def _advance(self, sequence: Sequence) -> bool:
         if sequence.restoring is not None:
             if not sequence.restoring.done():
                 return False
-            self._write(sequence, sequence.restoring, running)
+            self._write(sequence, sequence.restoring)
         elif sequence.writing is not None:
             if not sequence.writing.given.done():
                 return False
             self._start_restored(sequence, sequence.writing)
-        elif self._siblings.awaits(sequence) or self._saving.concerns(sequence):
-            return False
         else:
-            self.begin(sequence, running)
+            self.begin(sequence)
+            return sequence.phase is not Phase.RESTORING or sequence.restoring is not None
         return True
 
-    def _write(
-        self, sequence: Sequence, read: Future[Snapshot | None], running: Collection[Sequence]
-    ) -> None:
+    def _go_on(self, sequence: Sequence, branch: Branch, found: Found | None) -> None:
+        """Begin from what lies on the device: the sequence has its pages and its state already."""
+        position, born = branch.position, branch.born
+        sequence.born, sequence.num_grid_pages = born, branch.num_grid_pages
+        sequence.timeline.follow(branch.trail)
+        is_stored = found is not None and found.position == position
+        reason = found.reason if found is not None and is_stored else "junction"
+        sequence.found = Found(position, born, reason, "device")
+        if branch.is_in_flight and sequence.follows_since_s is None:
+            sequence.follows_since_s = time.perf_counter()
+        self._start(sequence, position)
+
+    def _leave_branch(self, sequence: Sequence, branch: Branch, num_stored: int) -> bool:
+        """Go on from the store instead; False when the sequence has to wait for places again."""
+        if num_stored < branch.position:
+            self._scheduler.forget_branch(branch)
+        if self._scheduler.leave_branch(sequence):
+            return True
+        self._scheduler.preempt(sequence)
+        return False
+
+    def _write(self, sequence: Sequence, read: Future[Snapshot | None]) -> None:
         """Let the snapshot that was read go to the device."""
         sequence.restoring = None
         error = read.exception()
@@ -104,7 +129,7 @@ class Restoring:
             logger.error("a checkpoint could not be read: %s", error)
             self._start_cold(sequence)
         elif (snapshot := read.result()) is None:
-            self.begin(sequence, running)
+            self.begin(sequence)
         else:
             pages = {sequence.pages[index]: content for index, content in snapshot.pages.items()}
             sequence.born, sequence.num_grid_pages = snapshot.born, snapshot.num_grid_pages
@@ -123,27 +148,32 @@ class Restoring:
             sequence.writing = None
             self._start_cold(sequence)
             return
-        assert sequence.found is not None
-        self._start(sequence, sequence.found.position)
+        self._start(sequence, _end(sequence.found))
 
-    def _go_on(self, sequence: Sequence, resident: Resident, found: Found) -> None:
-        """Begin from what lies on the device: the sequence has its pages and its state already."""
-        position, born = resident.position, resident.born
-        sequence.born, sequence.num_grid_pages = born, resident.num_grid_pages
-        sequence.timeline.follow(resident.timeline, position, born, resident.num_grid_pages)
-        sequence.found = Found(position, born, found.reason, "device")
-        self._start(sequence, position)
-
-    def _start_audit(self, sequence: Sequence) -> None:
-        """Begin at token 0, or where a part of such an evaluation of the same prompt has ended."""
-        resident, sequence.resident = sequence.resident, None
-        if resident is None:
+    def _begin_audit(self, sequence: Sequence) -> None:
+        """At token 0, or where a part of such an evaluation of the same prompt has ended."""
+        if sequence.branch is None:
             self._start_cold(sequence)
             return
-        sequence.num_grid_pages = resident.num_grid_pages
-        self._start(sequence, resident.position)
+        sequence.num_grid_pages = sequence.branch.num_grid_pages
+        self._start(sequence, sequence.branch.position)
 
     def _start_cold(self, sequence: Sequence) -> None:
         self._backend.clear_slot(sequence.slot)
         sequence.born, sequence.num_grid_pages = "prompt", 0
         self._start(sequence, 0)
+
+
+def _end(found: Found | None) -> int:
+    return 0 if found is None else found.position
+
+
+def _is_best(branch: Branch, found: Found | None, num_coming: int) -> bool:
+    """Whether to go on from the device: nothing longer is stored or on its way to the store.
+
+    What belongs to no running sequence is remembered as long as the store has it, and no longer: it
+    may have been wiped.
+    """
+    num_stored = max(_end(found), num_coming)
+    is_ahead = branch.is_in_flight and branch.position > num_stored
+    return is_ahead or branch.position == num_stored

@@ -28,6 +28,13 @@ class _Save(Struct, frozen=True):
     missing: tuple[int, ...]
     handed_over: Future[None]
 
+    def brings(self, sequence: Sequence, born: Birth) -> bool:
+        """Whether its pages are those of a sequence: its own, or computed alike on the grid."""
+        if self.sequence is sequence:
+            return True
+        shared = sequence.timeline.shared_with(self.sequence.timeline)
+        return self.born == born == "prompt" and shared >= self.position
+
 
 class Saving:
     """Begun in order, finished in order.
@@ -46,7 +53,7 @@ class Saving:
     ) -> None:
         """Save the state in `slot`, which is the sequence's at `position`; returns at once."""
         num_grid_pages = min(sequence.num_grid_pages, position // PAGE_TOKENS)
-        first = max((s.position for s in self._under_way if s.sequence is sequence), default=0)
+        first = max((s.position for s in self._under_way if s.brings(sequence, born)), default=0)
         missing = tuple(
             index
             for index in sequence.timeline.missing_pages(position, num_grid_pages)
@@ -58,13 +65,24 @@ class Saving:
         sequence.num_kept = max(sequence.num_kept, position)
         reading.add_done_callback(lambda read: self._hand_over(save, read))
 
-    def concerns(self, sequence: Sequence) -> bool:
-        """Whether something under way would be found by a sequence, or is its own."""
+    def has_own(self, sequence: Sequence) -> bool:
+        """Whether something of a sequence is under way: its timeline is in use."""
         self.forget_done()
-        return any(
-            save.sequence is sequence
-            or sequence.timeline.shared_with(save.sequence.timeline) >= save.position
-            for save in self._under_way
+        return any(save.sequence is sequence for save in self._under_way)
+
+    def furthest(self, sequence: Sequence, strict: bool) -> int:
+        """The position of the longest checkpoint under way that a sequence would find, or 0."""
+        self.forget_done()
+        limit = sequence.cached_limit
+        return max(
+            (
+                save.position
+                for save in self._under_way
+                if save.position <= limit
+                and (save.born == "prompt" or not strict)
+                and sequence.timeline.shared_with(save.sequence.timeline) >= save.position
+            ),
+            default=0,
         )
 
     def forget_done(self) -> None:

@@ -1,9 +1,10 @@
 """Who is evaluated in the next step. Pure host code: no device, no clock, no I/O.
 
 Decoding sequences come first, one token each; the rest of the token budget goes to prompts, to the
-one that has waited longest first, with a share for each further one so that none starves. Idle work
-is planned only while there is nothing else, the most urgent first. Owns the order of sequences and
-the free lists. Engine thread only.
+one that has waited longest first, with a share for each further one so that none starves. Who waits
+for what another one evaluates is passed over, and its places are kept for it. Idle work is planned
+only while there is nothing else, the most urgent first. Owns the order of sequences and the free
+lists. Engine thread only.
 """
 
 from bisect import insort_left, insort_right
@@ -14,8 +15,9 @@ from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS, Birth
 from daemon.engine.batch import Batch, Capture, Span
+from daemon.engine.following import Followers
 from daemon.engine.memory.kv_pages import KVPages
-from daemon.engine.memory.residents import Resident, Residents
+from daemon.engine.memory.residents import Branch, Resident, Residents, may_go_on
 from daemon.engine.memory.slots import Slots
 from daemon.engine.sequence import Phase, Sequence
 
@@ -32,7 +34,8 @@ MAX_AUDITED = 2
 class Limits(Struct, frozen=True):
     """`prefill_tokens` is the budget of one step for prompts, a multiple of PAGE_TOKENS.
 
-    `max_residents` ended sequences keep their pages until others need them.
+    `max_residents` prefixes stay on the device, when no sequence has them, until others need their
+    places: ended sequences, and places where one left another.
     """
 
     max_sequences: int
@@ -60,6 +63,13 @@ class Work(Struct, frozen=True):
     sequences: tuple[Sequence, ...]
 
 
+class Kept(Struct):
+    """Places that others ahead in the queue will need."""
+
+    num_sequences: int = 0
+    num_pages: int = 0
+
+
 class Scheduler:
     """Admits, plans, preempts. A sequence is either waiting or holds two slots and its pages.
 
@@ -77,6 +87,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.residents = Residents()
         self.audited = Residents()
+        self.followers = Followers(limits.prefill_tokens)
 
     @property
     def is_full(self) -> bool:
@@ -91,11 +102,25 @@ class Scheduler:
             self.waiting.append(sequence)
 
     def admit(self) -> list[Sequence]:
-        """Give places to waiting sequences, in order, while there are any."""
+        """Give places to waiting sequences, in order, while there are any.
+
+        The state at an admitted one's `branch` is to be copied into its slot at once.
+        """
         admitted = []
-        while self.waiting and self._place(self.waiting[0]):
-            admitted.append(self.waiting.popleft())
-        if self._is_idle_next() and self._place(self.idle[0]):
+        self.followers.look(self.running, self.waiting, self._start_of)
+        kept = Kept()
+        for sequence in tuple(self.waiting):
+            lead = self.followers.lead_of(sequence)
+            if lead is not None:
+                kept.num_sequences += 1
+                kept.num_pages += _num_places(sequence) - lead.split // PAGE_TOKENS
+            elif self._place(sequence, kept):
+                self.waiting.remove(sequence)
+                self.followers.forget(sequence)
+                admitted.append(sequence)
+            else:
+                break
+        if self._is_idle_next() and self._place(self.idle[0], kept):
             admitted.append(self.idle.pop(0))
         return admitted
 
@@ -107,7 +132,8 @@ class Scheduler:
 
     def in_the_way(self) -> Sequence | None:
         """Idle work on the device whose places something more urgent needs, after `admit`."""
-        if not self.waiting and not self._is_idle_next():
+        is_needed = any(not self.followers.lead_of(sequence) for sequence in self.waiting)
+        if not is_needed and not self._is_idle_next():
             return None
         return max((s for s in self.running if s.is_idle_work), key=_rank, default=None)
 
@@ -127,44 +153,42 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
             self._free_places(sequence)
+        self.followers.forget(sequence)
+        sequence.phase = Phase.ENDED
 
     def leave_resident(self, sequence: Sequence) -> None:
-        """Let an ending sequence's pages stay, with the state that it holds on the grid."""
+        """Let a leaving sequence's pages stay, with the state that it holds on the grid."""
         position = sequence.held
         if not position or not self.limits.max_residents:
             return
+        self._free_contained(sequence, position)
         slot, sequence.mark_slot = sequence.mark_slot, -1
         self._add_resident(sequence, position, slot, sequence.held_born)
 
-    def _add_resident(self, sequence: Sequence, position: int, slot: int, born: Birth) -> None:
-        residents = self._residents_of(sequence)
-        tokens = tuple(sequence.tokens[:position])
-        for contained in residents.take_contained(tokens):
-            self._free_resident(contained)
-        num_pages = position // PAGE_TOKENS
-        resident = Resident(
-            tokens=tokens,
-            pages=sequence.pages[:num_pages],
-            slot=slot,
-            born=born,
-            num_grid_pages=min(sequence.num_grid_pages, num_pages),
-            timeline=sequence.timeline,
-        )
-        sequence.pages = sequence.pages[num_pages:]
-        residents.add(resident)
-        limit = self.limits.max_residents if sequence.is_kept else MAX_AUDITED
-        while len(residents) > limit and (oldest := residents.take_oldest()):
-            self._free_resident(oldest)
+    def leave_junction(self, sequence: Sequence, capture: Capture) -> bool:
+        """Let the state of a capture stay, and its slot with it, if others go on from there."""
+        is_awaited = capture.position in self.followers.splits(sequence)
+        if not is_awaited or not self.limits.max_residents:
+            return False
+        self._add_resident(sequence, capture.position, capture.slot, sequence.born)
+        return True
 
-    def _residents_of(self, sequence: Sequence) -> Residents:
-        """What was evaluated without checkpoints is for others of its kind alone."""
-        return self.residents if sequence.is_kept else self.audited
+    def make_room(self) -> Sequence | None:
+        """Find pages for the next token of every decoding sequence.
+
+        Returns:
+            Who is to be preempted, where there are too few; then there is more to find.
+        """
+        for sequence in self._in_phase(Phase.DECODE):
+            while len(sequence.pages) < sequence.num_pages_needed:
+                more = self._find_pages(1, after=sequence.pages)
+                if more is None:
+                    return self._least_urgent()
+                sequence.pages += more
+        return None
 
     def plan_decode(self) -> Work | None:
-        """One token of every decoding sequence; may preempt the youngest to find a page."""
-        for sequence in self._in_phase(Phase.DECODE):
-            if sequence in self.running:
-                self._make_room(sequence)
+        """One token of every decoding sequence, for which there is room."""
         sequences = tuple(self._in_phase(Phase.DECODE))
         if not sequences:
             return None
@@ -222,15 +246,7 @@ class Scheduler:
         samples = end == sequence.num_known and sequence.request.max_tokens > 0
         return Span(tokens, start, sequence.slot, sequence.pages, tuple(captures), samples)
 
-    def _make_room(self, sequence: Sequence) -> None:
-        while len(sequence.pages) < sequence.num_pages_needed:
-            more = self._find_pages(1, after=sequence.pages)
-            if more is not None:
-                sequence.pages += more
-            elif self.preempt(self._least_urgent()) is sequence:
-                return
-
-    def preempt(self, sequence: Sequence) -> Sequence:
+    def preempt(self, sequence: Sequence) -> None:
         """Send a sequence back to the head of its queue; its reply becomes part of the prompt."""
         if not sequence.is_kept:
             self._leave_audit(sequence)
@@ -239,52 +255,87 @@ class Scheduler:
         sequence.phase = Phase.WAITING
         sequence.num_evaluated = 0
         sequence.mark = sequence.held = 0
-        sequence.resident = None
+        sequence.branch = None
         if sequence.is_idle_work:
             insort_left(self.idle, sequence, key=_rank)
         else:
             self.waiting.appendleft(sequence)
-        return sequence
 
     def _leave_audit(self, sequence: Sequence) -> None:
         """What an interrupted audit has done stays on the device until its places are needed."""
         done = sequence.num_evaluated
         if not done or done % PAGE_TOKENS or not self.limits.max_residents:
             return
+        self._free_contained(sequence, done)
         slot, sequence.slot = sequence.slot, -1
         self._add_resident(sequence, done, slot, sequence.born)
 
-    def _place(self, sequence: Sequence) -> bool:
+    def leave_branch(self, sequence: Sequence) -> bool:
+        """Give a sequence pages of its own instead of those of its branch, which others may hold;
+        False when there are too few."""
+        assert sequence.branch is not None
+        known, sequence.branch = sequence.branch.pages, None
+        sequence.pages = sequence.pages[len(known) :]
+        self.pages.give_back(known)
+        pages = self._find_pages(len(known))
+        sequence.pages = (pages or ()) + sequence.pages
+        return pages is not None
+
+    def forget_branch(self, branch: Branch) -> None:
+        """The store has it no longer: neither must the device."""
+        if self.residents.take(branch) is not None:
+            self._free_branch(branch)
+
+    def _place(self, sequence: Sequence, kept: Kept) -> bool:
         """Give a sequence its places and let it run; False when there are too few."""
-        if len(self.running) >= self.limits.max_sequences:
+        if len(self.running) + kept.num_sequences >= self.limits.max_sequences:
             return False
-        resident = self._take_resident(sequence)
-        known = resident.pages if resident else ()
-        # One page beyond the prompt, so that the first decoded page never preempts at once.
-        count = sequence.num_pages_needed + 1 - len(known)
-        pages = self._find_pages(count, after=known, spare_newest=not sequence.is_kept)
+        branch = self._find_branch(sequence)
+        known = branch.pages if branch else ()
+        self.pages.share(known)
+        count = _num_places(sequence) - len(known)
+        pages = self._find_pages(count, known, kept.num_pages, not sequence.is_kept)
         if pages is None:
-            if resident is not None:
-                self._residents_of(sequence).add(resident)
+            self.pages.give_back(known)
             return False
-        sequence.resident = resident
+        sequence.branch = branch
         sequence.pages = known + pages
-        sequence.slot = resident.slot if resident else self._take_slot()
-        sequence.mark_slot = self._take_slot()
+        sequence.slot, sequence.mark_slot = self._take_slot(), self._take_slot()
         self.running.append(sequence)
         return True
 
-    def _take_resident(self, sequence: Sequence) -> Resident | None:
-        if sequence.is_idle_work and sequence.is_kept:
+    def _start_of(self, sequence: Sequence) -> int:
+        """How many tokens of a waiting sequence need not be evaluated, as things are."""
+        branch = self._find_branch(sequence)
+        found = sequence.timeline.find(sequence.cached_limit, self.strict)
+        on_device = 0 if branch is None else branch.position
+        return on_device if found is None else max(on_device, found.position)
+
+    def _find_branch(self, sequence: Sequence) -> Branch | None:
+        """The longest beginning of a sequence that lies on the device, with the state after it."""
+        limit = sequence.cached_limit
+        if not sequence.is_kept:
+            return self.audited.find(sequence.tokens, limit, strict=True)
+        if sequence.is_idle_work:
             return None
-        residents = self._residents_of(sequence)
-        return residents.take(sequence.tokens, sequence.cached_limit, self.strict)
+        fitting = [
+            branch
+            for other in self.running
+            for branch in other.branches()
+            if may_go_on(branch, limit, self.strict)
+            and sequence.timeline.shared_with(other.timeline) >= branch.position
+        ]
+        resident = self.residents.find(sequence.tokens, limit, self.strict)
+        if resident is not None:
+            self.residents.touch(resident)
+            fitting.append(resident)
+        return max(fitting, key=lambda branch: branch.position, default=None)
 
     def _find_pages(
-        self, count: int, after: tuple[int, ...] = (), spare_newest: bool = False
+        self, count: int, after: tuple[int, ...] = (), spared: int = 0, spare_newest: bool = False
     ) -> tuple[int, ...] | None:
         """Free pages, in place of residents if need be; audits leave the newest of them."""
-        while (pages := self.pages.take(count, after)) is None:
+        while (pages := self.pages.take(count, after, spared)) is None:
             if not self._free_oldest_resident(spare_newest):
                 return None
         return pages
@@ -295,20 +346,41 @@ class Scheduler:
                 return None
         return slot
 
+    def _residents_of(self, sequence: Sequence) -> Residents:
+        """What was evaluated without checkpoints is for others of its kind alone."""
+        return self.residents if sequence.is_kept else self.audited
+
+    def _add_resident(self, sequence: Sequence, position: int, slot: int, born: Birth) -> None:
+        """A part of a sequence stays, with the slot of its state."""
+        branch = sequence.branch_at(position, slot, born, is_in_flight=False)
+        self.pages.share(branch.pages)
+        residents = self._residents_of(sequence)
+        residents.add(Resident(sequence.tokens[:position], branch))
+        limit = self.limits.max_residents if sequence.is_kept else MAX_AUDITED
+        while len(residents) > limit and (oldest := residents.take_oldest()):
+            self._free_branch(oldest)
+
+    def _free_contained(self, sequence: Sequence, position: int) -> None:
+        """A longer one makes shorter ones needless, unless others are about to go on from there."""
+        awaited = self.followers.splits(sequence)
+        residents = self._residents_of(sequence)
+        for branch in residents.take_contained(sequence.tokens[:position], awaited):
+            self._free_branch(branch)
+
     def _free_oldest_resident(self, spare_newest: bool = False) -> bool:
         """The newest goes last: after what audits have done, which takes longer to do again than
         a checkpoint to be restored."""
-        resident = self.residents.take_oldest(spare_newest=True) or self.audited.take_oldest()
-        if resident is None and not spare_newest:
-            resident = self.residents.take_oldest()
-        if resident is None:
+        branch = self.residents.take_oldest(spare_newest=True) or self.audited.take_oldest()
+        if branch is None and not spare_newest:
+            branch = self.residents.take_oldest()
+        if branch is None:
             return False
-        self._free_resident(resident)
+        self._free_branch(branch)
         return True
 
-    def _free_resident(self, resident: Resident) -> None:
-        self.pages.give_back(resident.pages)
-        self.slots.give_back(resident.slot)
+    def _free_branch(self, branch: Branch) -> None:
+        self.pages.give_back(branch.pages)
+        self.slots.give_back(branch.slot)
 
     def _least_urgent(self) -> Sequence:
         """Idle work, if any runs; else the youngest sequence."""
@@ -333,3 +405,6 @@ class Scheduler:
 
 def _rank(sequence: Sequence) -> int:
     return sequence.rank
+def _num_places(sequence: Sequence) -> int:
+    """Pages for all known tokens, and one so that the first decoded page preempts nobody."""
+    return sequence.num_pages_needed + 1

@@ -5,7 +5,7 @@ Owns no device memory, only the numbers of its slots and pages. Engine thread on
 
 import enum
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, get_args
 
@@ -15,7 +15,7 @@ import numpy as np
 from daemon.checkpoint import PAGE_TOKENS, Birth, Found, Reason, Snapshot
 from daemon.engine.backends.backend import SamplingRow, Writing
 from daemon.engine.checkpointing import Timeline
-from daemon.engine.memory.residents import Resident
+from daemon.engine.memory.residents import Branch
 from daemon.engine.requests import (
     Deliver,
     FinishReason,
@@ -38,6 +38,7 @@ class Phase(enum.Enum):
     RESTORING = "restoring"  # a checkpoint is awaited, or on its way to the device
     PREFILL = "prefill"  # tokens are known that have not been evaluated
     DECODE = "decode"  # exactly the last sampled token has not been evaluated
+    ENDED = "ended"  # no places any more
 
 
 class Sequence:
@@ -47,10 +48,10 @@ class Sequence:
     `mark` is the position (a multiple of PAGE_TOKENS, 0: none) whose state lies in `mark_slot`:
     the last place on the grid that decoding passed, where a reply's checkpoint is cut. Before that,
     the slot has the state at `held`, the last one captured; `held_born` says how it came about.
-    `resident` is what the sequence goes on from, if that lay on the device already. `restoring` is
-    a checkpoint that the store reads, `writing` one on its way to the device. At `junctions` other
-    prompts in flight part from this one. `num_kept` tokens are covered by the checkpoints that this
-    sequence saved.
+    `branch` is what the sequence may go on from on the device: the first of its pages are those of
+    the branch, and its slot has that state. `restoring` is a checkpoint that the store reads,
+    `writing` one on its way to the device. At `junctions` others leave this sequence, who wait for
+    it. `num_kept` tokens are covered by the checkpoints that this sequence saved.
     """
 
     def __init__(self, request: GenerationRequest, deliver: Deliver, timeline: Timeline) -> None:
@@ -72,13 +73,14 @@ class Sequence:
         self.mark = 0
         self.held = 0
         self.held_born: Birth = "prompt"
-        self.resident: Resident | None = None
+        self.branch: Branch | None = None
         self.positions: Mapping[int, Reason] = {}
         self.junctions: set[int] = set()
         self.found: Found | None = None
         self.restoring: Future[Snapshot | None] | None = None
         self.writing: Writing | None = None
         self.was_started = False
+        self.follows_since_s: float | None = None
         self.prompt_ms = 0.0
         self.kept_ms = 0.0
         self.decode_ms = 0.0
@@ -153,6 +155,20 @@ class Sequence:
         return {last: ends[last]} if last else {}
 
     @property
+    def reach(self) -> int:
+        """How far on the grid evaluation of known tokens will come."""
+        return self.goal // PAGE_TOKENS * PAGE_TOKENS
+
+    @property
+    def progress(self) -> int:
+        """Tokens that are evaluated, or will be as soon as a checkpoint has been restored."""
+        if self.phase is not Phase.RESTORING:
+            return self.num_evaluated
+        if self.branch is not None:
+            return self.branch.position
+        return 0 if self.found is None else self.found.position
+
+    @property
     def cached_limit(self) -> int:
         """The most tokens that may come from a checkpoint: one at least is evaluated."""
         return self.num_known - 1
@@ -166,6 +182,28 @@ class Sequence:
         """The next tokens to evaluate, `[<= limit]`."""
         first = self.num_evaluated
         return np.asarray(self.tokens[first : first + limit], np.int32)
+
+    def branches(self) -> Iterator[Branch]:
+        """Where others may go on that begin like this one, while it runs."""
+        done = self.num_evaluated
+        has_state = self.phase is Phase.PREFILL and not self.is_arriving
+        if has_state and done > 0 and done % PAGE_TOKENS == 0:
+            yield self.branch_at(done, self.slot, self.born, is_in_flight=True)
+        if self.held:
+            yield self.branch_at(self.held, self.mark_slot, self.held_born, is_in_flight=True)
+
+    def branch_at(self, position: int, slot: int, born: Birth, is_in_flight: bool) -> Branch:
+        """The first `position` tokens, whose state lies in `slot`."""
+        num_pages = position // PAGE_TOKENS
+        num_grid_pages = min(self.num_grid_pages, num_pages)
+        return Branch(
+            pages=self.pages[:num_pages],
+            slot=slot,
+            born=born,
+            num_grid_pages=num_grid_pages,
+            trail=self.timeline.trail(position, born, num_grid_pages),
+            is_in_flight=is_in_flight,
+        )
 
     def append(self, token: int) -> None:
         """Add a sampled token."""

@@ -67,10 +67,11 @@ class MemoryTimeline:
         whole = takewhile(lambda pair: pair[0] == pair[1] and len(pair[0]) == PAGE_TOKENS, pages)
         return PAGE_TOKENS * len(list(whole))
 
-    def follow(
-        self, other: "MemoryTimeline", position: int, born: Birth, num_grid_pages: int
-    ) -> None:
-        assert other.tokens[:position] == self.tokens[:position]
+    def trail(self, position: int, born: Birth, num_grid_pages: int) -> Tokens:
+        return tuple(self.tokens[:position])
+
+    def follow(self, trail: Tokens) -> None:
+        assert trail == tuple(self.tokens[: len(trail)])
 
     def positions(self, boundaries: Sequence[Boundary], start: int) -> Mapping[int, Reason]:
         spaced = range(self.store.interval, len(self.tokens), self.store.interval)

@@ -68,8 +68,10 @@ class TapeModel:
         slots = [span.slot for span in batch.spans]
         slots += [capture.slot for span in batch.spans for capture in span.captures]
         assert len(slots) == len(set(slots)), "a slot occurs twice"
-        pages = [page for span in batch.spans for page in span.pages]
-        assert len(pages) == len(set(pages)), "a page occurs twice"
+        written = [page for span in batch.spans for page in span.pages[span.start // PAGE_TOKENS :]]
+        assert len(written) == len(set(written)), "a page is written twice"
+        shared = {page for s in batch.spans for page in s.pages[: s.start // PAGE_TOKENS]}
+        assert shared.isdisjoint(written), "a page that others read is written"
         assert batch.spans
         return [row for span in batch.spans for row in self._feed(batch, span)]
 

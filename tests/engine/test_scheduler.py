@@ -14,7 +14,9 @@ from daemon.engine.sequence import Phase, Sequence
 
 
 def waiting_sequence(number: int, length: int, positions: Items[int] = ()) -> Sequence:
-    request = generation_request(number, range(1, length + 1))
+    """Different tokens for each number."""
+    first = 1000 * number
+    request = generation_request(number, range(first, first + length))
     sequence = Sequence(request, lambda event: None, NoTimeline())
     sequence.positions = dict.fromkeys(positions, "user")
     return sequence
@@ -195,10 +197,14 @@ def test_the_youngest_gives_way_when_pages_run_out() -> None:
     scheduler = Scheduler(small_limits(num_pages=4))
     old, young = decoding(scheduler, 64, 64)
     for _ in range(64):
+        assert scheduler.make_room() is None
         work = scheduler.plan_decode()
         assert work is not None
         assert work.sequences == (old, young)
         done(scheduler, work)
+    assert scheduler.make_room() is young
+    scheduler.preempt(young)
+    assert scheduler.make_room() is None
     work = scheduler.plan_decode()
     assert work is not None
     assert work.sequences == (old,)

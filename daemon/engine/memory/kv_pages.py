@@ -1,6 +1,7 @@
 """Which KV pages of the device are free, and who may take them. Numbers only, no memory.
 
-Owns the free list. Pages are handed out next to the sequence's last one when possible, since a
+Owns the free list, and how many hold each page: full pages of a common beginning are shared, and
+nobody writes them. Pages are handed out next to the sequence's last one when possible, since a
 backend reads adjacent pages without gathering. Engine thread only.
 """
 
@@ -13,29 +14,44 @@ class KVPages:
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self._free = list(range(num_pages))
+        self._num_holders = [0] * num_pages
 
     @property
     def num_free(self) -> int:
         """Pages that can be taken."""
         return len(self._free)
 
-    def take(self, count: int, after: tuple[int, ...] = ()) -> tuple[int, ...] | None:
-        """`count` pages to follow a page table, or None and nothing taken when too few are free."""
-        if count > len(self._free):
+    def take(
+        self, count: int, after: tuple[int, ...] = (), spared: int = 0
+    ) -> tuple[int, ...] | None:
+        """`count` pages to follow a page table, or None and nothing taken when too few are free.
+
+        Args:
+            spared: how many must be free after that.
+        """
+        if count and count + spared > len(self._free):
             return None
         taken: list[int] = []
         last = after[-1] if after else None
         for _ in range(count):
             last = self._take_one(last)
             taken.append(last)
+            self._num_holders[last] = 1
         return tuple(taken)
 
-    def give_back(self, pages: tuple[int, ...]) -> None:
-        """Return pages; each must have been taken."""
+    def share(self, pages: tuple[int, ...]) -> None:
+        """Hold pages that others hold; each must be given back once more."""
         for page in pages:
-            index = bisect_left(self._free, page)
-            assert index == len(self._free) or self._free[index] != page, f"page {page} is free"
-            insort(self._free, page)
+            assert self._num_holders[page], f"page {page} is free"
+            self._num_holders[page] += 1
+
+    def give_back(self, pages: tuple[int, ...]) -> None:
+        """Hold pages no longer; each must have been taken or shared."""
+        for page in pages:
+            assert self._num_holders[page], f"page {page} is free"
+            self._num_holders[page] -= 1
+            if not self._num_holders[page]:
+                insort(self._free, page)
 
     def _take_one(self, last: int | None) -> int:
         if last is not None:

@@ -1,36 +1,45 @@
-"""Sequences that have ended and whose pages still lie on the device, for the next of their kind.
+"""Sequences whose pages lie on the device, for the next of their kind, and places to go on from.
 
-Owns the list, the last used last; the numbers of pages and slots are the scheduler's. A request
-that goes on from one takes its places over: nothing is copied or read. Engine thread only.
+Owns the list of those that have ended, or that others left; the numbers of pages and slots are the
+scheduler's. Who goes on from one shares its pages and copies its state. Engine thread only.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS, Birth
-from daemon.engine.checkpointing import Timeline
 
 
-class Resident(Struct, frozen=True):
-    """A prefix on the device: its tokens, the pages of all of them, and the slot of the state after
-    them. `timeline` knows what the pages are called in the store; see `Snapshot` for the rest."""
+class Branch(Struct, frozen=True, kw_only=True):
+    """A prefix on the device: the pages of all its tokens, and the slot of the state after them.
 
-    tokens: tuple[int, ...]
+    `trail` knows what the pages are called in the store; see `Snapshot` for the rest.
+    `is_in_flight`: it belongs to a sequence that runs.
+    """
+
     pages: tuple[int, ...]
     slot: int
     born: Birth
     num_grid_pages: int
-    timeline: Timeline
+    trail: Any
+    is_in_flight: bool
 
     @property
     def position(self) -> int:
         """Tokens of the prefix, a multiple of PAGE_TOKENS."""
-        return len(self.tokens)
+        return len(self.pages) * PAGE_TOKENS
+
+
+class Resident(Struct, frozen=True):
+    """A branch that belongs to no sequence, and its tokens."""
+
+    tokens: list[int]
+    branch: Branch
 
 
 class Residents:
-    """At most so many as are allowed, and as leave places to who needs them."""
+    """At most so many as are allowed, and as leave places to who needs them; last used last."""
 
     def __init__(self) -> None:
         self._residents: list[Resident] = []
@@ -42,35 +51,55 @@ class Residents:
         """Add the one that was used last."""
         self._residents.append(resident)
 
-    def take(self, tokens: Sequence[int], limit: int, strict: bool) -> Resident | None:
-        """Take out the longest that `tokens` begin with, of at most `limit` tokens; `strict`: born
-        by prompt evaluation."""
+    def find(self, tokens: list[int], limit: int, strict: bool) -> Branch | None:
+        """The longest that `tokens` begin with, of at most `limit` tokens; `strict`: born by prompt
+        evaluation."""
         fitting = [
             resident
             for resident in self._residents
-            if resident.position <= limit
-            and (resident.born == "prompt" or not strict)
+            if may_go_on(resident.branch, limit, strict)
             and _begins_with(tokens, resident.tokens)
         ]
-        best = max(fitting, key=lambda resident: resident.position, default=None)
-        if best is not None:
-            self._residents.remove(best)
-        return best
+        best = max(fitting, key=lambda resident: resident.branch.position, default=None)
+        return None if best is None else best.branch
 
-    def take_oldest(self, spare_newest: bool = False) -> Resident | None:
+    def touch(self, branch: Branch) -> None:
+        """It is used now."""
+        found = [resident for resident in self._residents if resident.branch is branch]
+        self._residents = [r for r in self._residents if r.branch is not branch] + found
+
+    def take(self, branch: Branch) -> Branch | None:
+        """Take one out, if it is here still."""
+        found = [resident for resident in self._residents if resident.branch is branch]
+        self._residents = [r for r in self._residents if r.branch is not branch]
+        return found[0].branch if found else None
+
+    def take_oldest(self, spare_newest: bool = False) -> Branch | None:
         """Take out the one used longest ago, whose places somebody needs."""
-        return self._residents.pop(0) if len(self._residents) > int(spare_newest) else None
+        if len(self._residents) <= int(spare_newest):
+            return None
+        return self._residents.pop(0).branch
 
-    def take_contained(self, tokens: Sequence[int]) -> list[Resident]:
-        """Take out those that a longer one, of these tokens, makes needless."""
-        contained = [r for r in self._residents if _begins_with(tokens, r.tokens)]
-        for resident in contained:
-            self._residents.remove(resident)
+    def take_contained(self, tokens: list[int], spared: set[int]) -> list[Branch]:
+        """Take out those that a longer one, of these tokens, makes needless, but for those of
+        `spared` lengths."""
+        contained = [
+            resident.branch
+            for resident in self._residents
+            if _begins_with(tokens, resident.tokens)
+            and resident.branch.position not in spared
+        ]
+        self._residents = [r for r in self._residents if r.branch not in contained]
         return contained
 
 
-def _begins_with(tokens: Sequence[int], prefix: tuple[int, ...]) -> bool:
+def _begins_with(tokens: list[int], prefix: list[int]) -> bool:
     """Compares the last page first: where prompts differ, they differ there."""
     size = len(prefix)
-    last = tuple(tokens[size - PAGE_TOKENS : size])
-    return last == prefix[-PAGE_TOKENS:] and tuple(tokens[:size]) == prefix
+    last = tokens[size - PAGE_TOKENS : size]
+    return last == prefix[-PAGE_TOKENS:] and tokens[:size] == prefix
+
+
+def may_go_on(branch: Branch, limit: int, strict: bool) -> bool:
+    """Whether a sequence of this limit may go on from a branch that it begins like."""
+    return branch.position <= limit and (branch.born == "prompt" or not strict)
