@@ -11,7 +11,7 @@ NUM_PAGES = 24
 
 
 class PagesMachine(RuleBasedStateMachine):
-    """Sequences take, grow and end in any order."""
+    """Sequences take, share, grow and end in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,15 +46,34 @@ class PagesMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        table = self.tables[data.draw(st.integers(0, len(self.tables) - 1))]
+        known = table[: data.draw(st.integers(1, len(table)))]
+        num_free = self.pages.num_free
+        self.pages.share(known)
+        assert self.pages.num_free == num_free
+        self.tables.append(known)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
         table = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
         self.pages.give_back(table)
 
     @invariant()
-    def every_page_has_one_owner(self) -> None:
-        owned = [page for table in self.tables for page in table]
-        assert len(owned) == len(set(owned)) == NUM_PAGES - self.pages.num_free
+    def a_page_is_free_when_nobody_holds_it(self) -> None:
+        owned = {page for table in self.tables for page in table}
+        assert len(owned) == NUM_PAGES - self.pages.num_free
         assert all(0 <= page < NUM_PAGES for page in owned)
+        assert all(len(table) == len(set(table)) for table in self.tables)
+
+    @rule(count=st.integers(1, 4), spared=st.integers(0, NUM_PAGES))
+    def take_and_spare(self, count: int, spared: int) -> None:
+        num_free = self.pages.num_free
+        taken = self.pages.take(count, spared=spared)
+        assert (taken is not None) == (count + spared <= num_free)
+        if taken is not None:
+            self.tables.append(taken)
 
 
 PagesMachine.TestCase.settings = settings(max_examples=60, deadline=None)
@@ -76,6 +95,11 @@ def test_two_growing_sequences_do_not_interleave() -> None:
             tables[i] += pages.take(1, after=tables[i]) or ()
     for table in tables:
         assert table == tuple(range(table[0], table[0] + 12))
+
+
+def test_a_free_page_cannot_be_shared() -> None:
+    with pytest.raises(AssertionError, match="is free"):
+        KVPages(4).share((2,))
 
 
 def test_a_page_cannot_be_given_back_twice() -> None:
