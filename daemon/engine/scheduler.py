@@ -405,6 +405,8 @@ class Scheduler:
 
 def _rank(sequence: Sequence) -> int:
     return sequence.rank
+
+
 def _num_places(sequence: Sequence) -> int:
     """Pages for all known tokens, and one so that the first decoded page preempts nobody."""
     return sequence.num_pages_needed + 1

@@ -32,7 +32,7 @@ def draw_prompts(data: st.DataObject) -> list[list[int]]:
     tokens = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 1000, (5, 400))
     prompts = [tokens[0, : data.draw(st.integers(1, 400))].tolist()]
     for own in tokens[1 : data.draw(st.integers(2, 5))]:
-        parent = data.draw(st.sampled_from(prompts))
+        parent = prompts[data.draw(st.integers(0, len(prompts) - 1))]
         kept = parent[: data.draw(st.integers(0, len(parent)))]
         prompts.append([*kept, *own[: data.draw(st.integers(1, 150))].tolist()])
     return prompts
@@ -66,7 +66,7 @@ def test_any_tree_of_prompts_answers_as_alone_and_is_evaluated_once(
     for index, (reply, (logits, tokens)) in enumerate(zip(replies, alone, strict=True)):
         if index != cancelled:
             assert reply.tokens == tokens
-            rows = [row for end, row in harness.model.rows if end == len(prompts[index])]
+            rows = [row for end, _, row in harness.model.rows if end == len(prompts[index])]
             assert any(np.array_equal(row, logits) for row in rows)
     if cancelled is None and not any(pauses[:-1]):
         assert [reply.num_cached for reply in replies] == expected_cached(prompts)
