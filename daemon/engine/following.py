@@ -95,7 +95,7 @@ class Followers:
         leads = sorted(self._leads_to(sequence, ahead), key=lambda lead: -lead.split)
         start = start_of(sequence) if leads else 0
         for lead in leads:
-            num_ahead = self._num_ahead(lead)
+            num_ahead = self._num_ahead(lead, start_of)
             if is_worth_waiting(lead.split - start, num_ahead, self._step_tokens):
                 lead.leader.want_checkpoint(lead.split)
                 return lead
@@ -115,11 +115,14 @@ class Followers:
         lead = self._leads.get(leader)
         return leader.progress if lead is None else lead.split
 
-    def _num_ahead(self, lead: Lead) -> int:
+    def _num_ahead(self, lead: Lead, start_of: Callable[[Sequence], int]) -> int:
         """Tokens to be evaluated until the leader comes to the split, its own leaders' included."""
-        num_own = lead.split - self._start(lead.leader)
-        above = self._leads.get(lead.leader)
-        return num_own if above is None else num_own + self._num_ahead(above)
+        leader = lead.leader
+        above = self._leads.get(leader)
+        if above is not None:
+            return lead.split - above.split + self._num_ahead(above, start_of)
+        start = start_of(leader) if leader.phase is Phase.WAITING else leader.progress
+        return lead.split - start
 
 
 def _may_lead(sequence: Sequence) -> bool:

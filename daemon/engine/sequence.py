@@ -185,6 +185,8 @@ class Sequence:
 
     def branches(self) -> Iterator[Branch]:
         """Where others may go on that begin like this one, while it runs."""
+        if not self.is_kept:
+            return
         done = self.num_evaluated
         has_state = self.phase is Phase.PREFILL and not self.is_arriving
         if has_state and done > 0 and done % PAGE_TOKENS == 0:

@@ -80,7 +80,7 @@ def test_the_next_turn_takes_the_newest_residents_place_and_an_audit_does_not() 
     ahead = submit_idle(harness, 0, "next", prompt(700, seed=1))
     while not any(isinstance(event, Finished) for event in ahead):
         harness.step()
-    assert [r.position for r in harness.scheduler.residents._residents] == [640]
+    assert [r.branch.position for r in harness.scheduler.residents._residents] == [640]
 
 
 def test_the_next_request_goes_on_without_a_copy() -> None:

@@ -57,8 +57,7 @@ class Residents:
         fitting = [
             resident
             for resident in self._residents
-            if may_go_on(resident.branch, limit, strict)
-            and _begins_with(tokens, resident.tokens)
+            if may_go_on(resident.branch, limit, strict) and _begins_with(tokens, resident.tokens)
         ]
         best = max(fitting, key=lambda resident: resident.branch.position, default=None)
         return None if best is None else best.branch
@@ -86,8 +85,7 @@ class Residents:
         contained = [
             resident.branch
             for resident in self._residents
-            if _begins_with(tokens, resident.tokens)
-            and resident.branch.position not in spared
+            if _begins_with(tokens, resident.tokens) and resident.branch.position not in spared
         ]
         self._residents = [r for r in self._residents if r.branch not in contained]
         return contained
