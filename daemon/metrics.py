@@ -19,7 +19,8 @@ WINDOWS_S = (60, 300, 900)
 class RequestRecord(Struct, frozen=True, kw_only=True):
     """One request that has ended, in tokens and milliseconds; nothing of its text.
 
-    `tier` is where the cached tokens came from; of the evaluated ones `num_lost_tokens` had been
+    `tier` is where the cached tokens came from, `followed` whether another request in flight had
+    evaluated them, which this one waited for; of the evaluated ones `num_lost_tokens` had been
     before, for the reason `cause`.
 
     Of a request that was cancelled or failed, fewer prompt tokens may have been evaluated than
@@ -37,6 +38,7 @@ class RequestRecord(Struct, frozen=True, kw_only=True):
     decode_ms: float
     finish: str
     tier: str = ""
+    followed: bool = False
     num_lost_tokens: int = 0
     cause: str = ""
 
@@ -76,10 +78,12 @@ class SessionTally(Struct, frozen=True):
 
 class MetricsSnapshot(Struct, frozen=True, kw_only=True):
     """All counters at one moment; `windows` by their span in seconds, sessions newest first.
-    `reused` are prompt tokens by tier, `lost` those evaluated again, by cause."""
+    `reused` are prompt tokens by tier, `lost` those evaluated again, by cause; `num_followed` the
+    requests that waited for what another one in flight evaluated."""
 
     uptime_s: float
     num_running: int
+    num_followed: int
     finishes: dict[str, int]
     total: Tally
     reused: dict[str, int]
@@ -111,6 +115,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._started_s = clock()
         self._num_running = 0
+        self._num_followed = 0
         self._total = Tally()
         self._finishes: dict[str, int] = {}
         self._reused: Counter[str] = Counter()
@@ -138,6 +143,7 @@ class Metrics:
         )
         with self._lock:
             self._num_running -= 1
+            self._num_followed += record.followed
             self._total += tally
             self._finishes[record.finish] = self._finishes.get(record.finish, 0) + 1
             self._reused[record.tier] += record.num_cached_tokens
@@ -154,6 +160,7 @@ class Metrics:
             return MetricsSnapshot(
                 uptime_s=now - self._started_s,
                 num_running=self._num_running,
+                num_followed=self._num_followed,
                 finishes=dict(self._finishes),
                 total=self._total,
                 reused={tier: count for tier, count in self._reused.items() if count},

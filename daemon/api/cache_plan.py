@@ -28,12 +28,13 @@ AskReach = Callable[[Sequence[int]], Reach]
 
 class Restored(Struct, frozen=True):
     """The checkpoint that a request goes on from; `tokens` 0 and the rest None when there is
-    none."""
+    none. `followed_s`: how long it waited for a request in flight to come so far, if it did."""
 
     tokens: int
     tier: Tier | None = None
     reason: str | None = None
     born: str | None = None
+    followed_s: float | None = None
 
 
 class NearestRequest(Struct, frozen=True):
@@ -89,6 +90,7 @@ class CachePlan(Struct, frozen=True, kw_only=True):
             "foreseen": "yes" if is_foreseen else None,
             "restored": self.restored.tokens,
             "tier": self.restored.tier,
+            "followed_s": self.restored.followed_s,
             "common": self.nearest.common_tokens if self.nearest else None,
             "evaluated": self.evaluated_tokens,
             "new": self.new_tokens,
@@ -172,11 +174,18 @@ class CachePlanner:
         self._history.end(request_id, reply, "ended" if whole else "cancelled", num_evaluated)
 
 
-def plan_of(draft: Draft, found: Found | None, status: Status, token_s: float) -> CachePlan:
+def plan_of(
+    draft: Draft,
+    found: Found | None,
+    status: Status,
+    token_s: float,
+    followed_s: float | None = None,
+) -> CachePlan:
     """The plan of a request that restores `found`.
 
     Args:
         token_s: seconds to evaluate one token of a prompt.
+        followed_s: seconds that it waited for a request in flight to come as far as `found`.
     """
     restored = found.position if found else 0
     num_evaluated = draft.num_prompt - restored
@@ -194,7 +203,7 @@ def plan_of(draft: Draft, found: Found | None, status: Status, token_s: float) -
         status=status,
         created=int(draft.created_s),
         prompt_tokens=draft.num_prompt,
-        restored=_restored(found),
+        restored=_restored(found, followed_s),
         evaluated_tokens=num_evaluated,
         new_tokens=num_new,
         lost_tokens=num_lost,
@@ -255,10 +264,10 @@ def _store_cause(draft: Draft, restored: int) -> Cause:
     return "no_checkpoint"
 
 
-def _restored(found: Found | None) -> Restored:
+def _restored(found: Found | None, followed_s: float | None) -> Restored:
     if found is None:
         return Restored(0)
-    return Restored(found.position, found.tier, found.reason, found.born)
+    return Restored(found.position, found.tier, found.reason, found.born, followed_s)
 
 
 def _veiled(nearest: Nearest, difference: Difference | None) -> tuple[Nearest, Difference | None]:
@@ -306,6 +315,8 @@ _SAYINGS: dict[str, str] = {
 def _summary(plan: CachePlan, draft: Draft) -> str:
     """The plan in one or two sentences, without text of any prompt."""
     place = f" from {_PLACES[plan.restored.tier]}" if plan.restored.tier else ""
+    if plan.restored.followed_s is not None:
+        place = f" from a request in flight, after {plan.restored.followed_s:.2f} s"
     said = f"{plan.restored.tokens:,} of {plan.prompt_tokens:,} tokens reused{place}."
     if plan.cause is None:
         return said

@@ -346,7 +346,7 @@ class Generation:
                     deltas += self._sampled(event, tokens)
                 case Started():
                     self._num_cached = self._num_done = event.num_cached_tokens
-                    self._course.restored(event.restored)
+                    self._course.restored(event.restored, event.followed_ms)
                     self._started_s = self._loop.time()
                     progress = self._progress()
                 case Progress():
@@ -436,6 +436,7 @@ class Generation:
             decode_ms=0.0 if finished is None else finished.decode_ms,
             finish=self._finish,
             tier=self.plan.restored.tier or "",
+            followed=self.plan.restored.followed_s is not None,
             num_lost_tokens=self.plan.lost_tokens,
             cause=self.plan.cause or "",
         )

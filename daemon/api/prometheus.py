@@ -159,6 +159,11 @@ class _Sums(Collector):
             "cause",
             metrics.lost,
         )
+        yield _counter(
+            "qwend_requests_followed",
+            "Requests that waited for one in flight to evaluate what both begin with.",
+            metrics.num_followed,
+        )
         yield _gauge("qwend_requests_running", "Requests that wait or are being answered.",
                      metrics.num_running)  # fmt: skip
         yield _counter("qwend_prompt_tokens_evaluated", "Tokens of prompts that were evaluated.",

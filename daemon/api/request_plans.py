@@ -59,15 +59,17 @@ class PlanCourse:
         self._draft = draft
         self._plans = plans
         self._found = draft.reach.found
+        self._followed_s: float | None = None
         self.plan = plan_of(draft, self._found, "waiting", plans.token_s)
 
     def begin(self) -> None:
         """The engine has taken the request."""
         self._plans.put(self.plan)
 
-    def restored(self, found: Found | None) -> None:
-        """Evaluation goes on from a checkpoint, or from the first token."""
+    def restored(self, found: Found | None, followed_ms: float | None) -> None:
+        """Evaluation goes on from a checkpoint, for which it may have waited, or from token 0."""
         self._found = found
+        self._followed_s = None if followed_ms is None else round(followed_ms / 1e3, 4)
         self._renew("running", self._plans.token_s)
 
     def end(self, record: RequestRecord, status: Status) -> None:
@@ -78,5 +80,5 @@ class PlanCourse:
         self._renew(status, seconds / num_evaluated if is_measured else self._plans.token_s)
 
     def _renew(self, status: Status, token_s: float) -> None:
-        self.plan = plan_of(self._draft, self._found, status, token_s)
+        self.plan = plan_of(self._draft, self._found, status, token_s, self._followed_s)
         self._plans.put(self.plan)

@@ -67,6 +67,16 @@ def test_what_is_lost_is_what_had_been_evaluated() -> None:
     )
 
 
+def test_a_request_that_followed_another_says_so() -> None:
+    told = plan_of(draft(), SYSTEM_END, "ended", 0.001, followed_s=0.3512)
+    assert told.restored.followed_s == 0.3512
+    assert "followed_s=0.3512; " in told.header()
+    assert told.summary.startswith(
+        "512 of 4,096 tokens reused from a request in flight, after 0.35 s."
+    )
+    assert "followed" not in plan().header()
+
+
 @pytest.mark.parametrize("cause", ["evicted", "dropped", "damaged", "wiped"])
 def test_a_checkpoint_that_went(cause: Departure) -> None:
     assert plan(reach=Reach(SYSTEM_END, Departed(3968, cause))).cause == cause

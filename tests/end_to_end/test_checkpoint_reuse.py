@@ -3,6 +3,7 @@ stop, and after kill -9."""
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,27 @@ def check_reuse(daemon: DaemonProcess, messages: Messages, num_before: int) -> N
     assert 1_400 <= num_before < num_prompt <= num_before + 100
     assert num_prompt - num_cached <= 164
     assert num_cached % 64 == 0
+
+
+def test_requests_in_flight_evaluate_together_what_they_begin_with(
+    start_daemon: StartDaemon,
+) -> None:
+    """A main request and three sub-agents, say: the instructions are evaluated once."""
+    system = {"role": "system", "content": "".join(LINES[:NUM_LINES])}
+    asked = [[system, {"role": "user", "content": f"Explain step_{i}."}] for i in range(4)]
+    with start_daemon("--no-idle-work") as daemon:
+        with ThreadPoolExecutor(len(asked)) as threads:
+            answers = list(threads.map(lambda messages: ask(daemon, messages), asked))
+        evaluated = [num_prompt - num_cached for _, num_prompt, num_cached in answers]
+        assert 1_400 <= max(evaluated)
+        assert sum(evaluated) - max(evaluated) <= 3 * (64 + 30)
+        metrics = daemon.http.get("/metrics").text
+        assert "qwend_requests_followed_total 3.0" in metrics
+        plans = daemon.http.get("/v1/cache/requests").json()["data"]
+        waited = [plan["restored"].get("followed_s") is not None for plan in plans]
+        assert sorted(waited) == [False, True, True, True]
+    with start_daemon(cache_dir=None) as daemon:
+        assert [ask(daemon, messages)[0] for messages in asked] == [text for text, *_ in answers]
 
 
 def end_cleanly(daemon: DaemonProcess) -> None:
