@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS, Birth, Reason, Snapshot
 from daemon.engine.backends.backend import Backend, Contents
+from daemon.engine.memory.residents import may_go_on
 from daemon.engine.sequence import Sequence
 from daemon.errors import DeviceLost, QwendError
 
@@ -78,8 +79,7 @@ class Saving:
             (
                 save.position
                 for save in self._under_way
-                if save.position <= limit
-                and (save.born == "prompt" or not strict)
+                if may_go_on(save.position, save.born, limit, strict)
                 and sequence.timeline.shared_with(save.sequence.timeline) >= save.position
             ),
             default=0,

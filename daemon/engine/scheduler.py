@@ -322,7 +322,7 @@ class Scheduler:
             branch
             for other in self.running
             for branch in other.branches()
-            if may_go_on(branch, limit, self.strict)
+            if may_go_on(branch.position, branch.born, limit, self.strict)
             and sequence.timeline.shared_with(other.timeline) >= branch.position
         ]
         resident = self.residents.find(sequence.tokens, limit, self.strict)

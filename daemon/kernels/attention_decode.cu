@@ -112,14 +112,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(
     merge_warps(outputs, maxima, sums, partials + (line * max_splits + split) * PARTIAL_FLOATS);
 }
 
-// Volatile, so that the compiler keeps all loads of a batch ahead of their use.
-__device__ __forceinline__ float4 load_now(const float* address) {
-    float4 x;
-    asm volatile("ld.global.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(address) : "memory");
-    return x;
-}
-
 // Merges a head's splits: a thread takes four places, and all its loads are under way together.
 extern "C" __global__ void __launch_bounds__(HEAD_DIM / 4) attention_decode_merge(
     const float* partials,                 // f32 [sequences, kv_heads, max_splits, PARTIAL_FLOATS]

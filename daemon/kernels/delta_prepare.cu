@@ -75,8 +75,8 @@ __device__ void write_head(u8* tile, const HeadRows& rows, const float4* taps, i
         float scale = 1.0f;
         if (length > 0.0f) scale = reciprocal_root(warp_sum(dot4(x, x)) + L2_EPS) * length;
         if (first + i >= num_rows) scale = 0.0f;
-        const uint2 packed = make_uint2(half_pair(x.x * scale, x.y * scale),
-                                        half_pair(x.z * scale, x.w * scale));
+        const uint2 packed = make_uint2(half2_saturated(x.x * scale, x.y * scale),
+                                        half2_saturated(x.z * scale, x.w * scale));
         *reinterpret_cast<uint2*>(tile + tile_offset(first + i, lane)) = packed;
     }
 }
@@ -158,8 +158,10 @@ __device__ void write_scores(u8* scores, u8* scratch, const float (&qk)[8][4], c
         const float c1 = j + 1 <= i ? qk[n][1] * exp_approx(top - g.y) : 0.0f;
         const float c2 = j <= i + 8 ? qk[n][2] * exp_approx(bottom - g.x) : 0.0f;
         const float c3 = j + 1 <= i + 8 ? qk[n][3] * exp_approx(bottom - g.y) : 0.0f;
-        *reinterpret_cast<u32*>(scratch + panel_offset(row, n) + pair * 4) = half_pair(c0, c1);
-        *reinterpret_cast<u32*>(scratch + panel_offset(row + 8, n) + pair * 4) = half_pair(c2, c3);
+        *reinterpret_cast<u32*>(scratch + panel_offset(row, n) + pair * 4) =
+            half2_saturated(c0, c1);
+        *reinterpret_cast<u32*>(scratch + panel_offset(row + 8, n) + pair * 4) =
+            half2_saturated(c2, c3);
     }
     __syncwarp();
     copy_out(scores + warp * 16 * 128, scratch, 16 * 128, lane);
@@ -171,9 +173,9 @@ struct SplitA {
     u32 high[4], low[4];
 
     __device__ __forceinline__ void set(int i, float x, float y) {
-        high[i] = half_pair(x, y);
+        high[i] = half2_saturated(x, y);
         const float2 rounded = from_half_pair(high[i]);
-        low[i] = half_pair(x - rounded.x, y - rounded.y);
+        low[i] = half2_saturated(x - rounded.x, y - rounded.y);
     }
 };
 
@@ -181,9 +183,9 @@ struct SplitB {
     u32 high[2], low[2];
 
     __device__ __forceinline__ void set(int i, float x, float y) {
-        high[i] = half_pair(x, y);
+        high[i] = half2_saturated(x, y);
         const float2 rounded = from_half_pair(high[i]);
-        low[i] = half_pair(x - rounded.x, y - rounded.y);
+        low[i] = half2_saturated(x - rounded.x, y - rounded.y);
     }
 };
 
@@ -293,9 +295,9 @@ struct Inversion {
             u8* at = panel + (lane & 3) * 4;
             const int unit = row * 2 + n;
             *reinterpret_cast<u32*>(at + panel_offset(j, unit)) =
-                half_pair(c[n][0] * top, c[n][1] * top);
+                half2_saturated(c[n][0] * top, c[n][1] * top);
             *reinterpret_cast<u32*>(at + panel_offset(j + 8, unit)) =
-                half_pair(c[n][2] * bottom, c[n][3] * bottom);
+                half2_saturated(c[n][2] * bottom, c[n][3] * bottom);
         }
     }
 

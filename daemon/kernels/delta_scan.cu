@@ -110,8 +110,8 @@ template <int entries>
 __device__ __forceinline__ void to_operand(u32 (&a)[entries][4], const float (&c)[entries * 2][4]) {
 #pragma unroll
     for (int n = 0; n < entries * 2; ++n) {
-        a[n / 2][n % 2 * 2] = half_pair(c[n][0], c[n][1]);
-        a[n / 2][n % 2 * 2 + 1] = half_pair(c[n][2], c[n][3]);
+        a[n / 2][n % 2 * 2] = half2_saturated(c[n][0], c[n][1]);
+        a[n / 2][n % 2 * 2 + 1] = half2_saturated(c[n][2], c[n][3]);
     }
 }
 
@@ -149,9 +149,9 @@ __device__ __forceinline__ void subtract_read(TokenOperand& y, const TokenColumn
                 *reinterpret_cast<const float2*>(growth + (step * 2 + half) * 8 + (lane & 3) * 2);
             const float2 top = from_half_pair(v[half * 2]);
             const float2 bottom = from_half_pair(v[half * 2 + 1]);
-            y[step][half * 2] = half_pair(fmaf(-g.x, c[0], top.x), fmaf(-g.y, c[1], top.y));
+            y[step][half * 2] = half2_saturated(fmaf(-g.x, c[0], top.x), fmaf(-g.y, c[1], top.y));
             y[step][half * 2 + 1] =
-                half_pair(fmaf(-g.x, c[2], bottom.x), fmaf(-g.y, c[3], bottom.y));
+                half2_saturated(fmaf(-g.x, c[2], bottom.x), fmaf(-g.y, c[3], bottom.y));
         }
     }
 }

@@ -48,12 +48,12 @@ class Prompt(Struct, frozen=True, kw_only=True):
 
     `boundaries` are (position, reason) in rising order, one a position and none at 0: "system" is
     the end of system prompt and tools, "user" the start of a user message, "tool" of tool results
-    and where clients have cut such,
-    "prompt" the start of the generation prompt, "mark" where a client marked a message, "section"
-    the first paragraph or tool definition to begin in a page, in what system and user say.
-    `generation` are the generation prompt's tokens, the last of `tokens`; with `thinking_open` it
-    ends inside `<think>`. `frames` say which tokens show which messages, and `said` is a digest of
-    what these say. `normalised` names the rules that changed the conversation.
+    and where clients have cut such, "prompt" the start of the generation prompt, "mark" where a
+    client marked a message, "section" the first paragraph or tool definition to begin in a page, in
+    what system and user say. `generation` are the generation prompt's tokens, the last of `tokens`;
+    with `thinking_open` it ends inside `<think>`. `frames` say which tokens show which messages,
+    and `said` is a digest of what these say. `normalised` names the rules that changed the
+    conversation.
     """
 
     tokens: tuple[int, ...]
@@ -169,8 +169,8 @@ class PromptBuilder:
                 for mark in messages[index].marks:
                     if mark == len(content) and index == frame.messages[-1]:
                         yield end
-                    elif (text := _text_before(frame.text, content, mark)) is not None:
-                        yield start + max(0, self._num_tokens(text) - 1)
+                    else:
+                        yield from self._position(frame, start, content, mark)
 
     def _inner_results(
         self, frames: Sequence[Frame], starts: Sequence[int], messages: Sequence[Message]
@@ -179,9 +179,7 @@ class PromptBuilder:
         shared = [pair for pair in zip(frames, starts, strict=True) if len(pair[0].messages) > 1]
         for frame, start in [pair for pair in shared if pair[0].kind == "tool"][-MAX_SHARED:]:
             for index in frame.messages[1:]:
-                text = _text_before(frame.text, messages[index].content, 0)
-                if text is not None:
-                    yield start + max(0, self._num_tokens(text) - 1)
+                yield from self._position(frame, start, messages[index].content, 0)
 
     def _likely_cuts(
         self, frames: Sequence[Frame], starts: Sequence[int], messages: Sequence[Message]
@@ -193,9 +191,8 @@ class PromptBuilder:
             for index in frame.messages if frame.kind == "tool" else ():
                 content = messages[index].content.strip()
                 for cut in cuts:
-                    text = _text_before(frame.text, content, cut)
-                    if text is not None and cut < len(content):
-                        yield start + max(0, self._num_tokens(text) - 1)
+                    if cut < len(content):
+                        yield from self._position(frame, start, content, cut)
 
     def _sections(
         self, frames: Sequence[Frame], starts: Sequence[int], tokens: Sequence[int]
@@ -218,9 +215,13 @@ class PromptBuilder:
 
         return self._encoded.get_or_encode(("sections", frame.segments), search)
 
-    def _num_tokens(self, text: str) -> int:
-        """The last token of a text cut anywhere may be another one in the whole."""
-        return len(self._encoded.get_or_encode(text, lambda: self._tokenizer.encode(text)))
+    def _position(self, frame: Frame, start: int, content: str, mark: int) -> Iterator[int]:
+        """Where a mark in a content lies, if the frame shows that. The last token before it may be
+        another one in the whole text, so it is left out."""
+        text = _text_before(frame.text, content, mark)
+        if text is not None:
+            tokens = self._encoded.get_or_encode(text, lambda: self._tokenizer.encode(text))
+            yield start + max(0, len(tokens) - 1)
 
     def _encode(self, frame: Frame, history: _History) -> Sequence[int]:
         if frame.kind != "assistant" or not frame.messages:

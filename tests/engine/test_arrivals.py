@@ -97,15 +97,21 @@ def test_what_was_only_restored_is_not_saved_again_when_it_is_cancelled() -> Non
     harness.engine.cancel("r1")
 
 
-def test_a_checkpoint_that_cannot_be_copied_is_evaluated_instead() -> None:
+def harness_that_fails(error: DeviceError) -> TapeHarness:
+    """Where no checkpoint comes to the device."""
     harness = harness_with()
 
     def fail(*_: object) -> Writing:
         writing = Writing()
-        writing.given.set_exception(DeviceError("Could not copy to the GPU."))
+        writing.given.set_exception(error)
         return writing
 
     harness.model.begin_write = fail  # type: ignore[method-assign,assignment]
+    return harness
+
+
+def test_a_checkpoint_that_cannot_be_copied_is_evaluated_instead() -> None:
+    harness = harness_that_fails(DeviceError("Could not copy to the GPU."))
     events = harness.submit(PROMPT, max_tokens=4)
     harness.run()
     assert num_cached(events) == 0
@@ -113,14 +119,7 @@ def test_a_checkpoint_that_cannot_be_copied_is_evaluated_instead() -> None:
 
 
 def test_a_lost_device_ends_the_engine() -> None:
-    harness = harness_with()
-
-    def fail(*_: object) -> Writing:
-        writing = Writing()
-        writing.given.set_exception(DeviceLost("The GPU is gone."))
-        return writing
-
-    harness.model.begin_write = fail  # type: ignore[method-assign,assignment]
+    harness = harness_that_fails(DeviceLost("The GPU is gone."))
     harness.submit(PROMPT, max_tokens=4)
     with pytest.raises(DeviceLost):
         harness.run()

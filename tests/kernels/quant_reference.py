@@ -48,6 +48,17 @@ def of_any_magnitude(rows: int, columns: int, rng: np.random.Generator) -> Array
     return values
 
 
+EXACT_TOLERANCE = 5e-5
+"""Of the norm, where weights and activations are exact: what tensor cores cut off of sums."""
+
+
+def assert_exact(got: Array, x: Array, format: str, data: Array) -> None:
+    """Each column of `got` `[tokens, rows]` is x times a row of the matrix."""
+    expected = x.astype(np.float64) @ file_values(format, data).astype(np.float64).T
+    error = np.linalg.norm(got.astype(np.float64) - expected, axis=0)
+    assert (error <= EXACT_TOLERANCE * np.linalg.norm(expected, axis=0)).all()
+
+
 def _half(raw: Array, at: int) -> Array:
     return np.ascontiguousarray(raw[..., at : at + 2]).view(np.float16).astype(np.float32)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from quant_reference import (
     BLOCK_BYTES,
+    assert_exact,
     file_values,
     float_matrix,
     of_any_magnitude,
@@ -32,9 +33,6 @@ from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 
 TOLERANCE = 1e-3
 """Of the norm: weights and activations are rounded to fp16, sums are float32."""
-
-EXACT_TOLERANCE = 5e-5
-"""The same where weights and activations are exact: what tensor cores cut off of sums."""
 
 
 def relative_error(got: np.ndarray, expected: np.ndarray) -> float:  # type: ignore[type-arg]
@@ -211,10 +209,7 @@ def test_floats_of_any_magnitude_are_multiplied_as_they_are(bench: Bench, format
     x = rng.integers(-8, 9, (16, 1280)).astype(np.float32)
     out = bench.device.allocate((16, 200), np.float32)
     bench.gemv.multiply(plan, bench.panels(x), 16, out, STORE)
-    got = bench.device.to_host(out).astype(np.float64)
-    expected = x.astype(np.float64) @ file_values(format, data).astype(np.float64).T
-    error = np.linalg.norm(got - expected, axis=0)
-    assert (error <= EXACT_TOLERANCE * np.linalg.norm(expected, axis=0)).all()
+    assert_exact(bench.device.to_host(out), x, format, data)
 
 
 @pytest.mark.gpu

@@ -27,6 +27,9 @@ READY_STATES = 4
 """Pinned host buffers at hand for states; there are as many for pages as the context has, but for
 no more than half of what may be pinned."""
 
+SEGMENT_SLOTS = 64
+"""Segments of a prompt's keys whose sums attention may keep: ten tiles after 48K tokens."""
+
 BUCKETS = (1, 2, 4, 8, 16)
 """Sizes of decode batches; a batch is padded to the next."""
 
@@ -99,10 +102,6 @@ class SequenceMemory:
         self.slots.copy(self._device, source, target)
 
 
-SEGMENT_SLOTS = 64
-"""Segments of a prompt's keys whose sums attention may keep: ten tiles after 48K tokens."""
-
-
 class Workspace:
     """Arrays that every step overwrites; recorded graphs keep their addresses.
 
@@ -121,7 +120,8 @@ class Workspace:
         self.residual = allocate((rows, shape.hidden), F32)
         self.narrow = allocate((rows * shape.hidden,), ElementType.F16)
         self.wide = allocate((rows * widths.operand,), ElementType.F16)
-        projected = max(rows * widths.projected, 2 * limits.decode_rows * widths.projected)
+        # Two places of fp16 for what is float32.
+        projected = max(rows, 2 * limits.decode_rows) * widths.projected
         self.projected = allocate((max(projected, 2 * rows * stacked_columns),), ElementType.F16)
         layout = kv_layout(shape, limits)
         queries = ElementType.BF16 if layout.queries_are_bf16 else ElementType.F16

@@ -57,7 +57,8 @@ class Residents:
         fitting = [
             resident
             for resident in self._residents
-            if may_go_on(resident.branch, limit, strict) and _begins_with(tokens, resident.tokens)
+            if may_go_on(resident.branch.position, resident.branch.born, limit, strict)
+            and _begins_with(tokens, resident.tokens)
         ]
         best = max(fitting, key=lambda resident: resident.branch.position, default=None)
         return None if best is None else best.branch
@@ -98,6 +99,6 @@ def _begins_with(tokens: list[int], prefix: list[int]) -> bool:
     return last == prefix[-PAGE_TOKENS:] and tokens[:size] == prefix
 
 
-def may_go_on(branch: Branch, limit: int, strict: bool) -> bool:
-    """Whether a sequence of this limit may go on from a branch that it begins like."""
-    return branch.position <= limit and (branch.born == "prompt" or not strict)
+def may_go_on(position: int, born: Birth, limit: int, strict: bool) -> bool:
+    """Whether a sequence of this limit may go on from a state that it begins like."""
+    return position <= limit and (born == "prompt" or not strict)

@@ -90,6 +90,14 @@ __device__ __forceinline__ void load_matrix_transposed(u32 (&r)[4], u32 address)
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
+// Volatile, so that the compiler keeps the loads of a batch together, ahead of their use.
+__device__ __forceinline__ float4 load_now(const void* at) {
+    float4 x;
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(at) : "memory");
+    return x;
+}
+
 // Fills with zeros, and reads nothing, where there is nothing to copy.
 __device__ __forceinline__ void copy_async_16_or_zero(u32 shared, const void* global, bool exists) {
     const int bytes = exists ? 16 : 0;

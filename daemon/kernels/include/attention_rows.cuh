@@ -61,14 +61,7 @@ struct Join {
     }
 };
 
-// Volatile, so that the compiler does not load more at a time than there are registers for.
-__device__ __forceinline__ float4 load_now(const float4* at) {
-    float4 x;
-    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(at) : "memory");
-    return x;
-}
-
+// In the order of load_now: no more is held at a time than there are registers for.
 __device__ __forceinline__ void store_now(float4* at, float4 x) {
     asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(x.x), "f"(x.y),
                  "f"(x.z), "f"(x.w) : "memory");

@@ -5,6 +5,7 @@
 // Arithmetic and state are float32. Exponentials, reciprocals and roots are approximate (2 ulp),
 // which is far inside the rounding of activations.
 #pragma once
+#include "mma.cuh"
 
 constexpr int HEAD_DIM = 128;  // of keys and of values
 constexpr int CONV_WIDTH = 4;
@@ -26,18 +27,7 @@ typedef float4 Projection4;
 #endif
 
 __device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(Half x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-    return y;
-}
-
-// Two floats to fp16, the first in the low half; beyond 65504 saturates.
-__device__ __forceinline__ unsigned half_pair(float low, float high) {
-    unsigned pair;
-    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
+__device__ __forceinline__ float to_float(Half x) { return half_float(x.bits); }
 
 __device__ __forceinline__ float2 from_half_pair(unsigned pair) {
     float2 x;
@@ -61,7 +51,7 @@ __device__ __forceinline__ Projection4 load4(const Projection* at) {
 __device__ __forceinline__ Projection4 load4_kept(const float* at) {
     const float4 x = *reinterpret_cast<const float4*>(at);
 #if PROJECTION_F16
-    return make_uint2(half_pair(x.x, x.y), half_pair(x.z, x.w));
+    return make_uint2(half2_saturated(x.x, x.y), half2_saturated(x.z, x.w));
 #else
     return x;
 #endif

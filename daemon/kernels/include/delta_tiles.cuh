@@ -9,9 +9,6 @@
 #include "delta_math.cuh"
 #include "warp.cuh"
 
-typedef unsigned u32;
-typedef unsigned char u8;
-
 constexpr int CHUNK = 64;
 constexpr int PANEL_BYTES = CHUNK * CHUNK * 2;
 constexpr int TILE_BYTES = 2 * PANEL_BYTES;
