@@ -37,11 +37,13 @@ def request_line(record: RequestRecord) -> str:
     """A request in one line: what was asked in tokens, what was reused, how fast, how it ended."""
     seconds = record.decode_ms / 1000
     speed = f"{record.num_generated_tokens / seconds:.1f}" if seconds > 0 else "-"
+    queue_ms = "-" if record.queue_ms is None else f"{record.queue_ms:.0f}"
     lost = f" lost={record.num_lost_tokens} cause={record.cause}" if record.num_lost_tokens else ""
     return (
         f"{record.id} {record.model} prompt={record.num_prompt_tokens}"
         f" cached={record.num_cached_tokens} generated={record.num_generated_tokens}"
-        f" prompt_ms={record.prompt_ms:.0f} tok/s={speed} finish={record.finish}{lost}"
+        f" queue_ms={queue_ms} prompt_ms={record.prompt_ms:.0f} tok/s={speed}"
+        f" finish={record.finish}{lost}"
     )
 
 

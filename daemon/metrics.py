@@ -16,8 +16,18 @@ WINDOWS_S = (60, 300, 900)
 """Spans of the sliding rates, in seconds."""
 
 
+class Load(Struct, frozen=True):
+    """Requests at one moment: those that wait for their evaluation to begin (for their prompt to be
+    built, for a place, for another request, for their checkpoint), and those that are answered."""
+
+    num_waiting: int
+    num_running: int
+
+
 class RequestRecord(Struct, frozen=True, kw_only=True):
     """One request that has ended, in tokens and milliseconds; nothing of its text.
+
+    `queue_ms`: from its arrival until its evaluation began; None: it never did.
 
     `tier` is where the cached tokens came from, `followed` whether another request in flight had
     evaluated them, which this one waited for; of the evaluated ones `num_lost_tokens` had been
@@ -37,6 +47,7 @@ class RequestRecord(Struct, frozen=True, kw_only=True):
     prompt_ms: float
     decode_ms: float
     finish: str
+    queue_ms: float | None = None
     tier: str = ""
     followed: bool = False
     num_lost_tokens: int = 0
@@ -82,7 +93,6 @@ class MetricsSnapshot(Struct, frozen=True, kw_only=True):
     requests that waited for what another one in flight evaluated."""
 
     uptime_s: float
-    num_running: int
     num_followed: int
     finishes: dict[str, int]
     total: Tally
@@ -114,7 +124,6 @@ class Metrics:
         self._max_sessions = max_sessions
         self._lock = threading.Lock()
         self._started_s = clock()
-        self._num_running = 0
         self._num_followed = 0
         self._total = Tally()
         self._finishes: dict[str, int] = {}
@@ -128,11 +137,6 @@ class Metrics:
         """Tell of each request that ends; the listener must return at once."""
         self._listeners.append(listener)
 
-    def request_started(self) -> None:
-        """Count a request as running until `request_ended`."""
-        with self._lock:
-            self._num_running += 1
-
     def request_ended(self, record: RequestRecord) -> None:
         """Count a request that has finished, failed or been cancelled."""
         tally = Tally(
@@ -142,7 +146,6 @@ class Metrics:
             record.num_generated_tokens,
         )
         with self._lock:
-            self._num_running -= 1
             self._num_followed += record.followed
             self._total += tally
             self._finishes[record.finish] = self._finishes.get(record.finish, 0) + 1
@@ -159,7 +162,6 @@ class Metrics:
             now = self._clock()
             return MetricsSnapshot(
                 uptime_s=now - self._started_s,
-                num_running=self._num_running,
                 num_followed=self._num_followed,
                 finishes=dict(self._finishes),
                 total=self._total,

@@ -21,6 +21,7 @@ RECORD = RequestRecord(
     prompt_ms=104.4,
     decode_ms=250.0,
     finish="tool_calls",
+    queue_ms=6.6,
 )
 
 
@@ -37,7 +38,7 @@ def log() -> Iterator[io.StringIO]:
 
 def test_request_line() -> None:
     assert request_line(RECORD) == (
-        "abc tiny-coder prompt=1500 cached=1344 generated=50 prompt_ms=104 tok/s=200.0"
+        "abc tiny-coder prompt=1500 cached=1344 generated=50 queue_ms=7 prompt_ms=104 tok/s=200.0"
         " finish=tool_calls"
     )
 

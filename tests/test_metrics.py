@@ -38,13 +38,10 @@ def test_nothing_yet() -> None:
     assert snapshot.sessions == ()
 
 
-def test_running_and_ended() -> None:
+def test_one_has_ended() -> None:
     metrics = Metrics()
-    metrics.request_started()
-    assert metrics.snapshot().num_running == 1
     metrics.request_ended(record())
     snapshot = metrics.snapshot()
-    assert snapshot.num_running == 0
     assert snapshot.finishes == {"stop": 1}
     assert snapshot.total == Tally(1, 30, 70, 7)
     assert snapshot.total.hit_rate == 0.3
@@ -57,7 +54,6 @@ def test_windows_hold_the_last_seconds(steps: list[tuple[int, int]]) -> None:
     seen = []
     for wait_s, cached in steps:
         clock.now += wait_s
-        metrics.request_started()
         metrics.request_ended(record(cached=cached))
         seen.append((clock.now, cached))
     for span, tally in metrics.snapshot().windows.items():
@@ -69,7 +65,6 @@ def test_windows_hold_the_last_seconds(steps: list[tuple[int, int]]) -> None:
 def test_windows_forget() -> None:
     clock = Clock()
     metrics = Metrics(clock)
-    metrics.request_started()
     metrics.request_ended(record())
     clock.now += WINDOWS_S[0]
     windows = metrics.snapshot().windows
@@ -82,7 +77,6 @@ def test_sessions_are_bounded_and_newest_first() -> None:
     metrics = Metrics(clock, max_sessions=2)
     for session in ("a", "b", "a", "c"):
         clock.now += 1
-        metrics.request_started()
         metrics.request_ended(record(session))
     clock.now += 5
     rows = metrics.snapshot().sessions
@@ -97,7 +91,6 @@ def test_threads_lose_nothing() -> None:
 
     def count() -> None:
         for _ in range(200):
-            metrics.request_started()
             metrics.request_ended(record())
 
     threads = [threading.Thread(target=count) for _ in range(4)]

@@ -120,10 +120,10 @@ def _of_llama_server(routes: LlamaServer) -> Iterator[Route]:
 
 def _facts(service: Service, generations: Generations) -> Iterator[Route]:
     """What may be asked about the server, its model and its sessions."""
-    status = Status(service)
+    status = Status(service, generations)
     models = Models(service)
     sessions = SessionRoutes(service, generations)
-    prometheus = Prometheus(service)
+    prometheus = Prometheus(service, generations)
     yield Route("/metrics", prometheus.metrics)
     yield Route("/", status.root)
     yield Route("/api/hello", status.root)

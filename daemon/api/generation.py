@@ -6,7 +6,6 @@ built on one thread of their own, so that a long one delays no stream.
 """
 
 import asyncio
-import math
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,15 +33,9 @@ from daemon.engine.requests import (
     Started,
     TokenSampled,
 )
-from daemon.errors import (
-    EngineStopped,
-    Overloaded,
-    PromptTooLong,
-    QwendError,
-    TimedOut,
-)
+from daemon.errors import EngineStopped, Overloaded, PromptTooLong
 from daemon.logs import log_request, log_text
-from daemon.metrics import RequestRecord
+from daemon.metrics import Load, RequestRecord
 from daemon.text.constrainer import Thinking
 from daemon.text.constraint import ReplyConstraint
 from daemon.text.messages import ToolSpec
@@ -67,6 +60,7 @@ class Generations:
         self._service = service
         self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         self._live: set[Generation] = set()
+        self._num_arriving = 0
         self._closed = False
         self._planner = CachePlanner(
             service.tokenizer, service.history, service.reach, service.is_shared
@@ -94,10 +88,15 @@ class Generations:
             Overloaded: too many requests wait.
             EngineStopped: no request is taken any more.
         """
-        prompt, draft, constraint = await self.on_prompt_thread(self._begin, asked, rules)
+        arrived_s = asyncio.get_running_loop().time()
+        self._num_arriving += 1
+        try:
+            prompt, draft, constraint = await self.on_prompt_thread(self._begin, asked, rules)
+        finally:
+            self._num_arriving -= 1
         if self._closed:
             raise EngineStopped("The server is shutting down.")
-        generation = Generation(self._service, prompt, draft, asked, rules, self)
+        generation = Generation(self._service, prompt, draft, asked, rules, self, arrived_s)
         generation.submit(constraint)
         self._live.add(generation)
         if isinstance(asked, Conversation):
@@ -119,9 +118,15 @@ class Generations:
         prompt = await self.on_prompt_thread(self._build, conversation)
         return prompt.tokens
 
-    def running(self) -> list[tuple[int, int, int, int]]:
-        """Of each reply, the prompt's tokens: all, done, cached; and those of the reply."""
-        return [generation.counts for generation in self._live]
+    def load(self) -> Load:
+        """How many requests wait, and how many are answered."""
+        num_running = sum(generation.has_begun for generation in self._live)
+        return Load(self._num_arriving + len(self._live) - num_running, num_running)
+
+    def evaluated(self) -> list[tuple[int, int, int, int]]:
+        """Of each reply that the engine works on, the prompt's tokens: all, done, cached; and those
+        of the reply."""
+        return [generation.counts for generation in self._live if generation.is_evaluated]
 
     async def plan(self, asked: Conversation | RawPrompt) -> CachePlan:
         """What an answer would reuse; nothing is evaluated, and nothing remembered.
@@ -205,6 +210,7 @@ class Generation:
         asked: Conversation | RawPrompt,
         rules: ReplyRules,
         owner: Generations,
+        arrived_s: float,
     ) -> None:
         self.id = draft.id
         self.outcome: Outcome | None = None
@@ -222,16 +228,25 @@ class Generation:
         self._mailbox = Mailbox(self._loop, service.limits.max_pending_events, self.cancel)
         self._num_cached = 0
         self._num_done = 0
-        self._started_s = 0.0
         self._finished: Finished | None = None
         self._finish = "cancelled"
         self._closed = False
         self._course = PlanCourse(draft, owner.plans)
-        self._submitted_s = self._last_sign_s = self._loop.time()
+        self._arrived_s, self._last_sign_s = arrived_s, self._loop.time()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its evaluation has begun."""
+        return self._mailbox.began_s is not None
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the engine works on it."""
+        return self.has_begun and not self._mailbox.has_ended
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
-        """See `Generations.running`."""
+        """See `Generations.evaluated`."""
         counted = (self._num_done, self._num_cached, self._reply.num_tokens)
         return self.num_prompt_tokens, *counted
 
@@ -265,7 +280,6 @@ class Generation:
             constraint=constraint,
         )
         self._service.engine.submit(request, self._mailbox.put)
-        self._service.metrics.request_started()
         self._course.begin()
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
@@ -319,16 +333,7 @@ class Generation:
 
     def _deadline_s(self) -> float:
         """When the loop's clock says that patience ends."""
-        limits = self._service.limits
-        waits = () if self._started_s else (limits.queue_timeout_s,)
-        spans = [span for span in (*waits, limits.request_timeout_s) if span is not None]
-        return self._submitted_s + min(spans, default=math.inf)
-
-    def _too_late(self) -> QwendError:
-        limits = self._service.limits
-        if not self._started_s:
-            return Overloaded(f"The request waited {limits.queue_timeout_s:g} s for its turn.")
-        return TimedOut(f"The request took longer than {limits.request_timeout_s:g} s.")
+        return self._arrived_s + self._service.limits.patience_s(self.has_begun)
 
     def _digest(self, events: Sequence[Event]) -> Piece:
         if self._mailbox.overflowed:
@@ -336,7 +341,7 @@ class Generation:
             raise Overloaded("The client reads too slowly; the request was ended.")
         if not events and self._loop.time() >= self._deadline_s():
             self._finish = "timeout"
-            raise self._too_late()
+            raise self._service.limits.too_late(self.has_begun)
         deltas: list[Delta] = []
         tokens: list[TokenSampled] = []
         progress = None
@@ -347,7 +352,6 @@ class Generation:
                 case Started():
                     self._num_cached = self._num_done = event.num_cached_tokens
                     self._course.restored(event.restored, event.followed_ms)
-                    self._started_s = self._loop.time()
                     progress = self._progress()
                 case Progress():
                     self._num_done = event.num_done_tokens
@@ -361,11 +365,12 @@ class Generation:
         return Piece(tuple(joined(deltas)), tuple(tokens), progress)
 
     def _progress(self) -> PromptProgress:
+        assert self._mailbox.began_s is not None
         return PromptProgress(
             num_prompt_tokens=len(self._prompt.tokens),
             num_cached_tokens=self._num_cached,
             num_done_tokens=self._num_done,
-            elapsed_ms=(self._loop.time() - self._started_s) * 1e3,
+            elapsed_ms=(self._loop.time() - self._mailbox.began_s) * 1e3,
         )
 
     def _sampled(self, event: TokenSampled, tokens: list[TokenSampled]) -> list[Delta]:
@@ -424,6 +429,7 @@ class Generation:
     def _record(self) -> RequestRecord:
         finished = self._finished
         num_done = self._num_done if finished is None else finished.num_prompt_tokens
+        began_s = self._mailbox.began_s
         return RequestRecord(
             id=self.id,
             model=self._service.engine.info.model_name,
@@ -435,6 +441,7 @@ class Generation:
             prompt_ms=0.0 if finished is None else finished.prompt_ms,
             decode_ms=0.0 if finished is None else finished.decode_ms,
             finish=self._finish,
+            queue_ms=None if began_s is None else (began_s - self._arrived_s) * 1e3,
             tier=self.plan.restored.tier or "",
             followed=self.plan.restored.followed_s is not None,
             num_lost_tokens=self.plan.lost_tokens,

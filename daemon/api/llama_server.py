@@ -132,14 +132,13 @@ class LlamaServer:
         return _json(body)
 
     async def slots(self, request: Request) -> Response:
-        """Running replies first, then free places.
+        """Replies that the engine works on first, then free places; who waits has none.
 
         Raises:
             HTTPException: 503, with `fail_on_no_slot`, while none is free.
         """
-        running = self._generations.running()
-        slots = [self._slot(i, *counts) for i, counts in enumerate(running)]
-        slots = slots[: self._service.engine.info.max_sequences]
+        evaluated = self._generations.evaluated()[: self._num_slots]
+        slots = [self._slot(i, *counts) for i, counts in enumerate(evaluated)]
         if request.query_params.get("fail_on_no_slot") and len(slots) == self._num_slots:
             raise HTTPException(503, "no slot available")
         free = range(len(slots), self._num_slots)

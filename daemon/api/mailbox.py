@@ -7,7 +7,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 
-from daemon.engine.requests import Event
+from daemon.engine.requests import Event, Failed, Finished, Started
 
 
 class Mailbox:
@@ -15,6 +15,10 @@ class Mailbox:
 
     A reader that is slow gets many events at once; the engine is never held up. Beyond
     `capacity` unread events the rest is dropped and `on_overflow` is called once, on the loop.
+
+    Attributes:
+        began_s: when evaluation began, by the loop's clock, read or not; None before.
+        has_ended: whether the engine is done with the request, read or not.
     """
 
     def __init__(
@@ -23,6 +27,8 @@ class Mailbox:
         capacity: int,
         on_overflow: Callable[[], None],
     ) -> None:
+        self.began_s: float | None = None
+        self.has_ended = False
         self._loop = loop
         self._capacity = capacity
         self._on_overflow = on_overflow
@@ -39,6 +45,9 @@ class Mailbox:
 
     def put(self, event: Event) -> None:
         """Append an event (engine thread). Returns at once, never raises."""
+        if isinstance(event, Started):
+            self.began_s = self._loop.time()
+        self.has_ended |= isinstance(event, Finished | Failed)
         with self._lock:
             overflows = len(self._events) >= self._capacity and not self._overflowed
             self._overflowed |= overflows

@@ -15,10 +15,12 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
+from daemon.api.generation import Generations
 from daemon.api.service import Service
 from daemon.metrics import RequestRecord
 
 PROMPT_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+QUEUE_BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 TOKEN_BUCKETS_S = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.3)
 
 TIERS = ("device", "host", "disk")
@@ -103,9 +105,13 @@ AUDIT_SERIES = {
 class Prometheus:
     """The endpoint, and the series that need every request."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, generations: Generations) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Sums(service))
+        self._registry.register(_Sums(service, generations))
+        self._queue_s = Histogram(
+            "qwend_queue_seconds", "Seconds from a request's arrival until its evaluation began.",
+            buckets=QUEUE_BUCKETS_S, registry=self._registry,
+        )  # fmt: skip
         self._prompt_s = Histogram(
             "qwend_prompt_seconds", "Seconds in which a prompt was evaluated, without waiting.",
             buckets=PROMPT_BUCKETS_S, registry=self._registry,
@@ -122,6 +128,8 @@ class Prometheus:
         return Response(encode(self._registry), headers={"content-type": kind})
 
     def _observe(self, record: RequestRecord) -> None:
+        if record.queue_ms is not None:
+            self._queue_s.observe(record.queue_ms / 1e3)
         if record.prompt_ms:
             self._prompt_s.observe(record.prompt_ms / 1e3)
         if record.num_generated_tokens > 1 and record.decode_ms:
@@ -131,8 +139,9 @@ class Prometheus:
 class _Sums(Collector):
     """What others count already."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, generations: Generations) -> None:
         self._service = service
+        self._generations = generations
 
     def collect(self) -> Iterator[Metric]:
         """The series at this moment."""
@@ -164,8 +173,11 @@ class _Sums(Collector):
             "Requests that waited for one in flight to evaluate what both begin with.",
             metrics.num_followed,
         )
-        yield _gauge("qwend_requests_running", "Requests that wait or are being answered.",
-                     metrics.num_running)  # fmt: skip
+        load = self._generations.load()
+        yield _gauge("qwend_requests_running", "Requests that are being answered.",
+                     load.num_running)  # fmt: skip
+        yield _gauge("qwend_requests_waiting", "Requests whose evaluation has not begun.",
+                     load.num_waiting)  # fmt: skip
         yield _counter("qwend_prompt_tokens_evaluated", "Tokens of prompts that were evaluated.",
                        metrics.total.num_evaluated_tokens)  # fmt: skip
         yield _counter("qwend_tokens_generated", "Tokens of replies that were sampled.",

@@ -3,6 +3,7 @@
 Owns nothing; knows the engine by its front door and the store only as functions.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,7 +14,7 @@ from daemon.api.access import AccessRules
 from daemon.api.cache_plan import AskReach
 from daemon.checkpoint import Reach
 from daemon.engine.requests import Engine, SamplingParams
-from daemon.errors import InvalidRequest, UnknownModel
+from daemon.errors import InvalidRequest, Overloaded, QwendError, TimedOut, UnknownModel
 from daemon.metrics import Metrics
 from daemon.text.constrainer import Constrainer
 from daemon.text.prompt import PromptBuilder
@@ -58,6 +59,18 @@ class Limits(Struct, frozen=True, kw_only=True):
         ):
             if count > most:
                 raise InvalidRequest(f"{param}: {count} are more than the {most} allowed.", param)
+
+    def patience_s(self, has_begun: bool) -> float:
+        """How long after its arrival a request is given up, by whether the engine has begun it."""
+        waits = () if has_begun else (self.queue_timeout_s,)
+        spans = [span for span in (*waits, self.request_timeout_s) if span is not None]
+        return min(spans, default=math.inf)
+
+    def too_late(self, has_begun: bool) -> QwendError:
+        """What to tell a client whose request was given up."""
+        if not has_begun:
+            return Overloaded(f"The request waited {self.queue_timeout_s:g} s for its turn.")
+        return TimedOut(f"The request took longer than {self.request_timeout_s:g} s.")
 
 
 class StoredSessions(Protocol):

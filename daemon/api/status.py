@@ -11,17 +11,19 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from daemon.api.generation import Generations
 from daemon.api.service import EngineState, Service
-from daemon.metrics import MetricsSnapshot, SessionTally, Tally
+from daemon.metrics import Load, MetricsSnapshot, SessionTally, Tally
 
 
 class Health(Struct):
-    """`status` is ok only when requests are taken."""
+    """`status` is ok only when requests are taken. Those that wait are none of the running."""
 
     status: EngineState
     model: str
     backend: str
     running: int
+    waiting: int
     uptime_s: float
     version: str
 
@@ -56,6 +58,7 @@ class CacheStats(Struct):
 
     uptime_s: float
     running: int
+    waiting: int
     finished: dict[str, int]
     total: TallyOut
     reused_by_tier: dict[str, int]
@@ -68,8 +71,9 @@ class CacheStats(Struct):
 class Status:
     """The endpoints, with what they read."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, generations: Generations) -> None:
         self._service = service
+        self._generations = generations
 
     async def root(self, _: Request) -> Response:
         """Say who answers; clients probe it with GET or HEAD."""
@@ -79,13 +83,14 @@ class Status:
     async def health(self, _: Request) -> Response:
         """200 when requests are taken, 503 before and after."""
         state = self._service.engine_state()
-        metrics = self._service.metrics.snapshot()
+        metrics, load = self._service.metrics.snapshot(), self._generations.load()
         info = self._service.engine.info
         body = Health(
             state,
             info.model_name,
             info.backend,
-            metrics.num_running,
+            load.num_running,
+            load.num_waiting,
             round(metrics.uptime_s, 3),
             self._service.version,
         )
@@ -93,15 +98,16 @@ class Status:
 
     async def cache_stats(self, _: Request) -> Response:
         """How much of the prompts was not evaluated again, and what the store holds."""
-        body = stats_out(self._service.metrics.snapshot(), self._service.cache_stats())
-        return _json(body)
+        metrics, load = self._service.metrics.snapshot(), self._generations.load()
+        return _json(stats_out(metrics, load, self._service.cache_stats()))
 
 
-def stats_out(metrics: MetricsSnapshot, store: Mapping[str, Any]) -> CacheStats:
+def stats_out(metrics: MetricsSnapshot, load: Load, store: Mapping[str, Any]) -> CacheStats:
     """The statistics' body."""
     return CacheStats(
         uptime_s=round(metrics.uptime_s, 3),
-        running=metrics.num_running,
+        running=load.num_running,
+        waiting=load.num_waiting,
         finished=metrics.finishes,
         total=_tally_out(metrics.total),
         reused_by_tier=metrics.reused,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from daemon.api.service import Limits
 from daemon.errors import DeviceError, EngineStopped
+from daemon.metrics import Load
 
 MakeApi = Callable[..., ApiHarness]
 
@@ -211,7 +212,7 @@ def test_engine_failure(make_api: MakeApi, error: Exception, status: int) -> Non
     last = streamed.text.rstrip("\n").split("\n\n")[-1]
     assert json.loads(last.removeprefix("data: "))["error"]["message"] == str(error)
     assert api.service.metrics.snapshot().finishes == {"failed": 2}
-    assert api.service.metrics.snapshot().num_running == 0
+    assert api.app.state.generations.load() == Load(0, 0)
 
 
 def test_our_own_mistake_shows_no_traceback(make_api: MakeApi) -> None:

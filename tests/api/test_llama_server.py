@@ -12,6 +12,7 @@ from http_harness import USER, ApiHarness
 from daemon.api.app import create_app
 from daemon.api.service import ModelFacts, ReplyDefaults
 from daemon.engine.requests import GenerationRequest
+from daemon.metrics import Load
 from daemon.text.tokenizer import Tokenizer
 
 MakeApi = Callable[..., ApiHarness]
@@ -104,6 +105,37 @@ def test_slots(make_api: MakeApi) -> None:
     saved = call(api, "POST", "/slots/0?action=save", filename="x")
     assert saved.status_code == 501
     assert "/v1/cache/sessions" in saved.json()["error"]["message"]
+
+
+def test_who_waits_is_counted_and_has_no_slot(make_api: MakeApi, tokenizer: Tokenizer) -> None:
+    """Ten wait while eight are answered; then they are told to come back later."""
+
+    def script(request: GenerationRequest) -> Script:
+        waits = "later" in tokenizer.decode(request.tokens)
+        return Script([5, 6], endless=True, step_s=0.001, hold_s=60.0 if waits else 0.0)
+
+    api = make_api(script)
+
+    async def crowd() -> tuple[Any, ...]:
+        questions = ["now"] * 8 + ["later"] * 10
+        async with api.client() as client, asyncio.TaskGroup() as group:
+            bodies = [{"messages": [{**USER[0], "content": text}]} for text in questions]
+            sent = [group.create_task(client.post("/chat/completions", json=b)) for b in bodies]
+            while (await client.get("/health")).json()["running"] < 8:
+                await asyncio.sleep(0.01)
+            asked = [await client.get(f"/{what}") for what in ("health", "v1/cache/stats")]
+            slots, full = [await client.get(f"/slots{q}") for q in ("", "?fail_on_no_slot=1")]
+            metrics = (await client.get("/metrics")).text.splitlines()
+            for task in sent:
+                task.cancel()
+        return [answer.json() for answer in asked], slots.json(), full.status_code, metrics
+
+    counted, slots, full, metrics = asyncio.run(crowd())
+    assert [(body["running"], body["waiting"]) for body in counted] == [(8, 10)] * 2
+    assert [slot["is_processing"] for slot in slots] == [True] * 8
+    assert full == 503
+    assert {"qwend_requests_running 8.0", "qwend_requests_waiting 10.0"} <= set(metrics)
+    assert api.app.state.generations.load() == Load(0, 0)
 
 
 def test_paths_without_a_version(make_api: MakeApi) -> None:

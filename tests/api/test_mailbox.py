@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 from daemon.api.mailbox import Mailbox
-from daemon.engine.requests import TokenSampled
+from daemon.engine.requests import Finished, Started, TokenSampled
 
 
 def test_all_events_arrive_in_order_from_another_thread() -> None:
@@ -50,3 +50,20 @@ def test_overflow_is_told_once_and_bounds_what_waits() -> None:
     assert mailbox.overflowed
     assert told == [1]
     mailbox.put(TokenSampled(99))  # the loop is closed by now
+
+
+def test_where_the_engine_is_shows_before_it_is_read() -> None:
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        mailbox = Mailbox(loop, 1, lambda: None)
+        assert (mailbox.began_s, mailbox.has_ended) == (None, False)
+        mailbox.put(Started(9, 0))
+        assert mailbox.began_s is not None
+        assert mailbox.began_s <= loop.time()
+        mailbox.put(TokenSampled(1))
+        assert not mailbox.has_ended
+        mailbox.put(Finished("length", 9, 0, (1,), 1.0, 1.0))
+        assert mailbox.has_ended
+        assert mailbox.overflowed
+
+    asyncio.run(run())

@@ -12,6 +12,7 @@ from http_harness import ApiHarness, events
 
 from daemon.engine.requests import GenerationRequest
 from daemon.errors import DeviceError
+from daemon.metrics import Load
 from daemon.text.tokenizer import Tokenizer
 
 MakeApi = Callable[..., ApiHarness]
@@ -134,14 +135,14 @@ def test_one_failure_ends_all(make_api: MakeApi, tokenizer: Tokenizer) -> None:
     response = post(api, prompt=["one", "two"], max_tokens=-1)
     assert response.status_code == 500
     assert api.engine.wait_until_idle()
-    assert api.service.metrics.snapshot().num_running == 0
+    assert api.app.state.generations.load() == Load(0, 0)
 
 
 def test_all_or_none_are_started(make_api: MakeApi) -> None:
     api = make_api(max_waiting=1)
     assert post(api, prompt=["one", "two"]).status_code == 503
     assert api.engine.wait_until_idle()
-    assert api.service.metrics.snapshot().num_running == 0
+    assert api.app.state.generations.load() == Load(0, 0)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -44,6 +44,8 @@ def test_what_requests_did(make_api: MakeApi) -> None:
     samples = scrape(api)
     assert value(samples, "qwend_requests_total", finish="stop") == 2
     assert value(samples, "qwend_requests_running") == 0
+    assert value(samples, "qwend_requests_waiting") == 0
+    assert value(samples, "qwend_queue_seconds_count") == 2
     assert value(samples, "qwend_prompt_tokens_reused_total", tier="unknown") == 6
     assert value(samples, "qwend_prompt_tokens_evaluated_total") > 100
     assert value(samples, "qwend_prompt_tokens_lost_total", cause="system_changed") > 60
@@ -89,13 +91,13 @@ def test_tiers(make_api: MakeApi) -> None:
         finish="cancelled",
         tier="host",
     )
-    api.service.metrics.request_started()
     api.service.metrics.request_ended(record)
     samples = scrape(api)
     assert value(samples, "qwend_prompt_tokens_reused_total", tier="host") == 8
     assert value(samples, "qwend_prompt_tokens_reused_total", tier="device") == 0
     assert value(samples, "qwend_prompt_tokens_reused_total", tier="disk") == 0
     assert value(samples, "qwend_prompt_seconds_count") == 0
+    assert value(samples, "qwend_queue_seconds_count") == 0
 
 
 def test_every_figure_has_a_series_and_every_series_a_sentence() -> None:

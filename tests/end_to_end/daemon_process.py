@@ -124,8 +124,12 @@ class DaemonProcess:
             time.sleep(0.02)
 
     def wait_until_written(self) -> None:
-        """Wait until no request runs and no checkpoint waits to be written."""
-        self.wait_until(lambda stats: not stats["running"] and not stats["store"]["queue_bytes"])
+        """Wait until no request is open and no checkpoint waits to be written."""
+        self.wait_until(
+            lambda stats: (
+                not any((stats["running"], stats["waiting"], stats["store"]["queue_bytes"]))
+            )
+        )
 
     def _read_url(self) -> str:
         """The URL of the line that says it serves; gives up when it ends or takes too long."""
