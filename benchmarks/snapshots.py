@@ -216,7 +216,8 @@ def _restored(
     for number in range(rounds + 1):
         timeline = cache().timeline(tokens, "benchmark")
         found = timeline.find(len(tokens) - 1, strict=True)
-        assert found is not None and found.position == len(tokens) - 1
+        assert found is not None
+        assert found.position == len(tokens) - 1
         model.device.synchronize()
         began = time.perf_counter()
         snapshot = timeline.load(found).result()
