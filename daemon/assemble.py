@@ -43,6 +43,7 @@ from daemon.text.constrainer import Constrainer
 from daemon.text.normalisers import Normaliser, read_names
 from daemon.text.prompt import PromptBuilder
 from daemon.text.prompt_history import FrameShape, PastPrompt, PromptHistory
+from daemon.text.replay import SampledTokens
 from daemon.text.template import FRAME_END, FRAME_START, ChatTemplate
 from daemon.text.tokenizer import Tokenizer
 
@@ -181,7 +182,7 @@ def assemble(config: Config) -> Daemon:
         engine=audit or engine,
         engine_state=lambda: "ok" if engine.failure is None else "stopped",
         tokenizer=tokenizer,
-        prompts=PromptBuilder(tokenizer, template, replies, _normaliser(config.cache)),
+        prompts=_prompt_builder(tokenizer, template, replies, cache, config.cache),
         constrainer=Constrainer(tokenizer),
         remember=replies.remember,
         cache_stats=lambda: _cache_stats(cache, audit),
@@ -199,8 +200,17 @@ def assemble(config: Config) -> Daemon:
     return Daemon(settled, engine, cache, config.cache.stop_grace_s)
 
 
-def _normaliser(config: CacheConfig) -> Normaliser:
-    return Normaliser(read_names(config.normalise))
+def _prompt_builder(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    replies: SampledTokens,
+    cache: CheckpointCache | None,
+    config: CacheConfig,
+) -> PromptBuilder:
+    """With what the store has learned of clients."""
+    normaliser = Normaliser(read_names(config.normalise))
+    cuts = None if cache is None else cache.cuts
+    return PromptBuilder(tokenizer, template, replies, normaliser, cuts)
 
 
 def _audit(

@@ -11,6 +11,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from daemon.cache.copier import Allocate, plain_buffer
+from daemon.cache.learned_cuts import CUTS_KEY, LearnedCuts
 from daemon.cache.policy import Sizes
 from daemon.cache.prefix_hash import PrefixChain
 from daemon.cache.sampled_text import SampledText
@@ -108,6 +109,7 @@ class CheckpointCache:
         with store.reading() as reader:
             sampled = list(reader.headers("sampled"))
             sessions = list(reader.headers("sessions"))
+            cuts = reader.meta(CUTS_KEY)
             names = reader.models()
         self._transfer = Transfer(
             store,
@@ -126,9 +128,11 @@ class CheckpointCache:
             max_bytes=limits.sampled_bytes,
             write=self._transfer.write_sampled,
         )
+        self.cuts = LearnedCuts(cuts, write=self._transfer.write_meta)
         self.catalogue = SessionCatalogue(
             self._transfer,
             self.sampled,
+            self.cuts,
             sessions,
             max_bytes=limits.checkpoint_bytes,
             fingerprints=[fingerprint],
@@ -223,7 +227,7 @@ class CheckpointCache:
             num_written=counts.num_written,
             written_bytes=counts.written_bytes,
             num_dropped=counts.num_dropped,
-            num_damaged=counts.num_damaged,
+            num_damaged=counts.num_damaged + self.cuts.num_damaged,
             num_evicted=counts.num_evicted,
             num_superseded=counts.num_superseded,
             writes=write_stats(counts.writes, self._now_us(), self._limits.daily_bytes),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from daemon.cache.learned_cuts import CUTS_KEY, LearnedCuts
 from daemon.cache.sampled_text import SampledText
 from daemon.cache.session_catalogue import SessionCatalogue
 from daemon.cache.store import DATA_FILE, LOCK_FILE, Store
@@ -59,6 +60,7 @@ def offline_catalogue(
     with store.reading() as reader:
         sampled = list(reader.headers("sampled"))
         sessions = list(reader.headers("sessions"))
+        cuts = reader.meta(CUTS_KEY)
         names = reader.models()
     transfer = Transfer(store, max_bytes=sys.maxsize, queue_bytes=_QUEUE_BYTES)
     try:
@@ -70,6 +72,7 @@ def offline_catalogue(
                 max_bytes=sys.maxsize,
                 write=transfer.write_sampled,
             ),
+            LearnedCuts(cuts, write=transfer.write_meta),
             sessions,
             max_bytes=budget_bytes,
             fingerprints=list(names),

@@ -11,8 +11,8 @@ from daemon.cache.write_queue import Job
 
 
 class PendingChanges(Struct):
-    """Keys to delete; last uses, sampled replies, sessions and the ledger's sums by key (None:
-    delete), names of models by fingerprint."""
+    """Keys to delete; last uses, sampled replies, sessions, the ledger's sums and what was
+    learned by key (None: delete), names of models by fingerprint."""
 
     doomed_pages: set[bytes] = field(default_factory=set)
     doomed_states: set[bytes] = field(default_factory=set)
@@ -20,6 +20,7 @@ class PendingChanges(Struct):
     sampled: dict[bytes, bytes | None] = field(default_factory=dict)
     sessions: dict[bytes, bytes | None] = field(default_factory=dict)
     writes: dict[bytes, bytes | None] = field(default_factory=dict)
+    meta: dict[bytes, bytes | None] = field(default_factory=dict)
     models: dict[bytes, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -31,6 +32,7 @@ class PendingChanges(Struct):
         self.doomed_states |= failed.doomed_states
         self.sessions = failed.sessions | self.sessions
         self.writes = failed.writes | self.writes
+        self.meta = failed.meta | self.meta
 
     def batch(self, job: Job | None) -> WriteBatch:
         """One transaction: these changes, and a checkpoint."""
@@ -43,5 +45,6 @@ class PendingChanges(Struct):
             put_sampled=self.sampled,
             put_sessions=self.sessions,
             put_writes=self.writes,
+            put_meta=self.meta,
             models=self.models,
         )

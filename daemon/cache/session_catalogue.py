@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from daemon.cache.learned_cuts import LearnedCuts
 from daemon.cache.records import DamagedRecord, StateHeader
 from daemon.cache.sampled_text import SampledText
 from daemon.cache.session_file import SessionFile, SessionHead, session_bytes
@@ -53,6 +54,7 @@ class SessionCatalogue:
 
     Args:
         sampled: the replies of all sessions, of which a wipe takes its own.
+        cuts: what was learned from all sessions, which goes with the last of them.
         records: what the store holds, (key, record).
         max_bytes: of all checkpoints.
         fingerprints: models whose exported sessions are taken in.
@@ -63,6 +65,7 @@ class SessionCatalogue:
         self,
         transfer: Transfer,
         sampled: SampledText,
+        cuts: LearnedCuts,
         records: Iterable[tuple[bytes, bytes]],
         *,
         max_bytes: int,
@@ -71,6 +74,7 @@ class SessionCatalogue:
     ) -> None:
         self._transfer = transfer
         self._sampled = sampled
+        self._cuts = cuts
         self._max_bytes = max_bytes
         self._fingerprints = fingerprints
         self._names = names
@@ -174,7 +178,8 @@ class SessionCatalogue:
 
     def wipe(self, name: str, timelines: Sequence[bytes] = ()) -> SessionRow:
         """Delete a session's checkpoints but those that another one has too, as a fork does, and
-        the replies that were sampled in it; what it was.
+        the replies that were sampled in it, and with the last session what was learned from them
+        all; what it was.
 
         Args:
             timelines: token ids of the session (little-endian u32) that may not be stored yet.
@@ -192,6 +197,8 @@ class SessionCatalogue:
         self._transfer.wipe(key for key in keys if key not in kept)
         self._sampled.forget_within([*stored, *timelines])
         self._bury(group.record, is_hidden=bool(kept))
+        if not self._groups():
+            self._cuts.forget()
         self._transfer.flush()
         return row
 

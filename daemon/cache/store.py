@@ -43,8 +43,8 @@ class WriteBatch(Struct, frozen=True, kw_only=True):
 
     `pages` and `states` are deleted with their payloads; `put_*` are (key, header, payload).
     `uses` are by state key; an absent reply in `put_sampled` is deleted,
-    and so is a session in `put_sessions`, a sum of the ledger in `put_writes`;
-    `models` are names by fingerprint.
+    and so is a session in `put_sessions`, a sum of the ledger in `put_writes`,
+    what was learned in `put_meta`; `models` are names by fingerprint.
     """
 
     delete_pages: Sequence[bytes] = ()
@@ -55,6 +55,7 @@ class WriteBatch(Struct, frozen=True, kw_only=True):
     put_sampled: Mapping[bytes, bytes | None] = {}
     put_sessions: Mapping[bytes, bytes | None] = {}
     put_writes: Mapping[bytes, bytes | None] = {}
+    put_meta: Mapping[bytes, bytes | None] = {}
     models: Mapping[bytes, str] = {}
 
 
@@ -77,6 +78,10 @@ class Reader:
             return
         for key, value in self._txn.cursor(self._tables[table]):
             yield bytes(key), bytes(value)
+
+    def meta(self, key: bytes) -> bytes | None:
+        """What was learned, by its key; None when nothing was."""
+        return self.header("meta", key)
 
     def uses(self) -> dict[bytes, Use]:
         """Uses by state key; damaged entries are left out."""
@@ -193,6 +198,7 @@ class Store:
             self._put_or_delete(txn, "sampled", batch.put_sampled)
             self._put_or_delete(txn, "sessions", batch.put_sessions)
             self._put_or_delete(txn, "writes", batch.put_writes)
+            self._put_or_delete(txn, "meta", batch.put_meta)
             for fingerprint, name in batch.models.items():
                 txn.put(fingerprint, name.encode(errors="replace"), db=self._tables["models"])
 

@@ -147,6 +147,12 @@ class Transfer:
             self._holdings.pending.sampled.update(records)
             self._lock.notify_all()
 
+    def write_meta(self, records: Mapping[bytes, bytes | None]) -> None:
+        """Write or (None) delete what was learned with the next transaction."""
+        with self._lock:
+            self._holdings.pending.meta.update(records)
+            self._lock.notify_all()
+
     def name_model(self, fingerprint: bytes, name: str) -> None:
         """Write a model's name, for people, with the next transaction."""
         with self._lock:

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS
 from daemon.errors import InvalidRequest
-from daemon.text.cuts import Cuts
+from daemon.text.cuts import CutMemory, Cuts, UnsavedCuts
 from daemon.text.encoded_frames import EncodedFrames
 from daemon.text.messages import Message, ToolSpec
 from daemon.text.normalisers import SAFE, Conversation, Normaliser
@@ -81,6 +81,7 @@ class PromptBuilder:
         sampled: the exact tokens of earlier replies.
         normaliser: what is taken out of conversations before they are rendered; None: what is
             safe.
+        cuts: where clients were seen to cut results; None: nothing is known yet.
     """
 
     def __init__(
@@ -89,13 +90,14 @@ class PromptBuilder:
         template: ChatTemplate,
         sampled: SampledTokens,
         normaliser: Normaliser | None = None,
+        cuts: CutMemory | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._sampled = sampled
         self._normaliser = normaliser or Normaliser(SAFE)
         self._encoded = EncodedFrames()
-        self._cuts = Cuts()
+        self._cuts = Cuts(cuts or UnsavedCuts())
 
     def build(
         self,

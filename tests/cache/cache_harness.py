@@ -122,9 +122,11 @@ class Simulated:
         return snapshot
 
 
-def saved_prompt(cache: CheckpointCache, num_pages: int, first: int = 0) -> Simulated:
+def saved_prompt(
+    cache: CheckpointCache, num_pages: int, first: int = 0, session: str = ""
+) -> Simulated:
     """A prompt that was evaluated and saved at its end."""
-    sequence = Simulated(cache, prompt(num_pages, first))
+    sequence = Simulated(cache, prompt(num_pages, first), session)
     sequence.prefill()
     sequence.save(num_pages * PAGE_TOKENS, "prompt")
     return sequence

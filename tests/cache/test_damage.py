@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.cache.checkpoint_cache import CheckpointCache
+from daemon.cache.learned_cuts import CUTS_KEY
 from daemon.cache.store import DATA_FILE
 from daemon.errors import StoreError
 
@@ -32,6 +33,7 @@ def write_store(path: Path) -> Simulated:
     sequence.decoded = sequence.save(256, "reply")  # type: ignore[attr-defined]
     cache.sampled.remember([("said", (1, 2, 3))])
     cache.catalogue.change("session", title="named", is_pinned=False)
+    cache.cuts.keep((900, 7))
     cache.flush()
     restored = Simulated(cache, sequence.tokens)
     assert restored.resume() is not None
@@ -46,14 +48,16 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Simulated]:
     return path, write_store(path)
 
 
-def flip(path: Path, table: str, draw: Callable[[int], int], in_key: bool) -> None:
-    """Flip one bit of the key or the value of one record; `draw` takes a number below its
-    argument."""
+def flip(
+    path: Path, table: str, draw: Callable[[int], int], in_key: bool, among: bytes = b""
+) -> None:
+    """Flip one bit of the key or the value of one record, of those whose keys begin with `among`;
+    `draw` takes a number below its argument."""
     with (
         lmdb.open(str(path), max_dbs=11) as env,
         env.begin(write=True, db=env.open_db(table.encode(), create=False)) as txn,
     ):
-        records = list(txn.cursor())
+        records = [record for record in txn.cursor() if record[0].startswith(among)]
         key, value = records[draw(len(records))]
         damaged = bytearray(key if in_key else value)
         bit = draw(len(damaged) * 8)
@@ -96,11 +100,31 @@ def test_a_store_that_does_not_know_its_version_is_refused_and_left_alone(
 ) -> None:
     with TemporaryDirectory() as folder:
         path = Path(shutil.copytree(written[0], Path(folder) / "store"))
-        flip(path, "meta", lambda end: data.draw(st.integers(0, end - 1)), in_key)
+        flip(path, "meta", lambda end: data.draw(st.integers(0, end - 1)), in_key, b"version")
         before = (path / DATA_FILE).read_bytes()
         with pytest.raises(StoreError):
             open_cache(path)
         assert (path / DATA_FILE).read_bytes() == before
+
+
+@settings(max_examples=20)
+@given(data=st.data(), in_key=st.booleans())
+def test_what_was_learned_comes_back_whole_or_not_at_all(
+    written: tuple[Path, Simulated], data: st.DataObject, in_key: bool
+) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(shutil.copytree(written[0], Path(folder) / "store"))
+        cache = open_cache(path)
+        assert cache.cuts.known == (900, 7)
+        cache.close()
+        flip(path, "meta", lambda end: data.draw(st.integers(0, end - 1)), in_key, CUTS_KEY)
+        cache = open_cache(path)
+        assert cache.cuts.known == ()
+        assert cache.stats().num_damaged == (0 if in_key else 1)
+        cache.close()
+        cache = open_cache(path)
+        assert cache.stats().num_damaged == 0, "what was damaged is gone"
+        cache.close()
 
 
 def read_until_sound(cache: CheckpointCache, saved: Simulated, limit: int) -> None:
