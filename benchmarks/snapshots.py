@@ -73,7 +73,7 @@ def main() -> None:
     rows += _steps_beside(model)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         rows += _stored(model, Path(folder))
-    rows.append({"what": "buffers not pinned", "count": model.backend._pool.num_unpinned})
+    rows.append({"what": "buffers not pinned", "count": model.backend.host_buffers.num_unpinned})
     for row in rows:
         figures = (f"{name} {_figure(value)}" for name, value in row.items() if name != "what")
         print(f"{row['what']:<34}", *figures, sep="  ")

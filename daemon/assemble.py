@@ -185,7 +185,7 @@ def assemble(config: Config) -> Daemon:
         prompts=_prompt_builder(tokenizer, template, replies, cache, config.cache),
         constrainer=Constrainer(tokenizer),
         remember=replies.remember,
-        cache_stats=lambda: _cache_stats(cache, audit),
+        cache_stats=lambda: _cache_stats(cache, audit, backend),
         metrics=Metrics(),
         history=history,
         sessions=None if cache is None else cache.catalogue,
@@ -224,11 +224,15 @@ def _audit(
     return AuditedEngine(engine, config.audit_share, cache.discard)
 
 
-def _cache_stats(cache: CheckpointCache | None, audit: AuditedEngine | None) -> dict[str, Any]:
+def _cache_stats(
+    cache: CheckpointCache | None, audit: AuditedEngine | None, backend: Backend
+) -> dict[str, Any]:
     if cache is None:
         return {}
-    audited = {} if audit is None else {"audit": msgspec.to_builtins(audit.counts())}
-    return {**msgspec.to_builtins(cache.stats()), **audited}
+    audited = None if audit is None else audit.counts()
+    parts = {"audit": audited, "buffers": backend.host_buffers}
+    there = {name: part for name, part in parts.items() if part is not None}
+    return {**msgspec.to_builtins(cache.stats()), **msgspec.to_builtins(there)}
 
 
 def _engine_builder(

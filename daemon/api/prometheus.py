@@ -84,6 +84,18 @@ LEDGER_SERIES = {
 }  # fmt: skip
 """By the names of the write ledger's figures; see `WriteStats`."""
 
+BUFFER_SERIES = {
+    "pinned_bytes": Series(
+        "pinned_bytes", "Bytes of host memory pinned for checkpoints to and from the GPU."
+    ),
+    "num_unpinned": Series(
+        "unpinned",
+        "Times that no pinned buffer was ready: these copies take about five times as long.",
+        is_counter=True,
+    ),
+}  # fmt: skip
+"""By the names of the backend's figures; see `HostBuffers`."""
+
 AUDIT_SERIES = {
     "share": Series("share", "Share of resumed requests that is to be evaluated again, cold."),
     "num_waiting": Series("waiting", "Audits that wait for the device to be idle, or run."),
@@ -185,6 +197,7 @@ class _Sums(Collector):
         stats = self._service.cache_stats()
         yield from _series("qwend_store", STORE_SERIES, stats)
         yield from _series("qwend_store", LEDGER_SERIES, stats.get("writes", {}))
+        yield from _series("qwend_store", BUFFER_SERIES, stats.get("buffers", {}))
         yield from _series("qwend_audit", AUDIT_SERIES, stats.get("audit", {}))
 
 

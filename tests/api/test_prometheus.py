@@ -8,10 +8,11 @@ from http_harness import USER, ApiHarness
 from prometheus_client.parser import text_string_to_metric_families
 
 from daemon.api.app import create_app
-from daemon.api.prometheus import AUDIT_SERIES, LEDGER_SERIES, STORE_SERIES
+from daemon.api.prometheus import AUDIT_SERIES, BUFFER_SERIES, LEDGER_SERIES, STORE_SERIES
 from daemon.audit import AuditCounts
 from daemon.cache.checkpoint_cache import CacheStats
 from daemon.cache.write_ledger import WriteStats
+from daemon.engine.backends.backend import HostBuffers
 from daemon.metrics import RequestRecord
 
 MakeApi = Callable[..., ApiHarness]
@@ -62,6 +63,7 @@ def test_what_the_store_holds(make_api: MakeApi) -> None:
         "num_bytes": 70,
         "checkpoints_by_reason": {"user": 2},
         "audit": {"share": 0.5, "num_mismatches": 1},
+        "buffers": {"pinned_bytes": 4096, "num_unpinned": 2},
         "writes": {"today_bytes": 9, "daily_budget_bytes": None, "sharing": 1.5, "by_day": {}},
     }
     service = msgspec.structs.replace(harness.service, cache_stats=lambda: stats)
@@ -74,6 +76,8 @@ def test_what_the_store_holds(make_api: MakeApi) -> None:
     assert ("qwend_store_daily_budget_bytes", frozenset()) not in samples
     assert value(samples, "qwend_audit_mismatches_total") == 1
     assert value(samples, "qwend_audit_share") == 0.5
+    assert value(samples, "qwend_store_pinned_bytes") == 4096
+    assert value(samples, "qwend_store_unpinned_total") == 2
 
 
 def test_tiers(make_api: MakeApi) -> None:
@@ -107,6 +111,7 @@ def test_every_figure_has_a_series_and_every_series_a_sentence() -> None:
         (STORE_SERIES, CacheStats),
         (LEDGER_SERIES, WriteStats),
         (AUDIT_SERIES, AuditCounts),
+        (BUFFER_SERIES, HostBuffers),
     ):
         assert known.keys() == set(figures.__struct_fields__) - without
         for series in known.values():

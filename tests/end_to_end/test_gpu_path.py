@@ -83,6 +83,9 @@ def talk_restart_and_talk(config: Config, fake_driver: FakeDriver) -> None:
         reused = again["prompt_tokens_details"]["cached_tokens"]
         assert first["prompt_tokens"] - reused <= 64
         ask(client, MESSAGES, response_format={"type": "json_object"})
+        store = client.get("/v1/cache/stats").json()["store"]
+        assert store["buffers"].keys() == {"pinned_bytes", "num_unpinned"}
+        assert "qwend_store_pinned_bytes " in client.get("/metrics").text
         assert set(KERNELS.split()) <= set(fake_driver.launched)
     longer = [*MESSAGES, {"role": "assistant", "content": "64 tokens."}, MESSAGES[1]]
     with assemble(config) as daemon, TestClient(daemon.app(), "http://127.0.0.1") as client:

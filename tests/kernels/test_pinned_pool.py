@@ -57,6 +57,8 @@ def test_never_more_is_pinned_than_allowed(fake_driver: FakeDriver) -> None:
     taken = [pool.take(SIZE) for _ in range(10)]
     assert [is_pinned(pool, buffer) for buffer in taken] == [True] * 8 + [False] * 2
     assert not is_pinned(pool, pool.take(SIZE // 2))
+    assert pool.pinned_bytes == 2 * SLAB_BYTES
+    assert pool.num_unpinned == 3
 
 
 def test_views_may_go_on_any_thread(fake_driver: FakeDriver) -> None:

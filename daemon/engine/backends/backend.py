@@ -65,6 +65,14 @@ class Contents(NamedTuple):
     pages: list[HostBytes]
 
 
+class HostBuffers(Struct, frozen=True):
+    """Host memory that is pinned for snapshots, and how often a buffer was wanted and none of the
+    pinned ones was ready: that one moved slowly."""
+
+    pinned_bytes: int
+    num_unpinned: int
+
+
 class Writing:
     """A snapshot on its way to the device.
 
@@ -190,6 +198,12 @@ class Backend(Protocol):
 
         Any thread; at once. It is the caller's until the last view of it goes.
         """
+        ...
+
+    @property
+    def host_buffers(self) -> HostBuffers | None:
+        """How many there are of `host_buffer`, at this moment; None where none is pinned. Any
+        thread."""
         ...
 
     def clear_slot(self, slot: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from daemon.checkpoint import HostBytes
-from daemon.engine.backends.backend import Contents, Sampled, SamplingRow, Writing
+from daemon.engine.backends.backend import Contents, HostBuffers, Sampled, SamplingRow, Writing
 from daemon.engine.backends.cuda_experts import ExpertMixer
 from daemon.engine.backends.cuda_memory import (
     BUCKETS,
@@ -199,6 +199,11 @@ class CudaBackend:
     def host_buffer(self, num_bytes: int) -> memoryview:
         """Pinned, where one is at hand."""
         return self._pool.take(num_bytes)
+
+    @property
+    def host_buffers(self) -> HostBuffers:
+        """Those of the pool."""
+        return HostBuffers(self._pool.pinned_bytes, self._pool.num_unpinned)
 
     def clear_slot(self, slot: int) -> None:
         """The state before the first token is zero."""

@@ -149,6 +149,11 @@ class NumpyBackend:
         """Ordinary memory."""
         return np.empty(num_bytes, np.uint8).data
 
+    @property
+    def host_buffers(self) -> None:
+        """Nothing is pinned."""
+        return None
+
     def clear_slot(self, slot: int) -> None:
         """The state before the first token is zero."""
         self.rules[slot] = 0

@@ -75,6 +75,11 @@ class PinnedPool:
         self._wanted = threading.Event()
         self._is_pinning = False
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Of all buffers, at hand or lent."""
+        return sum(slab.nbytes - GAP_BYTES for slab in list(self._slabs))
+
     def prepare(self, num_bytes: int, num_ready: int) -> None:
         """Have so many buffers of a size ready from now on."""
         self._shelves.setdefault(num_bytes, _Shelf(num_bytes, num_ready))
@@ -121,8 +126,7 @@ class PinnedPool:
 
     def _pin(self, shelf: _Shelf) -> bool:
         count = max(1, SLAB_BYTES // shelf.num_bytes)
-        pinned = sum(slab.nbytes - GAP_BYTES for slab in self._slabs)
-        if pinned + count * shelf.num_bytes > self.limit_bytes:
+        if self.pinned_bytes + count * shelf.num_bytes > self.limit_bytes:
             return False
         slab = self._device.allocate_pinned(count * shelf.num_bytes + GAP_BYTES)
         self._slabs.append(slab)
