@@ -1,6 +1,7 @@
 """Times decoding on the GPU: one step of 1 to 8 sequences, at short context and after 24K tokens.
 
-The limit is the weights' bytes and the states', read once, over the card's copy bandwidth.
+The limit is the bytes of weights, states, and keys and values over the card's copy bandwidth;
+`plot` computes it.
 
     python -m benchmarks.decode model.gguf
 """

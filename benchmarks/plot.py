@@ -10,6 +10,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.model_sizes import SIZES, ModelSizes
+from daemon.kernels.kv_format import PAGE_TOKENS, KvFormat
+
 BANDWIDTH_GBPS = 3005.0
 TFLOPS = 700.0
 """An H100's copy rate and cuBLAS's fp16 rate on it."""
@@ -19,7 +22,8 @@ OURS, PEER, LIMIT, INK = "#0b7285", "#adb5bd", "#f1f3f5", "#212529"
 
 
 class Model(NamedTuple):
-    """What bounds a model: bytes of weights and of a sequence's state a step, work of a token."""
+    """What bounds a model at short context: bytes of weights and of a sequence's state a step, work
+    of a token."""
 
     label: str
     weight_gb: float
@@ -43,6 +47,17 @@ CASES = {
 }
 
 
+NUM_BEFORE = {"decode_24k": 24_576, "prefill_512_24k": 24_576}
+"""Tokens before a case's own; without an entry too few to count."""
+
+
+class Rate(NamedTuple):
+    """Tokens a second, and in what format keys and values are."""
+
+    tokens_per_s: float
+    kv: KvFormat
+
+
 class Measured(NamedTuple):
     """Tokens a second of one case of one model."""
 
@@ -52,7 +67,7 @@ class Measured(NamedTuple):
     limit: float
 
 
-def rates(record: dict[str, Any]) -> dict[str, float]:
+def rates(record: dict[str, Any]) -> dict[str, Rate]:
     """Our cases of one results file."""
     found = {}
     for row in record["rows"]:
@@ -63,22 +78,43 @@ def rates(record: dict[str, Any]) -> dict[str, float]:
             names = {(4096, 0): "prefill_4096", (512, 24_576): "prefill_512_24k"}
             name = names.get((row["tokens"], row["after"]))
         if name:
-            found[name] = float(row["tokens_per_s"])
+            found[name] = Rate(float(row["tokens_per_s"]), KvFormat[row["kv"].upper()])
     return found
 
 
-def limit(model: Model, case: str) -> float:
-    """Bytes over bandwidth for decoding, operations over the matrix rate for prompts; keys and
-    values of 24K tokens are left out."""
+def limit(name: str, case: str, kv: KvFormat) -> float:
+    """Tokens a second that the card allows.
+
+    Decoding: bandwidth over the bytes of weights, states, and keys and values of the tokens before.
+    Prompts: the matrix rate over the operations of products, and of attention to the tokens before;
+    that of a prompt to itself is left out.
+    """
+    model, sizes, num_before = MODELS[name], SIZES[name], NUM_BEFORE.get(case, 0)
     if case.startswith("prefill"):
-        return TFLOPS * 1e3 / model.gflop
+        return TFLOPS * 1e3 / (model.gflop + num_before * attention_gflop(sizes))
     num_sequences = 8 if case == "decode_8" else 1
-    return num_sequences * BANDWIDTH_GBPS / (model.weight_gb + num_sequences * model.state_gb)
+    sequence_gb = model.state_gb + num_before * kv_gb(sizes, kv)
+    return num_sequences * BANDWIDTH_GBPS / (model.weight_gb + num_sequences * sequence_gb)
+
+
+def kv_gb(sizes: ModelSizes, kv: KvFormat) -> float:
+    """Keys and values of one token, all layers."""
+    return num_attention_layers(sizes) * 2 * sizes.kv_heads * kv.block_bytes / PAGE_TOKENS / 1e9
+
+
+def attention_gflop(sizes: ModelSizes) -> float:
+    """Of a token with one before it, all layers: a dot product and a weighted sum for each head."""
+    return num_attention_layers(sizes) * sizes.q_heads * 2 * 2 * sizes.head_dim / 1e9
+
+
+def num_attention_layers(sizes: ModelSizes) -> int:
+    """Layers with keys and values; the others have a state."""
+    return sum(map(sizes.is_attention, range(sizes.layers)))
 
 
 def measured(paths: list[Path], peers: dict[str, Any]) -> list[Measured]:
     """All cases, by model in the order of MODELS."""
-    ours: dict[str, dict[str, float]] = {}
+    ours: dict[str, dict[str, Rate]] = {}
     for path in paths:
         record = json.loads(path.read_text())
         ours.setdefault(Path(record["model"]).stem, {}).update(rates(record))
@@ -87,9 +123,10 @@ def measured(paths: list[Path], peers: dict[str, Any]) -> list[Measured]:
         for case, label in CASES.items():
             # Which experts eight sequences read is not known, so neither is the limit.
             if case in ours.get(name, {}) and (name, case) != ("35b-a3b", "decode_8"):
+                rate = ours[name][case]
                 peer = peers["tokens_per_s"].get(name, {}).get(case)
                 text = f"{model.label} {label}"
-                rows.append(Measured(text, ours[name][case], peer, limit(model, case)))
+                rows.append(Measured(text, rate.tokens_per_s, peer, limit(name, case, rate.kv)))
     return rows
 
 
