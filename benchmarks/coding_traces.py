@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from daemon.cache.prefix_hash import link
 from daemon.checkpoint import PAGE_TOKENS, Boundary
+from daemon.text.prompt import HEAD_TOKENS
 
 MODEL = bytes(16)
 
@@ -95,4 +96,7 @@ def _boundaries(num_tokens: int, head: int, last_end: int | None) -> tuple[Bound
     wanted = [Boundary(head, "system"), Boundary(num_tokens, "prompt")]
     if last_end is not None:
         wanted.append(Boundary(last_end, "tool"))
+        first = last_end // PAGE_TOKENS * PAGE_TOKENS + PAGE_TOKENS
+        last = min(last_end + HEAD_TOKENS, num_tokens)
+        wanted += [Boundary(place, "head") for place in range(first, last + 1, PAGE_TOKENS)]
     return tuple(b for b in wanted if 0 < b.position <= num_tokens)

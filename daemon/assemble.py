@@ -27,7 +27,7 @@ from daemon.engine.backends.backend import Backend
 from daemon.engine.checkpointing import CheckpointStore, NoCheckpoints
 from daemon.engine.engine import StepEngine
 from daemon.engine.engine_thread import EngineThread
-from daemon.engine.memory.memory_plan import MemoryDemand, MemoryPlan
+from daemon.engine.memory.memory_plan import MemoryDemand, MemoryPlan, Room
 from daemon.engine.model.model import Model
 from daemon.engine.model.shape import ModelShape
 from daemon.engine.requests import EngineInfo
@@ -136,7 +136,7 @@ def memory_plan(model: ModelConfig, engine: EngineConfig) -> MemoryPlan:
     """
     file = open_model_file(model)
     context = _context_length(model_shape(file), engine)
-    return plan_memory(engine, file, _demand(engine, context))
+    return plan_memory(engine, file, _demand(engine, context, has_store=True))
 
 
 def assemble(config: Config) -> Daemon:
@@ -151,8 +151,9 @@ def assemble(config: Config) -> Daemon:
     template_source = _template_source(file, config.model)
     template = ChatTemplate(template_source, tokenizer.control_tokens)
     context = _context_length(shape, config.engine)
+    demand = _demand(config.engine, context, config.cache.enabled)
     kept = config.cache.memory_bytes if config.cache.enabled else None
-    backend = make_backend(config.engine, file, shape, _demand(config.engine, context), kept)
+    backend = make_backend(config.engine, file, shape, demand, kept)
     identity = _identity(file, template_source, backend)
     name = _model_name(file, config.model)
     cache = _open_cache(config.cache, identity, name)
@@ -166,7 +167,7 @@ def assemble(config: Config) -> Daemon:
         max_sequences=config.engine.parallel,
     )
     engine = EngineThread(
-        _engine_builder(file, backend, config.engine, info, cache or NoCheckpoints()),
+        _engine_builder(file, backend, config.engine, demand, info, cache or NoCheckpoints()),
         info,
         max_requests=config.engine.parallel + config.engine.max_waiting,
     )
@@ -190,7 +191,7 @@ def assemble(config: Config) -> Daemon:
         history=history,
         sessions=None if cache is None else cache.catalogue,
         suggest_title=_ignore_title if cache is None else cache.suggest_title,
-        reach=_reach(cache, config.engine.strict),
+        reach=_reach(cache, engine, config.engine.strict),
         fingerprint=f"qwend-{__version__}-{identity.hex()[:12]}",
         works_ahead=cache is not None and config.engine.canonical,
         version=__version__,
@@ -239,6 +240,7 @@ def _engine_builder(
     file: GGUFFile,
     backend: Backend,
     config: EngineConfig,
+    demand: MemoryDemand,
     info: EngineInfo,
     store: CheckpointStore,
 ) -> Callable[[Callable[[], None]], StepEngine]:
@@ -247,7 +249,7 @@ def _engine_builder(
     def build(wake: Callable[[], None]) -> StepEngine:
         backend.attach()
         model = _load(file, backend)
-        limits = _limits(model, config, info.context_length)
+        limits = _limits(config, demand, model.backend.fit(demand.most_pages))
         backend.allocate(model.shape, limits.num_slots, limits.num_pages)
         return StepEngine(
             model,
@@ -263,25 +265,25 @@ def _engine_builder(
     return build
 
 
-def _limits(model: Model, config: EngineConfig, context_length: int) -> Limits:
-    """Pages for all sequences at full length where they fit, for one at least."""
-    demand = _demand(config, context_length)
-    pages = model.backend.fit_pages(model.shape, demand.num_slots, demand.most_pages)
+def _limits(config: EngineConfig, demand: MemoryDemand, room: Room) -> Limits:
     return Limits(
-        max_sequences=config.parallel,
+        max_sequences=demand.num_sequences,
         max_waiting=config.max_waiting,
         prefill_tokens=prefill_tokens(config),
-        num_pages=pages,
+        num_pages=room.num_pages,
         num_capture_slots=NUM_CAPTURE_SLOTS,
-        max_residents=2 * config.parallel,
+        max_residents=2 * demand.num_sequences,
+        num_inner_slots=room.num_inner_slots,
     )
 
 
-def _demand(config: EngineConfig, context_length: int) -> MemoryDemand:
+def _demand(config: EngineConfig, context_length: int, has_store: bool) -> MemoryDemand:
+    """Pages for all sequences at full length, where they fit."""
     return MemoryDemand(
         context_length=context_length,
         num_sequences=config.parallel,
         num_slots=num_slots(config.parallel, NUM_CAPTURE_SLOTS),
+        has_inner_states=has_store,
     )
 
 
@@ -311,11 +313,13 @@ def _ignore_title(session: str, title: str, is_final: bool) -> None:
     """Without a store there are no sessions to name."""
 
 
-def _reach(cache: CheckpointCache | None, strict: bool) -> Callable[[Sequence[int]], Reach]:
-    """What the store has of a prompt; the last token is always evaluated."""
+def _reach(
+    cache: CheckpointCache | None, engine: EngineThread, strict: bool
+) -> Callable[[Sequence[int]], Reach]:
+    """What store and device have of a prompt; the last token is always evaluated."""
     if cache is None:
         return lambda _: Reach(None)
-    return lambda tokens: cache.reach(tokens, len(tokens) - 1, strict)
+    return lambda tokens: cache.reach(tokens, len(tokens) - 1, strict, engine.born_on_device)
 
 
 def _prompt_history(

@@ -39,7 +39,7 @@ def print_report(plan: MemoryPlan, config: EngineConfig, console: Console | None
 
 def _regions(plan: MemoryPlan, config: EngineConfig) -> list[tuple[str, str, int]]:
     needs, demand = plan.needs, plan.demand
-    states = f"{demand.num_slots} of {needs.states_bytes / demand.num_slots / 2**20:.1f} MiB"
+    states = f"{needs.num_slots} of {needs.state_bytes / 2**20:.1f} MiB"
     per_token = needs.page_bytes / PAGE_TOKENS / 1024
     formats = f"{config.key_format}/{config.value_format}, {per_token:.1f} KiB a token"
     one = demand.least_pages * needs.page_bytes
@@ -53,6 +53,9 @@ def _regions(plan: MemoryPlan, config: EngineConfig) -> list[tuple[str, str, int
     if more:
         what = f"{more * PAGE_TOKENS:,} tokens more, for requests side by side"
         rows.append(("", what, plan.regions[PAGES] - one))
+    if plan.num_inner_slots:
+        what = f"{plan.num_inner_slots} more, for edits inside messages"
+        rows.append(("states", what, plan.num_inner_slots * needs.state_bytes))
     return rows
 
 

@@ -79,9 +79,9 @@ class Rig:
 
     def forget_residents(self) -> None:
         """What follows comes from the store."""
-        while (resident := self.harness.scheduler.residents.take_oldest()) is not None:
-            self.harness.scheduler.pages.give_back(resident.pages)
-            self.harness.scheduler.slots.give_back(resident.slot)
+        while (resident := self.harness.scheduler.places.residents.take_oldest()) is not None:
+            self.harness.scheduler.places.pages.give_back(resident.pages)
+            self.harness.scheduler.places.slots.give_back(resident.slot)
 
 
 def prompt(length: int = 200, first: int = 1) -> list[int]:

@@ -22,7 +22,7 @@ from daemon.cache.stored_prompts import StoredPrompt, read_prompts
 from daemon.cache.timeline import StoredTimeline
 from daemon.cache.transfer import Transfer, now_us
 from daemon.cache.write_ledger import WriteStats, write_stats
-from daemon.checkpoint import PAGE_TOKENS, Reach
+from daemon.checkpoint import PAGE_TOKENS, Birth, Found, Reach
 from daemon.errors import ConfigError
 
 MIN_BUDGET_BYTES = 4 * MIN_MAP_BYTES
@@ -196,11 +196,34 @@ class CheckpointCache:
             now_us=self._now_us,
         )
 
-    def reach(self, tokens: Sequence[int], limit: int, strict: bool) -> Reach:
-        """What is stored of a prompt at a position <= limit, and what was, without reading it."""
+    @property
+    def num_revoked(self) -> int:
+        """How often checkpoints were wiped, or found wrong."""
+        return self._transfer.num_wipes
+
+    def reach(
+        self,
+        tokens: Sequence[int],
+        limit: int,
+        strict: bool,
+        on_device: Callable[[bytes], Birth | None] = lambda _: None,
+    ) -> Reach:
+        """What there is of a prompt at a position <= limit, and what was, without reading it.
+
+        Args:
+            on_device: how the state was born, if one lies there, after tokens of a name; see
+                `StoredTimeline.name`.
+        """
         hashes = PrefixChain(self._fingerprint, tokens).hashes
         with self._transfer.looking() as shelf:
-            return shelf.reach(hashes, limit, strict)
+            reach = shelf.reach(hashes, limit, strict)
+        num_stored = 0 if reach.found is None else reach.found.position // PAGE_TOKENS
+        for num_pages in range(min(limit // PAGE_TOKENS, len(hashes)), num_stored, -1):
+            born = on_device(hashes[num_pages - 1])
+            if born == "prompt" or (born and not strict):
+                found = Found(num_pages * PAGE_TOKENS, born, "junction", "device")
+                return Reach(found, reach.departed)
+        return reach
 
     def discard(self, tokens: Sequence[int]) -> None:
         """Drop a prompt's checkpoints, since an audit found one wrong, and all that shares a page

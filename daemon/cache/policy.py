@@ -6,8 +6,7 @@ Owns the choices, none of the doing: no store, no clock, no thread.
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 from msgspec import Struct
 
@@ -42,9 +41,6 @@ SECTION_SHARE = 8
 """Checkpoints inside messages are 1/8 of the cover's distance apart or more: they lie in memory,
 where they make room for others, until somebody goes on from one."""
 
-HEAD_TOKENS = 1024
-"""Clients that shorten an old tool result leave at most so much of its beginning."""
-
 AGE_US = 60 * 1_000_000
 """The chance that a checkpoint is used again falls with 1 / (1 + age / 1 minute)²."""
 
@@ -64,7 +60,7 @@ EXPECTED_USE: dict[Reason, float] = {
 """In powers of two: how much likelier than others a checkpoint is used again, by its reason."""
 
 LAZY_REASONS: frozenset[Reason] = frozenset({"tool", "interval", "junction"})
-UNUSED_REASONS: frozenset[Reason] = frozenset({"section", "head"})
+UNUSED_REASONS: tuple[Reason, ...] = ("head", "section")
 FREE_SHARE = 0.5
 MAX_COMPARED = 64
 
@@ -215,8 +211,8 @@ def _age(used_us: int, now_us: int) -> float:
 def positions(prompt: Prompt, sizes: Sizes) -> dict[int, Reason]:
     """Where a prompt, after `start`, should have checkpoints, in ascending order, with reasons.
 
-    Sections lie at the section boundaries, heads in those of tool results, not nearer to anything
-    than their distance. Boundaries are aligned down to whole pages. A junction lies where the
+    Sections and heads lie at boundaries so called, not nearer to anything than their distance.
+    Boundaries are aligned down to whole pages. A junction lies where the
     prompt leaves an earlier one: its state passes by during this evaluation and serves the third
     prompt to branch there.
     """
@@ -259,7 +255,7 @@ def _near_the_tail(prompt: Prompt, sizes: Sizes) -> list[Boundary]:
     kept = []
     last: dict[Reason, int] = {}
     for boundary in sorted(prompt.boundaries, key=lambda b: b.position, reverse=True):
-        if boundary.reason == "section":
+        if boundary.reason in UNUSED_REASONS:
             continue
         many = counts[boundary.reason] > sizes.max_states // 4
         spread = TAIL_SPREAD.get(boundary.reason) if many else None
@@ -290,9 +286,10 @@ def _inside_messages(prompt: Prompt, distance: int, others: Sequence[int]) -> di
 
     All from the first token on are gone through: so prompts with one beginning agree on them.
     """
-    candidates: dict[int, Reason] = dict.fromkeys(_heads(prompt), "head")
-    sections = (b.position // PAGE_TOKENS for b in prompt.boundaries if b.reason == "section")
-    candidates |= dict.fromkeys(sections, "section")
+    candidates: dict[int, Reason] = {}
+    for inner in UNUSED_REASONS:
+        pages = (b.position // PAGE_TOKENS for b in prompt.boundaries if b.reason == inner)
+        candidates |= dict.fromkeys(pages, inner)
     bounds = (0, *others, prompt.num_tokens // PAGE_TOKENS * PAGE_TOKENS + distance)
     kept: dict[int, Reason] = {}
     last = 0
@@ -303,12 +300,3 @@ def _inside_messages(prompt: Prompt, distance: int, others: Sequence[int]) -> di
             kept[position] = candidates[page]
             last = position
     return kept
-
-
-def _heads(prompt: Prompt) -> Iterator[int]:
-    """Numbers of the pages in the heads of tool results, without those evaluated before."""
-    meant = [b for b in prompt.boundaries if b.reason != "section"]
-    for boundary, following in pairwise([*meant, Boundary(prompt.num_tokens, "prompt")]):
-        end = min(boundary.position + HEAD_TOKENS, following.position)
-        if boundary.reason == "tool" and end > prompt.start:
-            yield from range(boundary.position // PAGE_TOKENS + 1, end // PAGE_TOKENS + 1)

@@ -87,6 +87,10 @@ class StoredTimeline:
         pages = range(min(len(mine), len(theirs)))
         return PAGE_TOKENS * bisect_left(pages, True, key=lambda i: mine[i] != theirs[i])
 
+    def name(self, position: int) -> bytes:
+        """The hash of the first `position` tokens, whole pages."""
+        return self._hash_at(position)
+
     def trail(self, position: int, born: Birth, num_grid_pages: int) -> Trail:
         """What the pages up to `position` are called, for whoever goes on from them."""
         num_pages = position // PAGE_TOKENS

@@ -69,6 +69,7 @@ class Transfer:
             ledger = WriteLedger(reader.headers("writes"), daily_bytes)
         self._store = store
         self._queue_bytes = queue_bytes
+        self.num_wipes = 0
         self._lock = threading.Condition()
         limits = Limits(max_bytes, queue_bytes, memory_bytes, write_delay_us)
         self._holdings = Holdings(loaded, limits, ledger, now_us)
@@ -205,6 +206,7 @@ class Transfer:
     def wipe(self, keys: Iterable[bytes], cause: Departure = "wiped") -> None:
         """Delete states, and the pages that nothing needs then; `flush` waits until it is done."""
         with self._lock:
+            self.num_wipes += 1
             for key in keys:
                 self._holdings.forget(self._holdings.index.remove_state(key), cause)
             self._lock.notify_all()

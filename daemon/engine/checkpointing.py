@@ -33,6 +33,10 @@ class Timeline(Protocol):
         """Tokens, in whole pages, that this one and another timeline of this store begin with."""
         ...
 
+    def name(self, position: int) -> bytes:
+        """What the first `position` tokens are called, in this store and by no others."""
+        ...
+
     def trail(self, position: int, born: Birth, num_grid_pages: int) -> Any:
         """What the pages up to `position`, which this sequence made or restored, are called in the
         store, whatever becomes of them here; see `Snapshot`."""
@@ -62,6 +66,12 @@ class Timeline(Protocol):
 class CheckpointStore(Protocol):
     """Where checkpoints live."""
 
+    @property
+    def num_revoked(self) -> int:
+        """How often something was wiped, or proved wrong: then nothing that was made before may be
+        gone on from, wherever it lies."""
+        ...
+
     def expect(
         self, state_bytes: int, page_bytes: int, allocate: Callable[[int], memoryview]
     ) -> None:
@@ -78,6 +88,11 @@ class CheckpointStore(Protocol):
 
 class NoCheckpoints:
     """A store that keeps nothing, for those who ask for none."""
+
+    @property
+    def num_revoked(self) -> int:
+        """Nothing is made."""
+        return 0
 
     def expect(
         self, state_bytes: int, page_bytes: int, allocate: Callable[[int], memoryview]
@@ -106,6 +121,10 @@ class NoTimeline:
     def shared_with(self, other: Any) -> int:
         """Nothing that would be found."""
         return 0
+
+    def name(self, position: int) -> bytes:
+        """Nothing has a name."""
+        return b""
 
     def trail(self, position: int, born: Birth, num_grid_pages: int) -> None:
         """Nothing has a name."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from daemon.checkpoint import PAGE_TOKENS, Boundary
 from daemon.engine.batch import Span
 from daemon.engine.checkpointing import CheckpointStore, NoCheckpoints
+from daemon.engine.memory.inner_states import inside
 from daemon.engine.model.model import Model
 from daemon.engine.outbox import Outbox
 from daemon.engine.requests import (
@@ -71,6 +72,7 @@ class StepEngine:
         self.restoring = Restoring(model.backend, scheduler, self.saving, strict, self._start, wake)
         self.outbox = Outbox()
         self.keep_every_ms = KEEP_EVERY_MS
+        self._num_revoked = store.num_revoked
         store.expect(*self.backend.snapshot_sizes, self.backend.host_buffer)
 
     # ── commands ──────────────────────────────────────────────────────────────────────────────
@@ -141,6 +143,9 @@ class StepEngine:
     def _admit(self) -> int:
         """Give waiting sequences their places, in place of idle work if need be; counts them."""
         num_admitted = 0
+        if self.store.num_revoked != self._num_revoked:
+            self._num_revoked = self.store.num_revoked
+            self.scheduler.places.forget_all()
         while True:
             for sequence in self.scheduler.admit():
                 num_admitted += 1
@@ -249,6 +254,8 @@ class StepEngine:
         if sequence.is_kept:
             boundaries = sequence.request.boundaries
             sequence.plan_checkpoints(sequence.timeline.positions(boundaries, position))
+            if self.scheduler.limits.num_inner_slots:
+                sequence.inside = inside(boundaries)
         if not sequence.was_started:
             sequence.was_started = True
             sequence.num_cached = position
@@ -262,19 +269,21 @@ class StepEngine:
     def _checkpoint(self, work: Work) -> None:
         """Save what the batch captured on its way."""
         for sequence, span in zip(work.sequences, work.batch.spans, strict=True):
-            for capture in span.captures if sequence.is_kept else ():
+            planned = [c for c in span.captures if c.position in sequence.positions]
+            for capture in planned if sequence.is_kept else ():
                 reason = sequence.positions[capture.position]
                 self.saving.begin(sequence, capture.position, capture.slot, sequence.born, reason)
-            self._keep_on_the_way(sequence, span)
-            if span.captures and self.scheduler.limits.max_residents:
-                last = span.captures[-1]
+            self._keep_on_the_way(sequence, span, is_kept_now=bool(planned))
+            if planned and self.scheduler.limits.max_residents:
+                last = planned[-1]
                 self._hold(sequence, last.slot, last.position)
-            left = [c for c in span.captures if self.scheduler.leave_junction(sequence, c)]
-            self.scheduler.give_back(c for c in span.captures if c not in left)
+            left = [c for c in planned if self.scheduler.leave_junction(sequence, c)]
+            self.scheduler.give_back(c for c in planned if c not in left)
+            self.scheduler.leave_inside(sequence, (c for c in span.captures if c not in planned))
 
-    def _keep_on_the_way(self, sequence: Sequence, span: Span) -> None:
+    def _keep_on_the_way(self, sequence: Sequence, span: Span, is_kept_now: bool) -> None:
         """A slow prompt is kept by time too: a kill costs no more than these seconds."""
-        if span.captures:
+        if is_kept_now:
             sequence.kept_ms = sequence.prompt_ms
         elif sequence.is_kept and sequence.phase is Phase.PREFILL and span.end % PAGE_TOKENS == 0:
             if sequence.prompt_ms - sequence.kept_ms > self.keep_every_ms:

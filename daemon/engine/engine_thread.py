@@ -11,7 +11,9 @@ from queue import Empty, SimpleQueue
 
 from msgspec import Struct
 
+from daemon.checkpoint import Birth
 from daemon.engine.engine import StepEngine
+from daemon.engine.memory.inner_states import InnerStates
 from daemon.engine.requests import (
     Deliver,
     EngineInfo,
@@ -73,6 +75,7 @@ class EngineThread:
         self._failure: QwendError | None = None
         self._on_failure: Callable[[], None] | None = None
         self._built: Future[None] = Future()
+        self._inner = InnerStates()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     @property
@@ -92,6 +95,11 @@ class EngineThread:
             has_failed = self._failure is not None
         if has_failed:
             call()
+
+    def born_on_device(self, name: bytes) -> Birth | None:
+        """How the state inside a message was born that lies on the device after tokens of this name
+        (see `Timeline.name`); None where there is none. Any thread."""
+        return self._inner.born(name)
 
     def start(self) -> None:
         """Start the thread and wait until the engine is built.
@@ -146,6 +154,7 @@ class EngineThread:
         except BaseException as error:
             self._built.set_exception(error)
             return
+        self._inner = engine.scheduler.places.inner
         self._built.set_result(None)
         self._refuse_all(engine, self._serve(engine))
 

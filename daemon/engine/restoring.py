@@ -108,14 +108,23 @@ class Restoring:
         is_stored = found is not None and found.position == position
         reason = found.reason if found is not None and is_stored else "junction"
         sequence.found = Found(position, born, reason, "device")
-        if branch.is_in_flight and sequence.follows_since_s is None:
+        if branch.holder == "inner" and not is_stored:
+            self._keep_used(sequence, branch)
+        if branch.holder == "sequence" and sequence.follows_since_s is None:
             sequence.follows_since_s = time.perf_counter()
         self._start(sequence, position)
+
+    def _keep_used(self, sequence: Sequence, branch: Branch) -> None:
+        """The store gets a state inside a message when somebody goes on from it: the prompt that
+        sends the same again finds it there, whatever else the device has to keep."""
+        self._backend.copy_slot(sequence.slot, sequence.mark_slot)
+        sequence.held, sequence.held_born = branch.position, branch.born
+        self._saving.begin(sequence, branch.position, sequence.mark_slot, branch.born, "junction")
 
     def _leave_branch(self, sequence: Sequence, branch: Branch, num_stored: int) -> bool:
         """Go on from the store instead; False when the sequence has to wait for places again."""
         if num_stored < branch.position:
-            self._scheduler.forget_branch(branch)
+            self._scheduler.places.forget(branch)
         if self._scheduler.leave_branch(sequence):
             return True
         self._scheduler.preempt(sequence)
@@ -171,9 +180,8 @@ def _end(found: Found | None) -> int:
 def _is_best(branch: Branch, found: Found | None, num_coming: int) -> bool:
     """Whether to go on from the device: nothing longer is stored or on its way to the store.
 
-    What belongs to no running sequence is remembered as long as the store has it, and no longer: it
-    may have been wiped.
+    An ended sequence is remembered as long as the store has its end, and no longer.
     """
     num_stored = max(_end(found), num_coming)
-    is_ahead = branch.is_in_flight and branch.position > num_stored
+    is_ahead = branch.holder != "resident" and branch.position > num_stored
     return is_ahead or branch.position == num_stored

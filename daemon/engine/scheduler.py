@@ -3,8 +3,8 @@
 Decoding sequences come first, one token each; the rest of the token budget goes to prompts, to the
 one that has waited longest first, with a share for each further one so that none starves. Who waits
 for what another one evaluates is passed over, and its places are kept for it. Idle work is planned
-only while there is nothing else, the most urgent first. Owns the order of sequences and the free
-lists. Engine thread only.
+only while there is nothing else, the most urgent first. Owns the order of sequences; where they lie
+is `Places`' to say. Engine thread only.
 """
 
 from bisect import insort_left, insort_right
@@ -16,9 +16,9 @@ from msgspec import Struct
 from daemon.checkpoint import PAGE_TOKENS, Birth
 from daemon.engine.batch import Batch, Capture, Span
 from daemon.engine.following import Followers
-from daemon.engine.memory.kv_pages import KVPages
+from daemon.engine.memory.inner_states import InnerState, worth
+from daemon.engine.memory.places import Places
 from daemon.engine.memory.residents import Branch, Resident, Residents, may_go_on
-from daemon.engine.memory.slots import Slots
 from daemon.engine.sequence import Phase, Sequence
 
 IDLE_STEP_TOKENS = 256
@@ -35,7 +35,8 @@ class Limits(Struct, frozen=True):
     """`prefill_tokens` is the budget of one step for prompts, a multiple of PAGE_TOKENS.
 
     `max_residents` prefixes stay on the device, when no sequence has them, until others need their
-    places: ended sequences, and places where one left another.
+    places: ended sequences, and places where one left another. `num_inner_slots` states inside
+    messages stay too.
     """
 
     max_sequences: int
@@ -44,11 +45,12 @@ class Limits(Struct, frozen=True):
     num_pages: int
     num_capture_slots: int
     max_residents: int = 0
+    num_inner_slots: int = 0
 
     @property
     def num_slots(self) -> int:
-        """See the function of this name."""
-        return num_slots(self.max_sequences, self.num_capture_slots)
+        """All of them."""
+        return num_slots(self.max_sequences, self.num_capture_slots) + self.num_inner_slots
 
 
 def num_slots(max_sequences: int, num_capture_slots: int) -> int:
@@ -80,13 +82,10 @@ class Scheduler:
     def __init__(self, limits: Limits, strict: bool = False) -> None:
         self.limits = limits
         self.strict = strict
-        self.pages = KVPages(limits.num_pages)
-        self.slots = Slots(limits.num_slots)
+        self.places = Places(limits.num_pages, limits.num_slots, limits.num_inner_slots)
         self.waiting: deque[Sequence] = deque()
         self.idle: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.residents = Residents()
-        self.audited = Residents()
         self.followers = Followers(limits.prefill_tokens)
 
     @property
@@ -173,6 +172,17 @@ class Scheduler:
         self._add_resident(sequence, capture.position, capture.slot, sequence.born)
         return True
 
+    def leave_inside(self, sequence: Sequence, captures: Iterable[Capture]) -> None:
+        """Let states inside messages stay, with their slots; captures of one span, in order."""
+        name_of = sequence.timeline.name
+        before: InnerState | None = None
+        for capture in captures:
+            position = capture.position
+            before = before or self.places.inner.find(name_of, position - PAGE_TOKENS)
+            branch = sequence.branch_at(position, capture.slot, sequence.born, "inner")
+            reason = sequence.inside[position]
+            before = self.places.stay_inside(name_of(position), branch, reason, before)
+
     def make_room(self) -> Sequence | None:
         """Find pages for the next token of every decoding sequence.
 
@@ -181,7 +191,7 @@ class Scheduler:
         """
         for sequence in self._in_phase(Phase.DECODE):
             while len(sequence.pages) < sequence.num_pages_needed:
-                more = self._find_pages(1, after=sequence.pages)
+                more = self.places.find_pages(1, after=sequence.pages)
                 if more is None:
                     return self._least_urgent()
                 sequence.pages += more
@@ -229,7 +239,7 @@ class Scheduler:
     def give_back(self, captures: Iterable[Capture]) -> None:
         """Free the slots of captures that have been read."""
         for capture in captures:
-            self.slots.give_back(capture.slot)
+            self.places.slots.give_back(capture.slot)
 
     def _prefill_span(self, sequence: Sequence, limit: int) -> Span:
         """At most `limit` tokens; ends before a position to capture for which no slot is free."""
@@ -237,11 +247,12 @@ class Scheduler:
         end = min(start + limit, sequence.goal)
         captures = []
         for position in sorted(p for p in sequence.positions if start < p <= end):
-            slot = self._find_slot()
+            slot = self.places.find_slot()
             if slot is None:
                 end = position - PAGE_TOKENS
                 break
             captures.append(Capture(position, slot))
+        captures += self._inner_captures(sequence, start, end)
         tokens = sequence.unevaluated(end - start)
         samples = end == sequence.num_known and sequence.request.max_tokens > 0
         return Span(tokens, start, sequence.slot, sequence.pages, tuple(captures), samples)
@@ -276,15 +287,10 @@ class Scheduler:
         assert sequence.branch is not None
         known, sequence.branch = sequence.branch.pages, None
         sequence.pages = sequence.pages[len(known) :]
-        self.pages.give_back(known)
-        pages = self._find_pages(len(known))
+        self.places.pages.give_back(known)
+        pages = self.places.find_pages(len(known))
         sequence.pages = (pages or ()) + sequence.pages
         return pages is not None
-
-    def forget_branch(self, branch: Branch) -> None:
-        """The store has it no longer: neither must the device."""
-        if self.residents.take(branch) is not None:
-            self._free_branch(branch)
 
     def _place(self, sequence: Sequence, kept: Kept) -> bool:
         """Give a sequence its places and let it run; False when there are too few."""
@@ -292,12 +298,14 @@ class Scheduler:
             return False
         branch = self._find_branch(sequence)
         known = branch.pages if branch else ()
-        self.pages.share(known)
+        self.places.pages.share(known)
         count = _num_places(sequence) - len(known)
-        pages = self._find_pages(count, known, kept.num_pages, not sequence.is_kept)
+        pages = self.places.find_pages(count, known, kept.num_pages, not sequence.is_kept)
         if pages is None:
-            self.pages.give_back(known)
+            self.places.pages.give_back(known)
             return False
+        if sequence.is_kept:
+            self.places.inner.visit(sequence.timeline.name, sequence.cached_limit)
         sequence.branch = branch
         sequence.pages = known + pages
         sequence.slot, sequence.mark_slot = self._take_slot(), self._take_slot()
@@ -315,7 +323,7 @@ class Scheduler:
         """The longest beginning of a sequence that lies on the device, with the state after it."""
         limit = sequence.cached_limit
         if not sequence.is_kept:
-            return self.audited.find(sequence.tokens, limit, strict=True)
+            return self.places.audited.find(sequence.tokens, limit, strict=True)
         if sequence.is_idle_work:
             return None
         fitting = [
@@ -325,62 +333,52 @@ class Scheduler:
             if may_go_on(branch.position, branch.born, limit, self.strict)
             and sequence.timeline.shared_with(other.timeline) >= branch.position
         ]
-        resident = self.residents.find(sequence.tokens, limit, self.strict)
+        resident = self.places.residents.find(sequence.tokens, limit, self.strict)
         if resident is not None:
-            self.residents.touch(resident)
+            self.places.residents.touch(resident)
             fitting.append(resident)
+        inner = self.places.inner.find(sequence.timeline.name, limit, self.strict)
+        if inner is not None:
+            fitting.append(inner.branch)
         return max(fitting, key=lambda branch: branch.position, default=None)
-
-    def _find_pages(
-        self, count: int, after: tuple[int, ...] = (), spared: int = 0, spare_newest: bool = False
-    ) -> tuple[int, ...] | None:
-        """Free pages, in place of residents if need be; audits leave the newest of them."""
-        while (pages := self.pages.take(count, after, spared)) is None:
-            if not self._free_oldest_resident(spare_newest):
-                return None
-        return pages
-
-    def _find_slot(self) -> int | None:
-        while (slot := self.slots.take()) is None:
-            if not self._free_oldest_resident():
-                return None
-        return slot
 
     def _residents_of(self, sequence: Sequence) -> Residents:
         """What was evaluated without checkpoints is for others of its kind alone."""
-        return self.residents if sequence.is_kept else self.audited
+        return self.places.residents if sequence.is_kept else self.places.audited
 
     def _add_resident(self, sequence: Sequence, position: int, slot: int, born: Birth) -> None:
         """A part of a sequence stays, with the slot of its state."""
-        branch = sequence.branch_at(position, slot, born, is_in_flight=False)
-        self.pages.share(branch.pages)
-        residents = self._residents_of(sequence)
-        residents.add(Resident(sequence.tokens[:position], branch))
+        branch = sequence.branch_at(position, slot, born, "resident")
         limit = self.limits.max_residents if sequence.is_kept else MAX_AUDITED
-        while len(residents) > limit and (oldest := residents.take_oldest()):
-            self._free_branch(oldest)
+        resident = Resident(sequence.tokens[:position], branch)
+        self.places.stay(self._residents_of(sequence), resident, limit)
+
+    def _inner_captures(self, sequence: Sequence, start: int, end: int) -> list[Capture]:
+        """States inside messages on the way from `start` to `end`, those for which there are slots.
+
+        Where one as good is here already, none is taken.
+        """
+        positions = sequence.inside_between(start, end)
+        inner, name_of = self.places.inner, sequence.timeline.name
+        nearest = inner.find(name_of, start) if positions else None
+        last = 0 if nearest is None else nearest.position
+        captures: list[Capture] = []
+        for position in positions:
+            if not inner.has(name_of(position), sequence.born):
+                value = worth(sequence.inside[position], position - last, age=0)
+                slot = self.places.find_inner_slot(value, len(captures))
+                if slot is None:
+                    continue
+                captures.append(Capture(position, slot))
+            last = position
+        return captures
 
     def _free_contained(self, sequence: Sequence, position: int) -> None:
         """A longer one makes shorter ones needless, unless others are about to go on from there."""
         awaited = self.followers.splits(sequence)
         residents = self._residents_of(sequence)
         for branch in residents.take_contained(sequence.tokens[:position], awaited):
-            self._free_branch(branch)
-
-    def _free_oldest_resident(self, spare_newest: bool = False) -> bool:
-        """The newest goes last: after what audits have done, which takes longer to do again than
-        a checkpoint to be restored."""
-        branch = self.residents.take_oldest(spare_newest=True) or self.audited.take_oldest()
-        if branch is None and not spare_newest:
-            branch = self.residents.take_oldest()
-        if branch is None:
-            return False
-        self._free_branch(branch)
-        return True
-
-    def _free_branch(self, branch: Branch) -> None:
-        self.pages.give_back(branch.pages)
-        self.slots.give_back(branch.slot)
+            self.places.free(branch)
 
     def _least_urgent(self) -> Sequence:
         """Idle work, if any runs; else the youngest sequence."""
@@ -390,16 +388,16 @@ class Scheduler:
         return [sequence for sequence in self.running if sequence.phase is phase]
 
     def _take_slot(self) -> int:
-        slot = self._find_slot()
+        slot = self.places.find_slot()
         assert slot is not None, "slots are reserved for max_sequences"
         return slot
 
     def _free_places(self, sequence: Sequence) -> None:
         sequence.stop_restoring()
-        self.pages.give_back(sequence.pages)
+        self.places.pages.give_back(sequence.pages)
         sequence.pages = ()
         for slot in {sequence.slot, sequence.mark_slot} - {-1}:
-            self.slots.give_back(slot)
+            self.places.slots.give_back(slot)
         sequence.slot = sequence.mark_slot = -1
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from daemon.checkpoint import PAGE_TOKENS, Birth, Found, Reason, Snapshot
 from daemon.engine.backends.backend import SamplingRow, Writing
 from daemon.engine.checkpointing import Timeline
-from daemon.engine.memory.residents import Branch
+from daemon.engine.memory.residents import Branch, Holder
 from daemon.engine.requests import (
     Deliver,
     FinishReason,
@@ -51,7 +51,8 @@ class Sequence:
     `branch` is what the sequence may go on from on the device: the first of its pages are those of
     the branch, and its slot has that state. `restoring` is a checkpoint that the store reads,
     `writing` one on its way to the device. At `junctions` others leave this sequence, who wait for
-    it. `num_kept` tokens are covered by the checkpoints that this sequence saved.
+    it, and states may stay on the device `inside` its messages. `num_kept` tokens are covered by
+    the checkpoints that this sequence saved.
     """
 
     def __init__(self, request: GenerationRequest, deliver: Deliver, timeline: Timeline) -> None:
@@ -75,6 +76,7 @@ class Sequence:
         self.held_born: Birth = "prompt"
         self.branch: Branch | None = None
         self.positions: Mapping[int, Reason] = {}
+        self.inside: Mapping[int, Reason] = {}
         self.junctions: set[int] = set()
         self.found: Found | None = None
         self.restoring: Future[Snapshot | None] | None = None
@@ -134,6 +136,11 @@ class Sequence:
         junctions = [p for p in self.junctions if p > self.num_evaluated]
         self.positions = {**dict.fromkeys(junctions, "junction"), **positions}
 
+    def inside_between(self, start: int, end: int) -> list[int]:
+        """Places in `(start, end]` inside messages where no checkpoint is taken, in order."""
+        places = (p for p in self.inside if start < p <= end and p not in self.positions)
+        return sorted(places)
+
     def stop_restoring(self) -> None:
         """Its places will be somebody else's."""
         if self.writing is not None:
@@ -190,11 +197,11 @@ class Sequence:
         done = self.num_evaluated
         has_state = self.phase is Phase.PREFILL and not self.is_arriving
         if has_state and done > 0 and done % PAGE_TOKENS == 0:
-            yield self.branch_at(done, self.slot, self.born, is_in_flight=True)
+            yield self.branch_at(done, self.slot, self.born, "sequence")
         if self.held:
-            yield self.branch_at(self.held, self.mark_slot, self.held_born, is_in_flight=True)
+            yield self.branch_at(self.held, self.mark_slot, self.held_born, "sequence")
 
-    def branch_at(self, position: int, slot: int, born: Birth, is_in_flight: bool) -> Branch:
+    def branch_at(self, position: int, slot: int, born: Birth, holder: Holder) -> Branch:
         """The first `position` tokens, whose state lies in `slot`."""
         num_pages = position // PAGE_TOKENS
         num_grid_pages = min(self.num_grid_pages, num_pages)
@@ -204,7 +211,7 @@ class Sequence:
             born=born,
             num_grid_pages=num_grid_pages,
             trail=self.timeline.trail(position, born, num_grid_pages),
-            is_in_flight=is_in_flight,
+            holder=holder,
         )
 
     def append(self, token: int) -> None:

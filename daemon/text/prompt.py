@@ -5,7 +5,7 @@ reasons are spelled as the engine's. A PromptBuilder is safe on any thread.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, dropwhile
+from itertools import chain, dropwhile, pairwise
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -32,7 +32,10 @@ from daemon.text.tokenizer import Tokenizer
 MAX_SHARED = 8
 """Frames with several tools' results in which each one's place is looked for, the last ones."""
 
-BoundaryReason = Literal["system", "user", "tool", "prompt", "mark", "section"]
+HEAD_TOKENS = 1024
+"""Clients that shorten an old tool result leave at most so much of its beginning."""
+
+BoundaryReason = Literal["system", "user", "tool", "prompt", "mark", "section", "head"]
 
 
 class PromptFrame(Struct, frozen=True):
@@ -50,10 +53,10 @@ class Prompt(Struct, frozen=True, kw_only=True):
     the end of system prompt and tools, "user" the start of a user message, "tool" of tool results
     and where clients have cut such, "prompt" the start of the generation prompt, "mark" where a
     client marked a message, "section" the first paragraph or tool definition to begin in a page, in
-    what system and user say. `generation` are the generation prompt's tokens, the last of `tokens`;
-    with `thinking_open` it ends inside `<think>`. `frames` say which tokens show which messages,
-    and `said` is a digest of what these say. `normalised` names the rules that changed the
-    conversation.
+    what system and user say, "head" each page in the beginning of a tool's result. `generation` are
+    the generation prompt's tokens, the last of `tokens`; with `thinking_open` it ends inside
+    `<think>`. `frames` say which tokens show which messages, and `said` is a digest of what these
+    say. `normalised` names the rules that changed the conversation.
     """
 
     tokens: tuple[int, ...]
@@ -292,7 +295,17 @@ def _boundaries(
             reasons[start] = frame.kind
     reasons |= {after_system[1]: "system", starts[-1]: "prompt"}
     reasons.pop(0, None)
-    return tuple(sorted(reasons.items()))
+    heads: dict[int, BoundaryReason] = dict.fromkeys(_heads(reasons), "head")
+    return tuple(sorted((heads | reasons).items()))
+
+
+def _heads(reasons: Mapping[int, BoundaryReason]) -> Iterator[int]:
+    """The pages that end in the first tokens of a tool's result, or of what follows a cut in it."""
+    meant = sorted(position for position, reason in reasons.items() if reason != "section")
+    for start, following in pairwise(meant):
+        if reasons[start] == "tool":
+            first = start // PAGE_TOKENS * PAGE_TOKENS + PAGE_TOKENS
+            yield from range(first, min(start + HEAD_TOKENS, following) + 1, PAGE_TOKENS)
 
 
 def _is_thinking_open(generation: str) -> bool:

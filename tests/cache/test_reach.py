@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.cache.departures import Departures
-from daemon.checkpoint import Departed, Found
+from daemon.checkpoint import Birth, Departed, Found
 
 
 def test_the_nearest_checkpoint_and_its_tier(tmp_path: Path) -> None:
@@ -22,6 +22,36 @@ def test_the_nearest_checkpoint_and_its_tier(tmp_path: Path) -> None:
     assert cache.reach(longer, len(sequence.tokens), False).found == Found(
         256, "prompt", "prompt", "disk"
     )
+    cache.close()
+
+
+def test_what_lies_on_the_device_counts_too(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    sequence = saved_prompt(cache, 2)
+    longer = [*sequence.tokens, *range(300)]
+    timeline = cache.timeline(longer, "")
+    births: dict[bytes, Birth] = {
+        timeline.name(64): "prompt",
+        timeline.name(192): "prompt",
+        timeline.name(256): "decode",
+    }
+
+    def reached(limit: int, strict: bool) -> Found | None:
+        return cache.reach(longer, limit, strict, births.get).found
+
+    assert reached(10_000, strict=False) == Found(256, "decode", "junction", "device")
+    assert reached(10_000, strict=True) == Found(192, "prompt", "junction", "device")
+    assert reached(191, strict=False) == Found(128, "prompt", "prompt", "host")
+    assert reached(127, strict=False) == Found(64, "prompt", "junction", "device")
+    cache.close()
+
+
+def test_wipes_and_discards_revoke_what_was_made(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    sequence = saved_prompt(cache, 2)
+    before = cache.num_revoked
+    cache.discard(sequence.tokens)
+    assert cache.num_revoked > before
     cache.close()
 
 

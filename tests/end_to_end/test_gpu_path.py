@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("cuda.core")
@@ -60,6 +61,33 @@ def test_answers_batches_and_resumes_also_after_a_restart(
 ) -> None:
     fake_driver.free_bytes = 4 * 2**30
     talk_restart_and_talk(config, fake_driver)
+
+
+def test_a_cut_inside_a_tools_result_costs_a_page(config: Config, fake_driver: FakeDriver) -> None:
+    """Where the card has room for states inside messages, and the store has them far apart; the dry
+    run knows of them."""
+    sparse = msgspec.structs.replace(config.cache, interval_tokens=4096)
+    config = msgspec.structs.replace(config, cache=sparse)
+    fake_driver.free_bytes = 4 * 2**30
+    result = "\n".join(f"line {number} of a long file" for number in range(150))
+    call = {"id": "1", "type": "function", "function": {"name": "read", "arguments": "{}"}}
+    history = [
+        *MESSAGES,
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": result},
+    ]
+    shorter = [*history[:-1], {**history[-1], "content": result[:900] + " (cut)"}]
+    with assemble(config) as daemon, TestClient(daemon.app(), "http://127.0.0.1") as client:
+        ask(client, history)
+        body = {"messages": shorter, "max_tokens": 70}
+        planned = client.post("/v1/cache/plan", json=body).json()
+        answer = client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+    plan = dict(part.split("=") for part in answer.headers["x-cache-plan"].split("; "))
+    assert plan["tier"] == "device"
+    assert int(plan["lost"]) < 64
+    assert planned["restored"]["tier"] == "device"
+    assert planned["restored"]["tokens"] == int(plan["restored"])
 
 
 def test_nobody_waits_for_ever_where_copies_take_their_time(

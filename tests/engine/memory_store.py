@@ -14,6 +14,7 @@ class MemoryStore:
 
     def __init__(self, interval: int = 1024) -> None:
         self.interval = interval
+        self.num_revoked = 0
         self.states: dict[tuple[Tokens, Birth], tuple[Snapshot, Reason]] = {}
         self.pages: dict[tuple[Tokens, bool], bytes] = {}
 
@@ -67,6 +68,9 @@ class MemoryTimeline:
         whole = takewhile(lambda pair: pair[0] == pair[1] and len(pair[0]) == PAGE_TOKENS, pages)
         return PAGE_TOKENS * len(list(whole))
 
+    def name(self, position: int) -> bytes:
+        return repr(self.tokens[:position]).encode()
+
     def trail(self, position: int, born: Birth, num_grid_pages: int) -> Tokens:
         return tuple(self.tokens[:position])
 
@@ -76,7 +80,8 @@ class MemoryTimeline:
     def positions(self, boundaries: Sequence[Boundary], start: int) -> Mapping[int, Reason]:
         spaced = range(self.store.interval, len(self.tokens), self.store.interval)
         wanted: dict[int, Reason] = dict.fromkeys(spaced, "interval")
-        wanted |= {b.position // PAGE_TOKENS * PAGE_TOKENS: b.reason for b in boundaries}
+        meant = [b for b in boundaries if b.reason not in ("head", "section")]
+        wanted |= {b.position // PAGE_TOKENS * PAGE_TOKENS: b.reason for b in meant}
         return {
             position: reason
             for position, reason in wanted.items()

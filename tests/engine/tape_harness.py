@@ -96,8 +96,8 @@ class TapeHarness:
         assert not self.engine.sequences
         assert not self.scheduler.running
         assert not self.scheduler.waiting
-        assert self.scheduler.pages.num_free == self.limits.num_pages
-        assert self.scheduler.slots.num_free == self.limits.num_slots
+        assert self.scheduler.places.pages.num_free == self.limits.num_pages
+        assert self.scheduler.places.slots.num_free == self.limits.num_slots
 
 
 def assert_in_order(events: Sequence[Event]) -> None:

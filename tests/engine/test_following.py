@@ -54,8 +54,7 @@ def num_evaluated(harness: TapeHarness) -> int:
 
 
 def free_everything(harness: TapeHarness) -> None:
-    while harness.scheduler._free_oldest_resident():
-        pass
+    harness.scheduler.places.forget_all()
     harness.assert_all_places_are_free()
 
 

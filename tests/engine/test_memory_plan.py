@@ -1,5 +1,6 @@
 """What a model takes of a card, and what fits: found from shapes, without a GPU."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,9 +11,11 @@ from daemon.engine.memory.memory_plan import (
     CONTEXT_BYTES,
     MARGIN_BYTES,
     PAGES,
+    STATES,
     MemoryDemand,
     MemoryNeeds,
     MemoryPlan,
+    Room,
 )
 from daemon.errors import OutOfDeviceMemory, UnsupportedModel
 
@@ -64,6 +67,23 @@ def test_a_plan_that_fits_shares_out_the_rest() -> None:
     assert plan_with(10**6, some_needs(), DEMAND).num_pages == 31
 
 
+def test_half_of_what_is_left_is_for_states_inside_messages() -> None:
+    demand = msgspec.structs.replace(DEMAND, has_inner_states=True)
+    needs = some_needs()
+    assert needs.state_bytes == 33
+    everything = needs.fixed_bytes + demand.most_pages * needs.page_bytes
+
+    def count(spare_bytes: int) -> int:
+        return plan_with(everything + spare_bytes, needs, demand).num_inner_slots
+
+    assert [count(2 * 33 * states) for states in (15, 16, 100, 129)] == [0, 16, 100, 128]
+    assert count(-1) == 0
+    plan = plan_with(everything + 2 * 33 * 20, needs, demand)
+    assert plan.room == Room(demand.most_pages, 20)
+    assert plan.regions[STATES] == needs.states_bytes + 20 * 33
+    assert plan_with(10**6, needs, DEMAND).room == Room(demand.most_pages)
+
+
 def test_a_plan_that_does_not_fit_says_what_would() -> None:
     plan = plan_with(1500 + 10 * 7, some_needs(), DEMAND)
     with pytest.raises(OutOfDeviceMemory, match=r"640 tokens does not fit.* 384 tokens would"):
@@ -78,12 +98,18 @@ def test_without_a_budget_the_least_is_planned() -> None:
 
 
 @given(
-    st.integers(-1000, 10**5), st.integers(1, 3000), st.integers(1, 16), st.integers(1, 5000)
+    st.integers(-1000, 10**5), st.integers(1, 3000), st.integers(1, 16), st.integers(1, 5000),
+    st.booleans(),
 )  # fmt: skip
 def test_regions_never_exceed_a_budget_that_fits(
-    budget: int, context: int, sequences: int, page: int
+    budget: int, context: int, sequences: int, page: int, has_inner_states: bool
 ) -> None:
-    demand = MemoryDemand(context_length=context, num_sequences=sequences, num_slots=2)
+    demand = MemoryDemand(
+        context_length=context,
+        num_sequences=sequences,
+        num_slots=2,
+        has_inner_states=has_inner_states,
+    )
     plan = plan_with(budget, some_needs(page_bytes=page), demand)
     assert demand.least_pages <= plan.num_pages <= demand.most_pages
     assert plan.regions[PAGES] == plan.num_pages * page

@@ -71,16 +71,16 @@ def settle(harness: TapeHarness) -> None:
 def test_the_next_turn_takes_the_newest_residents_place_and_an_audit_does_not() -> None:
     harness = harness_of(num_pages=20, store=MemoryStore())
     talk(harness, prompt(650), count=1)
-    (resident,) = harness.scheduler.residents._residents
+    (resident,) = harness.scheduler.places.residents._residents
     audit = submit_idle(harness, 0, "audit", prompt(700))
     for _ in range(20):
         harness.step()
     assert audit == []
-    assert harness.scheduler.residents._residents == [resident]
+    assert harness.scheduler.places.residents._residents == [resident]
     ahead = submit_idle(harness, 0, "next", prompt(700, seed=1))
     while not any(isinstance(event, Finished) for event in ahead):
         harness.step()
-    assert [r.branch.position for r in harness.scheduler.residents._residents] == [640]
+    assert [r.branch.position for r in harness.scheduler.places.residents._residents] == [640]
 
 
 def test_the_next_request_goes_on_without_a_copy() -> None:
@@ -92,7 +92,7 @@ def test_the_next_request_goes_on_without_a_copy() -> None:
     assert started.num_cached_tokens == 192
     assert started.restored is not None
     assert (started.restored.tier, started.restored.born) == ("device", "decode")
-    assert len(harness.scheduler.residents) == 1
+    assert len(harness.scheduler.places.residents) == 1
 
 
 def test_what_the_store_has_lost_is_not_remembered() -> None:
@@ -142,12 +142,11 @@ def test_residents_give_way_to_who_needs_places() -> None:
     harness = harness_of(num_pages=12, max_sequences=1, store=MemoryStore())
     for seed in range(3):
         talk(harness, prompt(200, seed=seed))
-    assert 0 < len(harness.scheduler.residents) < 3
+    assert 0 < len(harness.scheduler.places.residents) < 3
     talk(harness, prompt(600, seed=9), count=90)
-    residents = harness.scheduler.residents
+    residents = harness.scheduler.places.residents
     assert len(residents) == 1
-    while harness.scheduler._free_oldest_resident():
-        pass
+    harness.scheduler.places.forget_all()
     harness.assert_all_places_are_free()
 
 
@@ -211,6 +210,5 @@ def test_any_order_of_conversations_gives_the_right_replies(data: st.DataObject)
     for tokens, events in audits:
         sampled = [event.token for event in events if isinstance(event, TokenSampled)]
         assert sampled in ([], continuation(tokens, 1))
-    while harness.scheduler._free_oldest_resident():
-        pass
+    harness.scheduler.places.forget_all()
     harness.assert_all_places_are_free()

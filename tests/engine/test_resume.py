@@ -155,7 +155,7 @@ def test_preempted_sequence_goes_on_where_it_was(tiny_coder: Model, golden: Gold
     harness.run()
     assert [len(reply.tokens) for reply in replies] == [150, 150]
     assert replies[0].tokens == alone[0]
-    assert harness.engine.scheduler.pages.num_free == 6
+    assert harness.engine.scheduler.places.pages.num_free == 6
 
 
 def test_cancelled_prefill_is_kept(load_tiny_coder: Callable[[], Model], golden: Golden) -> None:

@@ -84,8 +84,8 @@ def test_places_differ_and_come_back() -> None:
     for sequence in accepted:
         scheduler.remove(sequence)
         assert sequence.pages == ()
-    assert scheduler.pages.num_free == scheduler.limits.num_pages
-    assert scheduler.slots.num_free == scheduler.limits.num_slots
+    assert scheduler.places.pages.num_free == scheduler.limits.num_pages
+    assert scheduler.places.slots.num_free == scheduler.limits.num_slots
 
 
 def test_the_queue_says_when_it_is_full() -> None:
@@ -107,8 +107,8 @@ def test_removal_in_every_phase(phase: Phase) -> None:
     scheduler.remove(sequence)
     assert not scheduler.waiting
     assert not scheduler.running
-    assert scheduler.pages.num_free == scheduler.limits.num_pages
-    assert scheduler.slots.num_free == scheduler.limits.num_slots
+    assert scheduler.places.pages.num_free == scheduler.limits.num_pages
+    assert scheduler.places.slots.num_free == scheduler.limits.num_slots
 
 
 # ── prompts ───────────────────────────────────────────────────────────────────────────────────
@@ -169,7 +169,7 @@ def test_every_prompt_ends_within_its_budget(
     assert all(sequence.phase is Phase.DECODE for sequence in sequences)
     for sequence in sequences:
         assert captured[sequence.request.id] == sorted(sequence.positions)
-    assert scheduler.slots.num_free == scheduler.limits.num_slots - 2 * len(sequences)
+    assert scheduler.places.slots.num_free == scheduler.limits.num_slots - 2 * len(sequences)
 
 
 # ── decoding ──────────────────────────────────────────────────────────────────────────────────

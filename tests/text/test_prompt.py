@@ -61,7 +61,7 @@ def test_boundaries_lie_between_frames(
     assert positions == sorted(set(positions))
     assert all(0 < position < len(prompt.tokens) for position in positions)
     inside = {reason for p, reason in prompt.boundaries if prompt.tokens[p] != start}
-    assert inside <= {"tool", "section"}, "a frame of several tools' results, and long ones"
+    assert inside <= {"tool", "section", "head"}, "several tools' results in one, and long ones"
     assert prompt.boundaries[-1] == (len(prompt.tokens) - len(prompt.generation), "prompt")
 
 
@@ -105,6 +105,21 @@ def test_sections_are_paragraphs_and_tools_one_a_page(
     assert sum(text.startswith('{"type"') for text in rest) == 3, "the first is in the first page"
     assert sum(text.startswith("# Rule") for text in rest) > 3
     assert rest[-1].startswith("then<|im_end|>")
+
+
+def test_each_page_in_the_head_of_a_tools_result_is_a_place(
+    qwen: Tokenizer, template: ChatTemplate
+) -> None:
+    history = [message("user", "look"), message("assistant", "I look.")]
+    for content in ("long " * 3000, "short " * 100):
+        history.append(message("tool", content))
+    prompt = PromptBuilder(qwen, template, Memory()).build(history)
+    first, second = [position for position, reason in prompt.boundaries if reason == "tool"]
+    end = prompt.boundaries[-1][0]
+    places = [position for position, reason in prompt.boundaries if reason == "head"]
+    expected = [*range(64, first + 1025, 64)]
+    assert [p for p in places if p < second] == [p for p in expected if p > first]
+    assert [p for p in places if p > second] == [p for p in range(0, end + 1, 64) if p > second]
 
 
 def test_no_boundary_at_the_very_start(qwen: Tokenizer, template: ChatTemplate) -> None:

@@ -19,6 +19,7 @@ from msgspec import Struct
 from daemon.checkpoint import HostBytes
 from daemon.engine.batch import Batch
 from daemon.engine.constraint import Mask
+from daemon.engine.memory.memory_plan import Room
 from daemon.engine.model.shape import ModelShape
 from daemon.engine.model.weights import (
     AttentionWeights,
@@ -184,8 +185,8 @@ class Backend(Protocol):
         """
         ...
 
-    def fit_pages(self, shape: ModelShape, num_slots: int, wanted: int) -> int:
-        """How many of `wanted` pages fit beside the weights, which are loaded already."""
+    def fit(self, wanted_pages: int) -> Room:
+        """How many of the pages fit beside the weights, which are loaded already, and what else."""
         ...
 
     @property

@@ -29,7 +29,7 @@ from daemon.engine.backends.cuda_run import (
 )
 from daemon.engine.backends.cuda_weights import CudaMatrix, CudaTable, WeightLoader
 from daemon.engine.batch import Batch
-from daemon.engine.memory.memory_plan import PAGES, STATES, WORKSPACE, MemoryPlan
+from daemon.engine.memory.memory_plan import PAGES, STATES, WORKSPACE, MemoryPlan, Room
 from daemon.engine.model.shape import ModelShape
 from daemon.engine.model.weights import AttentionWeights, DeltaNetWeights, ExpertWeights
 from daemon.engine.requests import TokenLogprobs
@@ -157,9 +157,9 @@ class CudaBackend:
 
     # ── memory ────────────────────────────────────────────────────────────────────────────────
 
-    def fit_pages(self, shape: ModelShape, num_slots: int, wanted: int) -> int:
-        """Those that were planned for."""
-        return wanted if self._plan is None else min(wanted, self._plan.num_pages)
+    def fit(self, wanted_pages: int) -> Room:
+        """What was planned for."""
+        return Room(wanted_pages) if self._plan is None else self._plan.room
 
     def allocate(self, shape: ModelShape, num_slots: int, num_pages: int) -> None:
         """States, pages, and the workspace of a step."""

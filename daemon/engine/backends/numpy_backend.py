@@ -29,6 +29,7 @@ from daemon.engine.backends.numpy_delta_net import (
     PreparedChunks,
 )
 from daemon.engine.batch import Batch, Span
+from daemon.engine.memory.memory_plan import Room
 from daemon.engine.model.shape import ModelShape
 from daemon.engine.model.weights import AttentionWeights, DeltaNetWeights, ExpertWeights
 from daemon.engine.weights.gguf import Tensor
@@ -136,9 +137,10 @@ class NumpyBackend:
             ) from error
         self.shape = shape
 
-    def fit_pages(self, shape: ModelShape, num_slots: int, wanted: int) -> int:
-        """All of them: pages that are never touched take no memory."""
-        return wanted
+    def fit(self, wanted_pages: int) -> Room:
+        """All of them: pages that are never touched take no memory. States inside messages lie in
+        the store's memory, which is the same."""
+        return Room(wanted_pages)
 
     @property
     def snapshot_sizes(self) -> tuple[int, int]:

@@ -20,6 +20,20 @@ MARGIN_BYTES = 256 * 2**20
 """Left free for what is in no region: kernels' code, recorded graphs, the tables of a prompt."""
 
 
+INNER_SHARE = 2
+"""States inside messages take at most 1/2 of what is free when all else has its place."""
+
+MIN_INNER_STATES, MAX_INNER_STATES = 16, 128
+"""Fewer than a tool result's beginning has pages help nobody."""
+
+
+class Room(Struct, frozen=True):
+    """What there is room for: pages, and slots of states inside messages."""
+
+    num_pages: int
+    num_inner_slots: int = 0
+
+
 class WeightsOfFormat(Struct, frozen=True):
     """Tensors of one format, as the file has them."""
 
@@ -39,17 +53,24 @@ class MemoryNeeds(Struct, frozen=True, kw_only=True):
     num_slots: int
 
     @property
+    def state_bytes(self) -> int:
+        """One state."""
+        return self.states_bytes // self.num_slots
+
+    @property
     def fixed_bytes(self) -> int:
         """All but the pages."""
         return self.weights_bytes + self.states_bytes + self.workspace_bytes
 
 
 class MemoryDemand(Struct, frozen=True, kw_only=True):
-    """What is asked for: tokens of one sequence, and how many sequences and states there are."""
+    """What is asked for: tokens of one sequence, how many sequences and states there are, and
+    whether states inside messages are of use."""
 
     context_length: int
     num_sequences: int
     num_slots: int
+    has_inner_states: bool = False
 
     @property
     def pages_each(self) -> int:
@@ -102,6 +123,21 @@ class MemoryPlan(Struct, frozen=True, kw_only=True):
         return min(self.demand.least_pages + extra, self.demand.most_pages)
 
     @property
+    def num_inner_slots(self) -> int:
+        """States inside messages, beside pages for all sequences at full length."""
+        if not self.demand.has_inner_states:
+            return 0
+        extra = self.num_pages - self.demand.least_pages
+        free = max(0, self.spare_bytes - extra * self.needs.page_bytes)
+        count = min(free // INNER_SHARE // self.needs.state_bytes, MAX_INNER_STATES)
+        return count if count >= MIN_INNER_STATES else 0
+
+    @property
+    def room(self) -> Room:
+        """What to reserve beside the weights and the sequences' states."""
+        return Room(self.num_pages, self.num_inner_slots)
+
+    @property
     def fitting_tokens(self) -> int | None:
         """The longest context of one sequence that has room; None when no limit is known."""
         if self.budget_bytes is None:
@@ -115,7 +151,7 @@ class MemoryPlan(Struct, frozen=True, kw_only=True):
         needs = self.needs
         return {
             WEIGHTS: needs.weights_bytes,
-            STATES: needs.states_bytes,
+            STATES: needs.states_bytes + self.num_inner_slots * needs.state_bytes,
             PAGES: self.num_pages * needs.page_bytes,
             WORKSPACE: needs.workspace_bytes,
         }

@@ -4,18 +4,20 @@ Owns the list of those that have ended, or that others left; the numbers of page
 scheduler's. Who goes on from one shares its pages and copies its state. Engine thread only.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS, Birth
 
+Holder = Literal["sequence", "resident", "inner"]
+
 
 class Branch(Struct, frozen=True, kw_only=True):
     """A prefix on the device: the pages of all its tokens, and the slot of the state after them.
 
-    `trail` knows what the pages are called in the store; see `Snapshot` for the rest.
-    `is_in_flight`: it belongs to a sequence that runs.
+    `trail` knows what the pages are called in the store; see `Snapshot` for the rest. `holder` has
+    the slot: a sequence that runs, one of the `Residents`, or of the `InnerStates`.
     """
 
     pages: tuple[int, ...]
@@ -23,7 +25,7 @@ class Branch(Struct, frozen=True, kw_only=True):
     born: Birth
     num_grid_pages: int
     trail: Any
-    is_in_flight: bool
+    holder: Holder
 
     @property
     def position(self) -> int:

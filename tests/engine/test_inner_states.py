@@ -1,0 +1,179 @@
+"""States inside messages: who goes on from them, who goes for want of room, and never wrongly."""
+
+import random
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory_store import MemoryStore
+from tape_harness import TapeHarness, small_limits
+from tape_model import continuation
+
+from daemon.checkpoint import Boundary, Reason
+from daemon.engine.memory.inner_states import InnerState, InnerStates, inside, worth
+from daemon.engine.memory.residents import Branch
+from daemon.engine.requests import Event, Finished, GenerationRequest, Started
+
+FAR = 10**6
+"""A distance of stored checkpoints at which there are none."""
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return [random.Random(seed).randrange(50_000) for _ in range(length)]
+
+
+def harness_of(num_inner_slots: int, **limits: int) -> TapeHarness:
+    allowed = msgspec.structs.replace(
+        small_limits(**limits), max_residents=2, num_inner_slots=num_inner_slots
+    )
+    return TapeHarness(allowed, MemoryStore(interval=FAR))
+
+
+def ask(
+    harness: TapeHarness, tokens: list[int], heads: range = range(0), reason: Reason = "head"
+) -> Started:
+    """A prompt with pages in the head of a tool's result, evaluated and answered rightly."""
+    events: list[Event] = []
+    harness.replies.append(events)
+    request = GenerationRequest(
+        id=f"r{len(harness.replies)}",
+        tokens=tuple(tokens),
+        boundaries=tuple(Boundary(place, reason) for place in heads),
+        max_tokens=2,
+    )
+    harness.engine.add(request, events.append)
+    harness.run()
+    started, last = events[0], events[-1]
+    assert isinstance(started, Started)
+    assert isinstance(last, Finished)
+    assert list(last.tokens) == continuation(tokens, 2)
+    return started
+
+
+def edited(tokens: list[int], at: int, length: int = 100) -> list[int]:
+    return [*tokens[:at], *prompt(length, seed=at + 1)]
+
+
+def test_an_edit_costs_what_lies_behind_the_page_before_it() -> None:
+    harness = harness_of(num_inner_slots=20)
+    history = prompt(900)
+    ask(harness, history, range(64, 832, 64))
+    started = ask(harness, edited(history, 500))
+    assert started.num_cached_tokens == 448
+    assert started.restored is not None
+    assert (started.restored.tier, started.restored.reason) == ("device", "junction")
+
+
+def test_what_was_gone_on_from_is_in_the_store() -> None:
+    harness = harness_of(num_inner_slots=20)
+    history = prompt(900)
+    ask(harness, history, range(64, 832, 64))
+    ask(harness, edited(history, 500))
+    harness.scheduler.places.forget_all()
+    started = ask(harness, edited(history, 500, length=120))
+    assert started.num_cached_tokens == 448
+    assert started.restored is not None
+    assert started.restored.tier == "disk"
+
+
+def test_after_a_wipe_nothing_is_gone_on_from() -> None:
+    harness = harness_of(num_inner_slots=20)
+    store = harness.engine.store
+    assert isinstance(store, MemoryStore)
+    history = prompt(900)
+    ask(harness, history, range(64, 832, 64))
+    store.states.clear()
+    store.num_revoked += 1
+    assert ask(harness, edited(history, 500)).num_cached_tokens == 0
+    harness.scheduler.places.forget_all()
+    harness.assert_all_places_are_free()
+
+
+def test_strict_requests_go_on_from_none_that_decoding_bore() -> None:
+    harness = harness_of(num_inner_slots=20)
+    history = [*prompt(100), *continuation(prompt(100), 60)]
+    events = harness.submit(history[:100], max_tokens=60)
+    harness.run()
+    assert isinstance(events[-1], Finished)
+    more = [*history, *prompt(300, seed=3)]
+    started = ask(harness, more, range(192, 448, 64))
+    assert started.num_cached_tokens == 128
+    inner = harness.scheduler.places.inner
+    name = harness.engine.store.timeline(more, "").name
+    assert inner.find(name, 320) is not None
+    assert inner.find(name, 320, strict=True) is None
+
+
+def test_when_there_are_too_many_they_thin_out() -> None:
+    harness = harness_of(num_inner_slots=6, captures=1)
+    history = prompt(1000)
+    ask(harness, history, range(64, 960, 64))
+    places = sorted(s.position for s in harness.scheduler.places.inner._states.values())
+    assert len(places) == 6
+    assert max(b - a for a, b in zip(places, places[1:], strict=False)) <= 256
+
+
+def test_heads_outlive_sections_and_the_last_conversation_older_ones() -> None:
+    harness = harness_of(num_inner_slots=4, captures=1)
+    old, new = prompt(600), prompt(600, seed=9)
+    ask(harness, old, range(64, 320, 64))
+    ask(harness, new, range(64, 320, 64), "section")
+    assert ask(harness, edited(old, 300)).num_cached_tokens >= 128
+    harness = harness_of(num_inner_slots=4, captures=1)
+    ask(harness, old, range(64, 320, 64))
+    ask(harness, new, range(64, 320, 64))
+    assert ask(harness, edited(new, 300)).num_cached_tokens == 256
+    assert ask(harness, edited(old, 300)).num_cached_tokens == 0
+
+
+def test_who_needs_pages_gets_them() -> None:
+    harness = harness_of(num_inner_slots=20, num_pages=18)
+    ask(harness, prompt(900), range(64, 832, 64))
+    assert ask(harness, prompt(950, seed=4)).num_cached_tokens == 0
+    harness.scheduler.places.forget_all()
+    harness.assert_all_places_are_free()
+
+
+def test_one_that_is_worth_less_takes_nobodys_place() -> None:
+    states = InnerStates()
+    branch = Branch(pages=(0, 1, 2, 3), slot=0, born="prompt", num_grid_pages=4, trail=None,
+                    holder="inner")  # fmt: skip
+    states.add(b"a", branch, "head", before=None)
+    assert states.take_lesser(worth("section", 64, age=0)) is None
+    assert states.take_lesser(worth("head", 256, age=0)) is branch
+
+
+def test_whose_predecessor_goes_saves_its_tokens_too() -> None:
+    states, last = InnerStates(), None
+    for pages in (1, 2, 3):
+        branch = Branch(pages=tuple(range(pages)), slot=pages, born="prompt", num_grid_pages=pages,
+                        trail=None, holder="inner")  # fmt: skip
+        last = states.add(str(pages).encode(), branch, "head", before=last)
+    states.take(b"2")
+    assert isinstance(last, InnerState)
+    assert last.num_saved == 128
+
+
+def test_places_inside_are_whole_pages_of_two_reasons() -> None:
+    boundaries = [Boundary(130, "section"), Boundary(192, "head"), Boundary(256, "tool")]
+    assert inside(boundaries) == {128: "section", 192: "head"}
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_edits_give_the_right_replies_and_the_nearest_place(data: st.DataObject) -> None:
+    num_inner_slots = data.draw(st.integers(0, 12), label="slots")
+    num_pages = data.draw(st.integers(17, 60), label="pages")
+    harness = harness_of(num_inner_slots, num_pages=num_pages)
+    conversations = [prompt(700, seed) for seed in range(2)]
+    for _ in range(data.draw(st.integers(2, 8), label="requests")):
+        tokens = data.draw(st.sampled_from(conversations))
+        if data.draw(st.booleans(), label="edit"):
+            tokens = edited(tokens, data.draw(st.integers(1, 699)), data.draw(st.integers(1, 300)))
+            conversations.append(tokens)
+        first = data.draw(st.integers(1, 12))
+        heads = range(first * 64, len(tokens) // 64 * 64, 64)
+        ask(harness, tokens, heads, data.draw(st.sampled_from(["head", "section"])))
+        assert len(harness.scheduler.places.inner) <= num_inner_slots
+    harness.scheduler.places.forget_all()
+    harness.assert_all_places_are_free()
