@@ -41,6 +41,7 @@ from daemon.config import (
     ModelConfig,
     ServerConfig,
     default_cache_memory,
+    parse_bytes,
 )
 from daemon.engine.weights.gguf import open_gguf
 from daemon.text.messages import Message, ToolCall
@@ -264,9 +265,15 @@ def _daemon(model: Path, store: Path, arguments: argparse.Namespace) -> Daemon:
     return assemble(
         Config(
             model=ModelConfig(path=model),
-            engine=EngineConfig(device=arguments.device, context=arguments.ctx),
+            engine=EngineConfig(
+                device=arguments.device,
+                context=arguments.ctx,
+                key_format=arguments.kv,
+                value_format=arguments.kv,
+            ),
             cache=CacheConfig(
                 folder=store,
+                budget_bytes=parse_bytes(arguments.cache_size),
                 interval_tokens=arguments.checkpoint_interval,
                 memory_bytes=default_cache_memory(),
             ),
@@ -306,6 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="GGUF file (default: the embedded model)")
     parser.add_argument("--ctx", type=int, default=65_536)
     parser.add_argument("--checkpoint-interval", type=int, metavar="TOKENS", help="as of serve")
+    parser.add_argument("--cache-size", default="20G", help="as of serve")
+    parser.add_argument("--kv", default="bf16", help="format of keys and values, as of serve")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--no-save", action="store_true", help="print only")
     arguments = parser.parse_args(argv)

@@ -6,7 +6,7 @@ calls with its lock held, mostly on the engine's thread, so everything here must
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from msgspec import Struct
@@ -257,7 +257,7 @@ class Holdings:
     def _drop_superseded(self) -> None:
         """What its conversation passed while it waited, and nobody will miss, is never written."""
         oldest_us = self._now_us() - self._limits.write_delay_us
-        for state in list(islice(self.queue.queued(with_unused=False), MANY_STATES)):
+        for state in list(islice(self.queue.queued(), MANY_STATES)):
             key = state.header.key
             candidate = self.index.candidate(key)
             if state.header.created_us > oldest_us or not self._may_go(key) or candidate is None:
@@ -276,11 +276,11 @@ class Holdings:
         return lost
 
     def _due(self, at_once: bool, newest_first: bool = False) -> QueuedState | None:
-        """The first that has waited long enough, or need not, and is worth its bytes."""
+        """The first that has waited long enough, or need not, and is worth its bytes; what nobody
+        has used comes last."""
         now_us = self._now_us()
         pressure = self.ledger.pressure(now_us)
-        waiting = self.queue.queued(with_unused=at_once)
-        for state in reversed(list(waiting)) if newest_first else waiting:
+        for state in self._waiting(with_unused=at_once, newest_first=newest_first):
             header = state.header
             age_us = now_us - header.created_us
             is_late = at_once or age_us >= self._limits.write_delay_us
@@ -290,6 +290,11 @@ class Holdings:
             if candidate and is_worth_writing(candidate, self.sizes, pressure):
                 return state
         return None
+
+    def _waiting(self, with_unused: bool, newest_first: bool) -> Iterator[QueuedState]:
+        for unused in (False, True) if with_unused else (False,):
+            states = self.queue.queued(unused=unused)
+            yield from reversed(list(states)) if newest_first else states
 
     def settle(self, job: Job) -> None:
         """Take what is on disk now out of the queue; doom what was dropped while it was written."""

@@ -270,12 +270,12 @@ class Transfer:
         self._store.close()
 
     def _tell_what_waits(self, grace_s: float | None) -> None:
-        states = list(self._holdings.queue.queued(with_unused=True))
-        if states and grace_s:
+        num_states = len(self._holdings.queue)
+        if num_states and grace_s:
             logger.info(
                 "stopping: up to %d checkpoints, %.2f GB, go to disk first, for at most %g s; "
                 "Ctrl-C gives them up",
-                len(states), self._holdings.queue.num_bytes / 1e9, grace_s,
+                num_states, self._holdings.queue.num_bytes / 1e9, grace_s,
             )  # fmt: skip
 
     def _tell_what_is_lost(self) -> None:

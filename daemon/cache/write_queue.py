@@ -110,11 +110,9 @@ class WriteQueue:
             self._unused.remove(key)
             self.unused_bytes -= self._states[key].header.payload_bytes
 
-    def queued(self, *, with_unused: bool) -> Iterator[QueuedState]:
-        """What waits, the oldest first."""
-        for key, state in self._states.items():
-            if with_unused or key not in self._unused:
-                yield state
+    def queued(self, *, unused: bool = False) -> Iterator[QueuedState]:
+        """What is on its way to the disk, or waits until it is used; the oldest first."""
+        return (state for key, state in self._states.items() if (key in self._unused) is unused)
 
     def job(self, state: QueuedState, keys_up: Iterable[bytes]) -> Job:
         """What has to be written for a state, given the keys of its pages from last to first.

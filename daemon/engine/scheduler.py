@@ -25,7 +25,8 @@ IDLE_STEP_TOKENS = 256
 """Tokens of idle work in one step: what a request that arrives meanwhile may have to wait for. On a
 GPU a tile's width: smaller steps would be slower, larger ones hardly faster."""
 
-MAX_IDLE = 16
+MAX_IDLE = 64
+"""Pieces of idle work: each reply of each conversation leaves two."""
 
 MAX_AUDITED = 2
 """Conversations whose audits' evaluation stays on the device for their next."""

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from test_transfer import HeldStore, Rig, restored, save
 
+from daemon.checkpoint import Reason
+
 
 @pytest.fixture
 def rig(tmp_path: Path) -> Rig:
@@ -59,6 +61,30 @@ def test_after_the_grace_the_write_in_progress_is_finished_and_the_newest_is_saf
     assert "2 checkpoints were not written in time" in caplog.text
     cache = rig.open()
     assert [restored(cache, first) for first in range(4)] == [64, 0, 0, 64]
+    cache.close()
+
+
+def test_what_nobody_used_is_written_last(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    cache = rig.open()
+    rig.hold()
+    reasons: tuple[Reason, ...] = ("prompt", "tool", "section", "head")
+    for first, reason in enumerate(reasons):
+        save(cache, first, reason=reason)
+    store: HeldStore = rig.store
+    assert store.is_writing.wait(10)
+    closing = threading.Thread(target=cache.close, args=(1.5,))
+    closing.start()
+    while "stopping: up to 4 checkpoints" not in caplog.text:
+        closing.join(0.01)
+    store.is_writing.clear()
+    store.let_one_through()
+    assert store.is_writing.wait(10)
+    closing.join(2)
+    store.gate.set()
+    closing.join(10)
+    cache = rig.open()
+    assert [restored(cache, first) for first in range(4)] == [64, 64, 0, 0]
     cache.close()
 
 

@@ -171,13 +171,15 @@ def _noting(ends: list[str], name: str, events: list[Event]) -> Deliver:
 
 def test_of_too_many_the_least_urgent_go_and_audits_that_began_stay() -> None:
     harness = TapeHarness(store=MemoryStore())
+    half = MAX_IDLE // 2 + 1
     audits = [
-        submit_idle(harness, f"audit {n}", prompt(100, seed=n), priority="audit") for n in range(9)
+        submit_idle(harness, f"audit {n}", prompt(100, seed=n), priority="audit")
+        for n in range(half)
     ]
-    ahead = [submit_idle(harness, f"next {n}", prompt(100, seed=20 + n), 64) for n in range(9)]
+    ahead = [submit_idle(harness, f"next {n}", prompt(100, seed=99 + n), 64) for n in range(half)]
     harness.run()
     reasons = [events[-1].reason for events in audits if isinstance(events[-1], Finished)]
-    assert reasons == ["length"] * 7 + ["cancelled"] * 2
+    assert reasons == ["length"] * (half - 2) + ["cancelled"] * 2
     assert all(not isinstance(e, Finished) or e.reason == "length" for es in ahead for e in es)
 
 

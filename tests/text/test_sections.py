@@ -22,9 +22,14 @@ def test_a_section_begins_behind_an_empty_line() -> None:
 
 
 def test_definitions_begin_their_lines() -> None:
-    tools = [b"<tools>", b"\n", b'{"', b"a", b"}\n", b'{"', b"b", b"{", b"}\n", b"</tools>"]
-    assert starts(tools, with_definitions=True) == [2, 5]
+    tools = [b"<tools>", b"\n", b"{a", b"}\n", b"{b", b"{", b"}\n", b"</tools>"]
+    assert starts(tools, with_definitions=True) == [2, 4]
     assert starts(tools) == []
+
+
+def test_definitions_differ_behind_what_all_begin_with() -> None:
+    opening = [b'{"', b"type", b'":', b' "', b"function", b'",', b' "', b"read", b'"}\n']
+    assert starts([b"<tools>", b"\n", *opening, *opening], with_definitions=True) == [2, 9, 11, 18]
 
 
 @given(
