@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 from daemon.api.conversation import Conversation
-from daemon.api.generation import Generations
+from daemon.api.generations import Generations
 from daemon.api.reply import ReplyRules
 from daemon.api.service import Service
 from daemon.engine.requests import SamplingParams

@@ -14,7 +14,7 @@ from daemon.api.answer import WholeAnswer, answer
 from daemon.api.anthropic_messages_request import MessagesAsk, read_ask
 from daemon.api.anthropic_messages_response import InputTokens, MessageWriter
 from daemon.api.conversation import Conversation
-from daemon.api.generation import Generations
+from daemon.api.generations import Generations
 from daemon.api.parameters import ignored_header
 from daemon.api.reply_pieces import Outcome, Piece
 from daemon.api.request_body import read_body

@@ -16,7 +16,7 @@ from daemon.api.access import Access, AccessRules
 from daemon.api.anthropic_messages import Messages
 from daemon.api.cache_routes import CacheRoutes
 from daemon.api.errors import http_error_response, qwend_error_response, unexpected_error_response
-from daemon.api.generation import Generations
+from daemon.api.generations import Generations
 from daemon.api.llama_server import LlamaServer
 from daemon.api.models import Models
 from daemon.api.openai_chat import ChatCompletions

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from daemon.api.cache_plan import CachePlan
 from daemon.api.conversation import Conversation, RawPrompt
-from daemon.api.generation import Generations
+from daemon.api.generations import Generations
 from daemon.api.request_body import keys_of, read_body
 from daemon.api.service import Service
 from daemon.errors import InvalidRequest, UnknownRequest

@@ -1,27 +1,24 @@
-"""The one path inside, whatever the dialect: messages → prompt → engine → deltas.
+"""One reply, whatever the dialect: from its prompt, by the engine, to its last delta and outcome.
 
-Owns a request from its decoded form to its last delta: the prompt thread, the hand-over from the
-engine, cancellation, the record in metrics and log. Knows no wire format. Event loop; prompts are
-built on one thread of their own, so that a long one delays no stream.
+Owns the hand-over to the engine and from it, patience, cancellation, the record in metrics and log.
+Knows no wire format and no other reply. Event loop; `_receive` runs on the engine thread.
 """
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from daemon.api.after_reply import EndedReply, prepare_next, remember
-from daemon.api.cache_plan import CachePlan, CachePlanner, Draft, plan_of
+from daemon.api.cache_plan import CachePlan, Draft
 from daemon.api.conversation import Conversation, RawPrompt
 from daemon.api.mailbox import Mailbox
 from daemon.api.reply import Reply, ReplyRules, joined
 from daemon.api.reply_pieces import EndReason, Outcome, Piece, PromptProgress
 from daemon.api.request_plans import PlanCourse, RequestPlans
 from daemon.api.service import Service
-from daemon.api.session_hint import title_of
+from daemon.api.slots import Slots
 from daemon.checkpoint import Boundary
 from daemon.engine.requests import (
     Event,
@@ -35,8 +32,7 @@ from daemon.engine.requests import (
 )
 from daemon.errors import EngineStopped, Overloaded, PromptTooLong
 from daemon.logs import log_request, log_text
-from daemon.metrics import Load, RequestRecord
-from daemon.text.constrainer import Thinking
+from daemon.metrics import RequestRecord
 from daemon.text.constraint import ReplyConstraint
 from daemon.text.messages import ToolSpec
 from daemon.text.prompt import Prompt
@@ -49,149 +45,26 @@ BAN = -1000.0
 """Added to a logit, it leaves the token no chance."""
 
 
-class Generations:
-    """All replies being generated. One object a daemon; `close` ends them all.
+class Owner(Protocol):
+    """What a generation needs of those who keep all of them; see `Generations`."""
 
-    Attributes:
-        plans: what the last requests reused, and why not more.
-    """
+    plans: RequestPlans
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="prompt")
-        self._live: set[Generation] = set()
-        self._num_arriving = 0
-        self._closed = False
-        self._planner = CachePlanner(
-            service.tokenizer, service.history, service.reach, service.is_shared
-        )
-        self.plans = RequestPlans()
-        self._forgetting: list[Callable[[str], None]] = []
+    @property
+    def slots(self) -> "Slots[Generation]":
+        """The numbers of the replies that the engine works on."""
 
     async def on_prompt_thread(self, function: Callable[..., T], *args: object) -> T:
-        """Run what takes long for long inputs, off the event loop and one at a time.
+        """Run what takes long for long inputs."""
 
-        Raises:
-            EngineStopped: the server is shutting down.
-        """
-        if self._closed:
-            raise EngineStopped("The server is shutting down.")
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._prompt_thread, function, *args)
-
-    async def start(self, asked: Conversation | RawPrompt, rules: ReplyRules) -> "Generation":
-        """Build the prompt, plan it and queue it. The caller must `close` what it gets.
-
-        Raises:
-            InvalidRequest: the template refuses the messages, or no text has the form asked for.
-            PromptTooLong: the context leaves no room for one token.
-            Overloaded: too many requests wait.
-            EngineStopped: no request is taken any more.
-        """
-        arrived_s = asyncio.get_running_loop().time()
-        self._num_arriving += 1
-        try:
-            prompt, draft, constraint = await self.on_prompt_thread(self._begin, asked, rules)
-        finally:
-            self._num_arriving -= 1
-        if self._closed:
-            raise EngineStopped("The server is shutting down.")
-        generation = Generation(self._service, prompt, draft, asked, rules, self, arrived_s)
-        generation.submit(constraint)
-        self._live.add(generation)
-        if isinstance(asked, Conversation):
-            self._service.suggest_title(asked.session, title_of(asked.messages), bool(asked.tools))
-        self.soon_on_prompt_thread(self._planner.remember, draft, prompt)
-        return generation
-
-    async def count_tokens(self, conversation: Conversation) -> int:
-        """The length of the prompt.
-
-        Raises:
-            InvalidRequest: the template refuses the messages.
-            EngineStopped: the server is shutting down.
-        """
-        return len(await self.prompt_tokens(conversation))
-
-    async def prompt_tokens(self, conversation: Conversation) -> tuple[int, ...]:
-        """The prompt; raises as `count_tokens`."""
-        prompt = await self.on_prompt_thread(self._build, conversation)
-        return prompt.tokens
-
-    def load(self) -> Load:
-        """How many requests wait, and how many are answered."""
-        num_running = sum(generation.has_begun for generation in self._live)
-        return Load(self._num_arriving + len(self._live) - num_running, num_running)
-
-    def evaluated(self) -> list[tuple[int, int, int, int]]:
-        """Of each reply that the engine works on, the prompt's tokens: all, done, cached; and those
-        of the reply."""
-        return [generation.counts for generation in self._live if generation.is_evaluated]
-
-    async def plan(self, asked: Conversation | RawPrompt) -> CachePlan:
-        """What an answer would reuse; nothing is evaluated, and nothing remembered.
-
-        Raises:
-            InvalidRequest: the template refuses the messages.
-            EngineStopped: the server is shutting down.
-        """
-        _, draft = await self.on_prompt_thread(self._prepare, asked)
-        return plan_of(draft, draft.reach.found, "dry_run", self.plans.token_s)
-
-    def when_forgetting(self, forget: Callable[[str], None]) -> None:
-        """Have something done when a session is wiped, by its name."""
-        self._forgetting.append(forget)
-
-    def forget(self, session: str) -> None:
-        """Forget what is remembered of a session's requests; encoded frames of all sessions go."""
-        self.plans.forget(session)
-        self._service.history.forget(session)
-        self._service.prompts.forget()
-        for forget in self._forgetting:
-            forget(session)
+    def soon_on_prompt_thread(self, function: Callable[..., None], *args: object) -> None:
+        """Run something there some time."""
 
     def ended(self, draft: Draft, reply: Sequence[int], num_evaluated: int, whole: bool) -> None:
         """Record how far a request came; prompt thread."""
-        self._planner.end(draft.id, reply, num_evaluated, whole)
-
-    def soon_on_prompt_thread(self, function: Callable[..., None], *args: object) -> None:
-        """Run something there some time, unless the server shuts down."""
-        if not self._closed:
-            self._prompt_thread.submit(function, *args)
-
-    def _begin(
-        self, asked: Conversation | RawPrompt, rules: ReplyRules
-    ) -> tuple[Prompt, Draft, ReplyConstraint | None]:
-        prompt, draft = self._prepare(asked)
-        cut = draft.difference.cut if draft.difference else None
-        if cut is not None and self._service.prompts.learn_cut(cut):
-            prompt = asked.prompt if isinstance(asked, RawPrompt) else self._build(asked)
-        if self._service.log_prompts:
-            log_text(draft.id, "prompt", self._service.tokenizer.decode(prompt.tokens))
-        budget = self._service.defaults.budget_for(rules.thinking_budget)
-        thinking = Thinking(prompt.thinking_open, budget)
-        return prompt, draft, self._service.constrainer.constrain(rules.guide, thinking)
-
-    def _prepare(self, asked: Conversation | RawPrompt) -> tuple[Prompt, Draft]:
-        prompt = asked.prompt if isinstance(asked, RawPrompt) else self._build(asked)
-        return prompt, self._planner.draft(uuid.uuid4().hex, prompt, asked.session)
-
-    def _build(self, conversation: Conversation) -> Prompt:
-        tools = (*conversation.tools, *conversation.deferred_tools)
-        self._service.limits.check(len(conversation.messages), len(tools))
-        options = self._service.defaults.options_for(conversation.template_options)
-        return self._service.prompts.build(conversation.messages, conversation.tools, options)
 
     def discard(self, generation: "Generation") -> None:
         """Forget a generation that has been closed."""
-        self._live.discard(generation)
-
-    def close(self) -> None:
-        """Take no more, and cancel all: their streams end with an error that says so."""
-        self._closed = True
-        for generation in list(self._live):
-            generation.cancel()
-        self._prompt_thread.shutdown(wait=False)
 
 
 class Generation:
@@ -209,7 +82,7 @@ class Generation:
         draft: Draft,
         asked: Conversation | RawPrompt,
         rules: ReplyRules,
-        owner: Generations,
+        owner: Owner,
         arrived_s: float,
     ) -> None:
         self.id = draft.id
@@ -240,13 +113,8 @@ class Generation:
         return self._mailbox.began_s is not None
 
     @property
-    def is_evaluated(self) -> bool:
-        """Whether the engine works on it."""
-        return self.has_begun and not self._mailbox.has_ended
-
-    @property
     def counts(self) -> tuple[int, int, int, int]:
-        """See `Generations.evaluated`."""
+        """The prompt's tokens: all, done, cached; and those of the reply."""
         counted = (self._num_done, self._num_cached, self._reply.num_tokens)
         return self.num_prompt_tokens, *counted
 
@@ -279,7 +147,7 @@ class Generation:
             session=self._asked.session,
             constraint=constraint,
         )
-        self._service.engine.submit(request, self._mailbox.put)
+        self._service.engine.submit(request, self._receive)
         self._course.begin()
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
@@ -310,6 +178,7 @@ class Generation:
             return
         self._closed = True
         self._owner.discard(self)
+        self._owner.slots.release(self)
         if self._finished is None:
             self.cancel()
         if self._service.log_prompts and self._finished is not None:
@@ -322,6 +191,15 @@ class Generation:
             )
         self._service.metrics.request_ended(record)
         log_request(record)
+
+    def _receive(self, event: Event) -> None:
+        """Take an event on the engine thread; the slot is held from the first to the last."""
+        match event:
+            case Started():
+                self._owner.slots.take(self)
+            case Finished() | Failed():
+                self._owner.slots.release(self)
+        self._mailbox.put(event)
 
     def _sampling(self) -> SamplingParams:
         sampling = self._rules.sampling

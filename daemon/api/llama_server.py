@@ -14,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from daemon.api.conversation import Conversation
-from daemon.api.generation import Generations
+from daemon.api.generation import Generation
+from daemon.api.generations import Generations
 from daemon.api.request_body import S, decode_body, read_body
 from daemon.api.service import Service
 from daemon.errors import InvalidRequest
@@ -132,17 +133,16 @@ class LlamaServer:
         return _json(body)
 
     async def slots(self, request: Request) -> Response:
-        """Replies that the engine works on first, then free places; who waits has none.
+        """Each place with the reply that the engine works on there; who waits has none.
 
         Raises:
             HTTPException: 503, with `fail_on_no_slot`, while none is free.
         """
-        evaluated = self._generations.evaluated()[: self._num_slots]
-        slots = [self._slot(i, *counts) for i, counts in enumerate(evaluated)]
-        if request.query_params.get("fail_on_no_slot") and len(slots) == self._num_slots:
+        held = self._generations.slots.held()
+        numbers = range(self._num_slots)
+        if request.query_params.get("fail_on_no_slot") and held.keys() >= set(numbers):
             raise HTTPException(503, "no slot available")
-        free = range(len(slots), self._num_slots)
-        return _json([*slots, *(self._slot(i, None, 0, 0, 0) for i in free)])
+        return _json([self._slot(number, held.get(number)) for number in numbers])
 
     async def slot_action(self, request: Request) -> Response:
         """What llama-server does with a slot's file.
@@ -233,14 +233,15 @@ class LlamaServer:
             "chat_format": "Qwen 3.5",
         }
 
-    def _slot(self, number: int, prompt: int | None, done: int, cached: int, sampled: int) -> Slot:
-        busy = prompt is not None
+    def _slot(self, number: int, generation: Generation | None) -> Slot:
+        busy = generation is not None
+        prompt, done, cached, sampled = generation.counts if generation else (0, 0, 0, 0)
         return Slot(
             id=number,
             id_task=number if busy else -1,
             n_ctx=self._service.engine.info.context_length,
             is_processing=busy,
-            n_prompt_tokens=prompt or 0,
+            n_prompt_tokens=prompt,
             n_prompt_tokens_processed=done,
             n_prompt_tokens_cache=cached,
             params=self._params(),

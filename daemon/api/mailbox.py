@@ -7,7 +7,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 
-from daemon.engine.requests import Event, Failed, Finished, Started
+from daemon.engine.requests import Event, Started
 
 
 class Mailbox:
@@ -18,7 +18,6 @@ class Mailbox:
 
     Attributes:
         began_s: when evaluation began, by the loop's clock, read or not; None before.
-        has_ended: whether the engine is done with the request, read or not.
     """
 
     def __init__(
@@ -28,7 +27,6 @@ class Mailbox:
         on_overflow: Callable[[], None],
     ) -> None:
         self.began_s: float | None = None
-        self.has_ended = False
         self._loop = loop
         self._capacity = capacity
         self._on_overflow = on_overflow
@@ -47,7 +45,6 @@ class Mailbox:
         """Append an event (engine thread). Returns at once, never raises."""
         if isinstance(event, Started):
             self.began_s = self._loop.time()
-        self.has_ended |= isinstance(event, Finished | Failed)
         with self._lock:
             overflows = len(self._events) >= self._capacity and not self._overflowed
             self._overflowed |= overflows

@@ -11,7 +11,8 @@ from starlette.requests import Request
 
 from daemon.api.answer import WholeAnswer, answer
 from daemon.api.conversation import Conversation
-from daemon.api.generation import Generation, Generations
+from daemon.api.generation import Generation
+from daemon.api.generations import Generations
 from daemon.api.openai_chat_request import read_ask
 from daemon.api.openai_chat_response import ChatWriter, Head
 from daemon.api.parameters import ignored_header

@@ -11,7 +11,8 @@ from starlette.requests import Request
 
 from daemon.api.answer import WholeAnswer, answer
 from daemon.api.conversation import RawPrompt
-from daemon.api.generation import Generation, Generations
+from daemon.api.generation import Generation
+from daemon.api.generations import Generations
 from daemon.api.openai_chat_response import Head
 from daemon.api.openai_completions_group import ChoicePiece, CompletionGroup
 from daemon.api.openai_completions_request import CompletionAsk, read_ask

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from daemon.api.answer import WholeAnswer, answer
 from daemon.api.conversation import Conversation
-from daemon.api.generation import Generations
+from daemon.api.generations import Generations
 from daemon.api.openai_chat_messages import arguments_of
 from daemon.api.openai_responses_items import CUSTOM_INPUT
 from daemon.api.openai_responses_request import ResponsesAsk, read_ask

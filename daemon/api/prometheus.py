@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
-from daemon.api.generation import Generations
+from daemon.api.generations import Generations
 from daemon.api.service import Service
 from daemon.metrics import RequestRecord
 
@@ -189,6 +189,11 @@ class _Sums(Collector):
         yield _gauge("qwend_requests_running", "Requests that are being answered.",
                      load.num_running)  # fmt: skip
         yield _gauge("qwend_requests_waiting", "Requests whose evaluation has not begun.",
+                     load.num_waiting)  # fmt: skip
+        # llama-server's names of the same two, which monitors made for it read.
+        yield _gauge("llamacpp:requests_processing", "Number of requests processing.",
+                     load.num_running)  # fmt: skip
+        yield _gauge("llamacpp:requests_deferred", "Number of requests deferred.",
                      load.num_waiting)  # fmt: skip
         yield _counter("qwend_prompt_tokens_evaluated", "Tokens of prompts that were evaluated.",
                        metrics.total.num_evaluated_tokens)  # fmt: skip

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from daemon.api.generation import Generations
+from daemon.api.generations import Generations
 from daemon.api.request_body import decode_body, read_body
 from daemon.api.service import Service, StoredSessions
 from daemon.errors import UnknownSession

@@ -11,7 +11,7 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from daemon.api.generation import Generations
+from daemon.api.generations import Generations
 from daemon.api.service import EngineState, Service
 from daemon.metrics import Load, MetricsSnapshot, SessionTally, Tally
 

@@ -134,8 +134,52 @@ def test_who_waits_is_counted_and_has_no_slot(make_api: MakeApi, tokenizer: Toke
     assert [(body["running"], body["waiting"]) for body in counted] == [(8, 10)] * 2
     assert [slot["is_processing"] for slot in slots] == [True] * 8
     assert full == 503
-    assert {"qwend_requests_running 8.0", "qwend_requests_waiting 10.0"} <= set(metrics)
+    assert {
+        "qwend_requests_running 8.0",
+        "qwend_requests_waiting 10.0",
+        "llamacpp:requests_processing 8.0",
+        "llamacpp:requests_deferred 10.0",
+    } <= set(metrics)
     assert api.app.state.generations.load() == Load(0, 0)
+    assert api.app.state.generations.slots.held() == {}
+
+
+def test_a_reply_keeps_its_slot_when_another_ends(make_api: MakeApi, tokenizer: Tokenizer) -> None:
+    """The first ends between two that go on; who begins then sits in its place."""
+    api = make_api(Script([5, 6], endless=True, step_s=0.001))
+
+    async def lengths(client: Any, num_busy: int) -> list[int]:
+        while True:
+            slots = (await client.get("/slots")).json()
+            found = [slot["n_prompt_tokens"] for slot in slots]
+            if sum(slot["is_processing"] for slot in slots) == num_busy:
+                return found
+            await asyncio.sleep(0.005)
+
+    async def crowd() -> tuple[list[int], ...]:
+        async with api.client() as client, asyncio.TaskGroup() as group:
+
+            def ask(words: int) -> Any:
+                body = {"messages": [{"role": "user", "content": "now " * words}]}
+                return group.create_task(client.post("/chat/completions", json=body))
+
+            sent, seen = [], []
+            for number in range(3):
+                sent.append(ask(10 * (number + 1)))
+                seen.append(await lengths(client, number + 1))
+            sent[1].cancel()
+            seen.append(await lengths(client, 2))
+            sent.append(ask(50))
+            seen.append(await lengths(client, 3))
+            for task in sent:
+                task.cancel()
+        return tuple(seen)
+
+    *_, three, two, again = asyncio.run(crowd())
+    assert all(three[:3])
+    assert two == [three[0], 0, three[2], *[0] * 5]
+    assert (again[0], again[2]) == (three[0], three[2])
+    assert again[1] > three[2]
 
 
 def test_paths_without_a_version(make_api: MakeApi) -> None:
