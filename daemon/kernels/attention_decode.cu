@@ -13,6 +13,7 @@
 // STAGES (ring depth, in half strips), PROJECTION_F16, OUTPUT (0: f32, 1: operand).
 #include "attention_output.cuh"
 #include "attention_strip.cuh"
+#include "quads.cuh"
 
 // Shared memory: the larger of the ring, WARPS x STAGES slots, and the warps' outputs,
 // f32 [WARPS, GROUP, OUTPUT_STRIDE].

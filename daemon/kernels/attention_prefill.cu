@@ -15,6 +15,7 @@
 // 1: operand).
 #include "attention_rows.cuh"
 #include "attention_tile.cuh"
+#include "mma.cuh"
 
 constexpr int WARPS = HEADS * 4;
 constexpr int THREADS = WARPS * 32;
@@ -76,15 +77,15 @@ struct Rows : SoftRows {
 #pragma unroll
         for (int step = 0; step < 16; ++step) {
             u32 a[4];
-            load_matrix(a, query_tile +
+            load_matrices(a, query_tile +
                                kv_chunk_offset<KV_BF16>(query_row, 2 * step + (lane >> 4)));
 #pragma unroll
             for (int pair = 0; pair < 4; ++pair) {
                 u32 b[4];
-                load_matrix(b, key_tile + kv_chunk_offset<KV_BF16>(
+                load_matrices(b, key_tile + kv_chunk_offset<KV_BF16>(
                                               pair * 16 + key_row, 2 * step + ((lane >> 3) & 1)));
-                mma_16816<K_BF16>(score[2 * pair], a, b[0], b[1]);
-                mma_16816<K_BF16>(score[2 * pair + 1], a, b[2], b[3]);
+                mma_m16n8k16<K_BF16>(score[2 * pair], a, b[0], b[1]);
+                mma_m16n8k16<K_BF16>(score[2 * pair + 1], a, b[2], b[3]);
             }
         }
     }
@@ -93,18 +94,18 @@ struct Rows : SoftRows {
         const int value_row = lane & 15;
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-            const u32 a[4] = {pack_16<V_BF16>(score[2 * step][0], score[2 * step][1]),
-                              pack_16<V_BF16>(score[2 * step][2], score[2 * step][3]),
-                              pack_16<V_BF16>(score[2 * step + 1][0], score[2 * step + 1][1]),
-                              pack_16<V_BF16>(score[2 * step + 1][2], score[2 * step + 1][3])};
+            const u32 a[4] = {pair_of<V_BF16>(score[2 * step][0], score[2 * step][1]),
+                              pair_of<V_BF16>(score[2 * step][2], score[2 * step][3]),
+                              pair_of<V_BF16>(score[2 * step + 1][0], score[2 * step + 1][1]),
+                              pair_of<V_BF16>(score[2 * step + 1][2], score[2 * step + 1][3])};
 #pragma unroll
             for (int pair = 0; pair < 16; ++pair) {
                 u32 b[4];
-                load_matrix_transposed(
+                load_matrices_transposed(
                     b, value_tile + kv_chunk_offset<KV_BF16>(step * 16 + value_row,
                                                              2 * pair + (lane >> 4)));
-                mma_16816<V_BF16>(out[2 * pair], a, b[0], b[1]);
-                mma_16816<V_BF16>(out[2 * pair + 1], a, b[2], b[3]);
+                mma_m16n8k16<V_BF16>(out[2 * pair], a, b[0], b[1]);
+                mma_m16n8k16<V_BF16>(out[2 * pair + 1], a, b[2], b[3]);
             }
         }
     }

@@ -13,11 +13,14 @@
 // Compile-time: K_FORMAT, V_FORMAT (KvFormat), GROUP (query heads of a KV head, even),
 // SEGMENT_PAGES, PROJECTION_F16, OUTPUT (0: f32, 1: operand).
 #include "attention_rows.cuh"
-#include "attention_wgmma.cuh"
+#include "attention_tile.cuh"
+#include "barriers.cuh"
+#include "wgmma.cuh"
 
 constexpr int WARPGROUP = 128;
 constexpr int HEADS = 2;
 constexpr int STAGES = 2;
+constexpr int PANEL_BYTES = PAGE * 128;  // 64 dims of a tile
 constexpr int HEAD_BLOCKS = GROUP / HEADS;
 constexpr bool K_BF16 = K_FORMAT == KV_BF16, V_BF16 = V_FORMAT == KV_BF16;
 constexpr int THREADS = (2 + HEADS) * WARPGROUP;
@@ -28,7 +31,7 @@ static_assert(2 * PRODUCER_REGISTERS + HEADS * CONSUMER_REGISTERS <= 65536 / WAR
 // Tiles of keys, or of values, with barriers for "filled" and "emptied".
 struct Tiles {
     u8* tiles;
-    u32 filled, emptied;
+    u32 filled, emptied;  // the first of STAGES each
 
     __device__ u8* tile(int page) const { return tiles + page % STAGES * TILE_BYTES; }
     __device__ u32 is_filled(int page) const { return filled + page % STAGES * 8; }
@@ -41,10 +44,12 @@ struct Tiles {
         }
     }
 
-    __device__ void wait_filled(int page) const { barrier_wait(is_filled(page), page / STAGES); }
+    __device__ void wait_filled(int page) const {
+        barrier_wait(is_filled(page), (page / STAGES) & 1);
+    }
 
     __device__ void wait_emptied(int page) const {
-        if (page >= STAGES) barrier_wait(is_emptied(page), page / STAGES - 1);
+        if (page >= STAGES) barrier_wait(is_emptied(page), (page / STAGES - 1) & 1);
     }
 };
 
@@ -101,31 +106,36 @@ __device__ __forceinline__ void load_queries(u8* target, const u16* queries, con
 __device__ __forceinline__ void start_scores(float (&score)[8][4], u32 queries, u32 keys) {
     // Or the compiler keeps 16 descriptors from page to page, for which there are no registers.
     asm volatile("" : "+r"(queries));
-    begin_products();
+    wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 16; ++step) {
-        const u32 at = step / 4 * u32(PANEL_BYTES) + step % 4 * 32;
-        multiply_scores<K_BF16>(score, row_descriptor(queries + at), row_descriptor(keys + at),
-                                step > 0);
+        const u32 at = step / 4 * PANEL_BYTES + step % 4 * 32;
+        wgmma<K_BF16>(score, swizzled_operand(queries + at), swizzled_operand(keys + at), step > 0);
     }
-    commit_products();
+    wgmma_commit();
 }
 
+// In halves of the dims: one instruction may not name more registers than a thread has at launch.
 __device__ __forceinline__ void start_mix(float (&out)[32][4], const u32 (&shares)[4][4],
                                           u32 values) {
-    begin_products();
+    wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-        multiply_values<V_BF16>(out, shares[step], values + step * 16 * 128);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const u32 at = values + half * 2 * PANEL_BYTES + step * 16 * 128;
+            wgmma<true, V_BF16>(reinterpret_cast<float(&)[16][4]>(out[half * 16]), shares[step],
+                                swizzled_operand(at, PANEL_BYTES));
+        }
     }
-    commit_products();
+    wgmma_commit();
 }
 
 __device__ __forceinline__ void pack_shares(u32 (&shares)[4][4], const float (&score)[8][4]) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
         const float* pair = &score[2 * (i >> 2) + ((i >> 1) & 1)][2 * (i & 1)];
-        shares[i >> 2][i & 3] = pack_16<V_BF16>(pair[0], pair[1]);
+        shares[i >> 2][i & 3] = pair_of<V_BF16>(pair[0], pair[1]);
     }
 }
 
@@ -139,8 +149,8 @@ __device__ __forceinline__ void attend(SoftRows& rows, const Tiles& keys, const 
     rows.clear();
     keys.wait_filled(first);
     start_scores(score, queries, shared_address(keys.tile(first)));
-    wait_for_products<0>();
-    pin(score);
+    wgmma_wait<0>();
+    hold(score);
     if (lane == 0) barrier_arrive(keys.is_emptied(first));
     rows.soften(score, first == diagonal, first_row, lane);
     pack_shares(shares, score);
@@ -149,20 +159,20 @@ __device__ __forceinline__ void attend(SoftRows& rows, const Tiles& keys, const 
         start_scores(score, queries, shared_address(keys.tile(page + 1)));
         values.wait_filled(page);
         start_mix(rows.out, shares, shared_address(values.tile(page)));
-        wait_for_products<1>();
-        pin(score);
+        wgmma_wait<1>();
+        hold(score);
         if (lane == 0) barrier_arrive(keys.is_emptied(page + 1));
         rows.soften(score, page + 1 == diagonal, first_row, lane);
-        wait_for_products<0>();
-        pin(rows.out);
+        wgmma_wait<0>();
+        hold(rows.out);
         if (lane == 0) barrier_arrive(values.is_emptied(page));
         rows.rescale();
         pack_shares(shares, score);
     }
     values.wait_filled(last);
     start_mix(rows.out, shares, shared_address(values.tile(last)));
-    wait_for_products<0>();
-    pin(rows.out);
+    wgmma_wait<0>();
+    hold(rows.out);
     if (lane == 0) barrier_arrive(values.is_emptied(last));
 }
 
@@ -180,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
 {
     // Queries of two heads, STAGES tiles of keys, STAGES of values.
     extern __shared__ __align__(1024) u8 shared[];
-    __shared__ __align__(8) u64 barriers[4 * STAGES];
+    __shared__ u64 barriers[4 * STAGES];
     const QueryItem item(items + 2 * (gridDim.x - 1 - blockIdx.x));
     if (item.tile.num_rows == 0) return;
     u8* k_tiles = shared + HEADS * TILE_BYTES;
@@ -191,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
     if (threadIdx.x == 0) {
         keys.init();
         values.init();
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barrier_init_done();
     }
     wait_for_previous_kernel();
     allow_next_kernel();
@@ -218,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
         const int lane = thread & 31, first_row = thread / 32 * 16;
         u8* query_tile = shared + warpgroup * TILE_BYTES;
         load_queries(query_tile, queries, item.tile, head, kv_heads * GROUP, thread);
-        asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+        named_barrier<WARPGROUP>(1 + warpgroup);
         const int base = item.first_page(), count = item.last_page() - base + 1;
         SoftRows rows;
 #pragma unroll 1

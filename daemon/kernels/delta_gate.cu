@@ -33,9 +33,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) delta_gate(
         const u8* at = tile + panel_offset(first + i, (lane & 15) >> 1);
         const uint2 packed = *reinterpret_cast<const uint2*>(at);
         const float4 gate = to_float4(load4(z + static_cast<long long>(i) * z_stride));
-        const float2 left = from_half_pair(packed.x), right = from_half_pair(packed.y);
+        const float2 left = half2_to_floats(packed.x), right = half2_to_floats(packed.y);
         const float4 o = make_float4(left.x, left.y, right.x, right.y);
-        const float scale = reciprocal_root(warp_sum(dot4(o, o)) / HEAD_DIM + norm_eps);
+        const float scale = reciprocal_root_approx(warp_sum(dot4(o, o)) / HEAD_DIM + norm_eps);
         const float4 y = gated(o, scale, weight, gate);
 #if OUTPUT
         *(u32*)chunk_place(out, row + i, column, padded_rows) = operand_pair(y.x, y.y);

@@ -73,7 +73,7 @@ __device__ void write_head(u8* tile, const HeadRows& rows, const float4* taps, i
     for (int i = 0; i < ROWS; ++i) {
         float4 x = rows.mixed(i, tap);
         float scale = 1.0f;
-        if (length > 0.0f) scale = reciprocal_root(warp_sum(dot4(x, x)) + L2_EPS) * length;
+        if (length > 0.0f) scale = reciprocal_root_approx(warp_sum(dot4(x, x)) + L2_EPS) * length;
         if (first + i >= num_rows) scale = 0.0f;
         const uint2 packed = make_uint2(half2_saturated(x.x * scale, x.y * scale),
                                         half2_saturated(x.z * scale, x.w * scale));
@@ -137,8 +137,8 @@ __device__ __forceinline__ void products_with_keys(float (&kk)[8][4], float (&qk
             load_matrices(b[pair], lanes.by_rows(keys + panel, pair, step % 4));
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
-            multiply(kk[n], k, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
-            multiply(qk[n], q, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+            mma_m16n8k16(kk[n], k, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+            mma_m16n8k16(qk[n], q, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
         }
     }
 }
@@ -174,7 +174,7 @@ struct SplitA {
 
     __device__ __forceinline__ void set(int i, float x, float y) {
         high[i] = half2_saturated(x, y);
-        const float2 rounded = from_half_pair(high[i]);
+        const float2 rounded = half2_to_floats(high[i]);
         low[i] = half2_saturated(x - rounded.x, y - rounded.y);
     }
 };
@@ -184,15 +184,15 @@ struct SplitB {
 
     __device__ __forceinline__ void set(int i, float x, float y) {
         high[i] = half2_saturated(x, y);
-        const float2 rounded = from_half_pair(high[i]);
+        const float2 rounded = half2_to_floats(high[i]);
         low[i] = half2_saturated(x - rounded.x, y - rounded.y);
     }
 };
 
 __device__ __forceinline__ void multiply_split(float (&c)[4], const SplitA& a, const SplitB& b) {
-    multiply(c, a.low, b.high[0], b.high[1]);
-    multiply(c, a.high, b.low[0], b.low[1]);
-    multiply(c, a.high, b.high[0], b.high[1]);
+    mma_m16n8k16(c, a.low, b.high[0], b.high[1]);
+    mma_m16n8k16(c, a.high, b.low[0], b.low[1]);
+    mma_m16n8k16(c, a.high, b.high[0], b.high[1]);
 }
 
 // One warp inverts I + A of a value head; A_ij = beta_i e^(G_i - G_j) gram_ij below the diagonal.

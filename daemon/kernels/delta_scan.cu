@@ -147,8 +147,8 @@ __device__ __forceinline__ void subtract_read(TokenOperand& y, const TokenColumn
             const float* c = read[step * 2 + half];
             const float2 g =
                 *reinterpret_cast<const float2*>(growth + (step * 2 + half) * 8 + (lane & 3) * 2);
-            const float2 top = from_half_pair(v[half * 2]);
-            const float2 bottom = from_half_pair(v[half * 2 + 1]);
+            const float2 top = half2_to_floats(v[half * 2]);
+            const float2 bottom = half2_to_floats(v[half * 2 + 1]);
             y[step][half * 2] = half2_saturated(fmaf(-g.x, c[0], top.x), fmaf(-g.y, c[1], top.y));
             y[step][half * 2 + 1] =
                 half2_saturated(fmaf(-g.x, c[2], bottom.x), fmaf(-g.y, c[3], bottom.y));

@@ -160,8 +160,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) delta_step(
     const float4 q4 = reinterpret_cast<const float4*>(mixed)[lane];
     const float4 k4 = reinterpret_cast<const float4*>(mixed + HEAD_DIM)[lane];
     const float4 v4 = reinterpret_cast<const float4*>(mixed + 2 * HEAD_DIM)[lane];
-    const float q_scale = reciprocal_root(warp_sum(dot4(q4, q4)) + L2_EPS) * QUERY_SCALE;
-    const float k_scale = reciprocal_root(warp_sum(dot4(k4, k4)) + L2_EPS);
+    const float q_scale = reciprocal_root_approx(warp_sum(dot4(q4, q4)) + L2_EPS) * QUERY_SCALE;
+    const float k_scale = reciprocal_root_approx(warp_sum(dot4(k4, k4)) + L2_EPS);
     const float kq = warp_sum(dot4(k4, q4)) * k_scale * q_scale;
     const Reads reads(state, mixed, partials, warp, lane);
     const float4 error = combine(v4, beta, reads.by_k, -beta * decay * k_scale);
@@ -178,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) delta_step(
     }
     if (warp != 0) return;
     const float4 o = combine(error, kq, reads.by_q, decay * q_scale);
-    const float scale = reciprocal_root(warp_sum(dot4(o, o)) / HEAD_DIM + norm_eps);
+    const float scale = reciprocal_root_approx(warp_sum(dot4(o, o)) / HEAD_DIM + norm_eps);
     const float4 y = gated(o, scale, weight, to_float4(z4));
 #if OUTPUT
     *(uint2*)panel_place(out, sequence, head * HEAD_DIM + lane * 4, v_heads * HEAD_DIM) =

@@ -4,7 +4,8 @@
 // (- minimum) in float32, as GGUF defines them. Bytes: one row of the table in, one of floats out.
 //
 // Compile-time: FORMAT (the GGUF type id), THREADS.
-#include "attention_numeric.cuh"
+#include "half.cuh"
+#include "warp.cuh"
 
 enum Format {
     F32 = 0, F16 = 1, Q4_0 = 2, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_XS = 23, BF16 = 30

@@ -33,7 +33,7 @@ __device__ __forceinline__ int tile_code(const u8* tile, int r, int lane, int c)
     return code;
 }
 
-__device__ __forceinline__ float half_at(const u8* at) { return half_float(*(const u16*)at); }
+__device__ __forceinline__ float half_at(const u8* at) { return half_to_float(*(const u16*)at); }
 
 // The value in row `row` (0..15), column `k` (0..255) of a tile.
 __device__ __forceinline__ float tile_value(const u8* tile, int row, int k) {
@@ -57,14 +57,14 @@ __device__ __forceinline__ float tile_value(const u8* tile, int row, int k) {
         u32 d = 0;
         for (int t = 0; t < 4; t++) d |= u32(words[t] >> 12) << (4 * t);
         const int scale = ((words[s / 2] >> (6 * (s & 1))) & 63) - 32;
-        return half_float(d) * scale * levels[code];
+        return half_to_float(d) * scale * levels[code];
     }
     const u32* words = (const u32*)(scales + row * 16);
     const u32 d = (words[0] >> 24) | ((words[1] >> 24) << 8);
     const u32 dmin = (words[2] >> 24) | ((words[3] >> 24) << 8);
     const u32 own = words[s / 2] >> (6 * (s & 1));
-    const float scale = half_float(d) * float(own & 63);
-    const float minimum = half_float(dmin) * float((own >> 12) & 63);
+    const float scale = half_to_float(d) * float(own & 63);
+    const float minimum = half_to_float(dmin) * float((own >> 12) & 63);
     return __fsub_rn(__fmul_rn(scale, float(code)), minimum);
 }
 

@@ -8,6 +8,7 @@
 //
 // Compile-time: K_FORMAT, V_FORMAT (KvFormat), PROJECTION_F16 (0: f32 rows, 1: f16 rows).
 #include "kv_format.cuh"
+#include "warp.cuh"
 
 constexpr int WARPS = 8;
 constexpr int ROTARY_PAIRS = 32;
@@ -18,8 +19,8 @@ __device__ __forceinline__ void load_head(float (&x)[8], const void* row, size_t
     uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const u16*>(row) + first + lane * 8);
     u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
     for (int i = 0; i < 4; ++i) {
-        x[2 * i] = half_to_float(u16(words[i]));
-        x[2 * i + 1] = half_to_float(u16(words[i] >> 16));
+        const float2 pair = half2_to_floats(words[i]);
+        x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
     }
 #else
     const float4* source =
@@ -33,8 +34,7 @@ __device__ __forceinline__ void load_head(float (&x)[8], const void* row, size_t
 __device__ __forceinline__ void normalize(float (&x)[8], const float* weight, float eps, int lane) {
     float sum = 0;
     for (int i = 0; i < 8; ++i) sum += x[i] * x[i];
-    for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
-    float factor = rsqrtf(sum * (1.0f / HEAD_DIM) + eps);
+    float factor = rsqrtf(warp_sum(sum) * (1.0f / HEAD_DIM) + eps);
     for (int i = 0; i < 8; ++i) x[i] *= factor * weight[lane * 8 + i];
 }
 
@@ -99,8 +99,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) kv_append(
         normalize(x, q_norm, eps, lane);
         rotate(x, cosines, sines, lane);
         constexpr bool BF16 = K_FORMAT == KV_BF16;
-        uint4 packed = {pack_16<BF16>(x[0], x[1]), pack_16<BF16>(x[2], x[3]),
-                        pack_16<BF16>(x[4], x[5]), pack_16<BF16>(x[6], x[7])};
+        uint4 packed = {pair_of<BF16>(x[0], x[1]), pair_of<BF16>(x[2], x[3]),
+                        pair_of<BF16>(x[4], x[5]), pair_of<BF16>(x[6], x[7])};
         u16* target = queries + (size_t(row) * q_heads + head) * HEAD_DIM + lane * 8;
         *reinterpret_cast<uint4*>(target) = packed;
     } else {

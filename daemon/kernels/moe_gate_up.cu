@@ -81,10 +81,10 @@ struct Output {
     int hidden_blocks, up_stride, num_rows;
 
     __device__ __forceinline__ void write(int slot, int token, int k, float gate, float up) const {
-        const float y = gate / (1.0f + __expf(-gate)) * up;
+        const float y = swiglu(gate, up);
         u8* panels = hidden + (long long)slot * NUM_PANELS * hidden_blocks * 4096;
         u8* at = panel_place(panels, token, k, hidden_blocks * 256);
-        *(u16*)at = float_half(y * ACTIVATION_SCALE);
+        *(u16*)at = float_to_half(y * ACTIVATION_SCALE);
     }
 };
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from daemon.kernels.gemm_tiles import TileKernels, Variant
 from daemon.kernels.moe_pack import (
     GATE,
     ExpertMatrix,
@@ -15,19 +16,11 @@ from daemon.kernels.moe_pack import (
     types_and_tile,
 )
 from daemon.kernels.moe_route import MoeSizes, RowLines
-from daemon.kernels.quant_gemm import (
-    HOPPER,
-    MIN_CHUNK_STAGES,
-    STATIC_SHARED_BYTES,
-    Rings,
-    choose_rings,
-)
-from daemon.kernels.quant_gemm import defines as gemm_defines
 from daemon.kernels.quant_gemv import STORE
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
-from daemon.kernels.runtime.kernel import Kernel, Module
+from daemon.kernels.runtime.kernel import Module
 
 GEMM_SOURCE = Path(__file__).with_name("moe_gemm.cu")
 ROWS_SOURCE = Path(__file__).with_name("moe_rows.cu")
@@ -51,13 +44,15 @@ class MoePrefill:
         self, device: Device, compiler: Compiler, sizes: MoeSizes, max_width: int, max_rows: int
     ) -> None:
         self._device = device
-        self._compiler = compiler
         self._sizes = sizes
-        self._hopper = compiler.arch == HOPPER
         module = Module(compiler.cubin(ROWS_SOURCE, rows_defines(sizes)))
         self._scatter = module.kernel("moe_scatter", SCATTER_PARAMETERS)
         self._combine = module.kernel("moe_combine", COMBINE_PARAMETERS)
-        self._kernels: dict[tuple[int, int, int, int], Kernel] = {}
+        ends_bytes = 4 * (sizes.num_experts + 1)
+        own = {"EXPERTS": sizes.num_experts}
+        self._products = TileKernels(
+            device, compiler, GEMM_SOURCE, GEMM_PARAMETERS, ends_bytes, own
+        )
         lines = self._num_lines(max_rows)
         # Rows in, and `up` where it lies apart, are used up before the experts' rows are written.
         line_bytes = max(2 * sizes.columns + 4 * max_width, 4 * sizes.columns)
@@ -114,18 +109,13 @@ class MoePrefill:
     ) -> None:
         types, tile_bytes = types_and_tile(*matrices)
         columns = self._tile_columns(rows, epilogue, 4 * tile_bytes)
-        kernel = self._kernel(types, columns, 4 * tile_bytes, epilogue)
-        grid = self._device.num_sms * (1 if self._hopper else BLOCKS_PER_SM)
-        kernel.launch(
-            self._device.stream,
-            (grid, 1, 1),
-            (384 if self._hopper else 128, 1, 1),
+        self._products.launch(
+            Variant(types, columns, 4 * tile_bytes, epilogue),
+            self._device.num_sms * (1 if self._products.is_hopper else BLOCKS_PER_SM),
             *(matrix.tiles if matrix is not None else 0 for matrix in matrices),
             *(lines.first, x, out, chunks if chunks is not None else 0),
             *(field for matrix in matrices for field in _form(matrix)),
             *(self._num_lines(rows), out.shape[1]),
-            shared_bytes=self._rings(columns, 4 * tile_bytes).num_bytes,
-            dependent=True,
         )
 
     def _num_lines(self, rows: int) -> int:
@@ -139,25 +129,10 @@ class MoePrefill:
             return max(1.0, mean / columns + 0.5) * (columns + 32)
 
         def fits(columns: int) -> bool:
-            return self._rings(columns, unit_bytes).chunk_stages >= MIN_CHUNK_STAGES
+            is_small = columns <= 128 or epilogue != GATE
+            return is_small and self._products.fits(columns, unit_bytes)
 
-        wide = (256, 128, 64) if self._hopper and epilogue != GATE else (128, 64)
-        return min(filter(fits, wide), key=cost)
-
-    def _rings(self, columns: int, unit_bytes: int) -> Rings:
-        """Beside what quant_gemm has, and the ends of all groups."""
-        static = STATIC_SHARED_BYTES + 4 * (self._sizes.num_experts + 1)
-        room = self._device.shared_bytes_per_block - static
-        return choose_rings(room, columns, unit_bytes, self._hopper)
-
-    def _kernel(self, types: int, columns: int, unit_bytes: int, epilogue: int) -> Kernel:
-        key = (types, columns, unit_bytes, epilogue)
-        if key not in self._kernels:
-            rings = self._rings(columns, unit_bytes)
-            macros = defines(self._sizes.num_experts, *key, rings.chunk_stages)
-            module = Module(self._compiler.cubin(GEMM_SOURCE, macros))
-            self._kernels[key] = module.kernel("moe_gemm", GEMM_PARAMETERS, rings.num_bytes)
-        return self._kernels[key]
+        return min(filter(fits, self._products.widths), key=cost)
 
 
 def _form(matrix: ExpertMatrix | None) -> tuple[int, int, int, int]:
@@ -165,14 +140,6 @@ def _form(matrix: ExpertMatrix | None) -> tuple[int, int, int, int]:
     if matrix is None:
         return (0, 0, 0, 0)
     return (matrix.kind.code, matrix.kind.tile_bytes, matrix.stripes, matrix.blocks)
-
-
-def defines(
-    num_experts: int, types: int, columns: int, unit_bytes: int, epilogue: int, chunk_stages: int
-) -> dict[str, int]:
-    """The macros of a variant of moe_gemm."""
-    macros = gemm_defines(types, columns, unit_bytes, epilogue, chunk_stages)
-    return macros | {"EXPERTS": num_experts}
 
 
 def rows_defines(sizes: MoeSizes) -> dict[str, int]:

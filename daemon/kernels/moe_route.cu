@@ -11,7 +11,7 @@
 //
 // Macros: EXPERTS (at most 1024), USED (at most 32), COLUMNS (a multiple of 256), SHARED (1: a row
 // after those of the experts is the shared expert's gate).
-#include "mma.cuh"
+#include "half.cuh"
 #include "operand.cuh"
 #include "quads.cuh"
 #include "warp.cuh"

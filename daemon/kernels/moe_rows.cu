@@ -5,7 +5,7 @@
 // to the residual: in the order of their rank, the shared one last. A block a row; bound: memory.
 //
 // Macros: COLUMNS (a multiple of 256), USED, SHARED (1: there is a shared expert).
-#include "mma.cuh"
+#include "half.cuh"
 #include "operand.cuh"
 #include "quads.cuh"
 #include "warp.cuh"
@@ -38,7 +38,7 @@ __device__ float2 block_sums(float a, float b) {
     return all;
 }
 
-// Columns c to c + 3 of a row in the order of a chunk: see quant_activations.
+// Columns c to c + 3 of a row in the order of a chunk: see operand.cuh.
 __device__ __forceinline__ void put(u16* chunks, int c, float4 v) {
     u16* at = chunks + c / 256 * 256 + c % 64 / 4 * 16 + c % 256 / 64 * 2;
     *(u32*)at = half2_of(v.x, v.y);

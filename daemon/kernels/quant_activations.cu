@@ -5,7 +5,6 @@
 // one token, bandwidth at many. The order of the sum of squares depends on columns and layout.
 // Macros: KIND (0 plain, 1 RMS norm, 2 SwiGLU of [gate | up] rows), LAYOUT (0 panels, 1 chunks),
 // THREADS, GROUPS (of 8 columns, a thread).
-#include "mma.cuh"
 #include "operand.cuh"
 #include "warp.cuh"
 

@@ -12,6 +12,7 @@
 // Macros: TYPES (bit mask of QuantTypes), NUM_PANELS (1: up to 8 tokens, 2: up to 16), WARPS (a
 // multiple of 4), BLOCKS_PER_SM, EPILOGUE (0 store, 1 add to a residual, 2 SwiGLU of paired rows);
 // those of weight_ring.cuh.
+#include "mma.cuh"
 #include "operand.cuh"
 #include "quant_sums.cuh"
 #include "weight_ring.cuh"
@@ -120,8 +121,8 @@ __device__ __forceinline__ void write_product(
     const Output& out, int k, int token, float gate, float up) {
     if (token >= out.num_tokens) return;
     gate /= ACTIVATION_SCALE, up /= ACTIVATION_SCALE;
-    const float y = gate / (1.0f + __expf(-gate)) * up;
-    *(u16*)panel_place(out.panels, token, k, out.stride) = float_half(y * ACTIVATION_SCALE);
+    const float y = swiglu(gate, up);
+    *(u16*)panel_place(out.panels, token, k, out.stride) = float_to_half(y * ACTIVATION_SCALE);
 }
 
 // Writes a warp's quarter of a stripe's rows.

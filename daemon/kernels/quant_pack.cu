@@ -34,8 +34,8 @@ __device__ __forceinline__ float power_of_two(int exponent) {
 // A row's value in fp16, and what that leaves.
 __device__ __forceinline__ void put_float(u16& high, u16& low, const u8* row, int k, int exponent) {
     const float value = __uint_as_float(float_bits(row, k)) * power_of_two(254 - exponent);
-    high = float_half(value);
-    if (TYPE == F32) low = float_half(value - half_float(high));
+    high = float_to_half(value);
+    if (TYPE == F32) low = float_to_half(value - half_to_float(high));
 }
 
 // The integer code of column k (0..255) of a row's block, as the file has it.

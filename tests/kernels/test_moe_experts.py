@@ -12,7 +12,7 @@ pytest.importorskip("cuda.core")
 
 from daemon.engine.backends import numpy_delta_net, numpy_experts
 from daemon.errors import UnsupportedModel
-from daemon.kernels import moe_decode, moe_prefill
+from daemon.kernels import gemm_tiles, moe_decode, moe_prefill
 from daemon.kernels.moe_decode import Team, choose_team
 from daemon.kernels.moe_pack import (
     GATE,
@@ -118,7 +118,7 @@ def test_prefill_compiles_with_few_spills_and_no_serialized_products(
 ) -> None:
     columns = columns if arch == "sm_90a" else min(columns, 128)
     compiler = Compiler(arch, None)
-    defines = moe_prefill.defines(256, 5, columns, 13440, epilogue, 3)
+    defines = gemm_tiles.defines(5, columns, 13440, epilogue, 3) | {"EXPERTS": 256}
     report = compiler.report(moe_prefill.GEMM_SOURCE, defines)
     assert report.kernels["moe_gemm"].spill_bytes <= 32
     assert not report.serialized_wgmma
@@ -136,7 +136,7 @@ def test_wide_tiles_are_left_out_where_their_rings_do_not_fit(epilogue: int) -> 
     for kind, columns in ((Q4_K, 128), (F16, 64)):
         unit_bytes = 4 * kind.tile_bytes
         assert kernels._tile_columns(16384, epilogue, unit_bytes) == columns
-        assert kernels._rings(columns, unit_bytes).chunk_stages >= 2
+        assert kernels._products.fits(columns, unit_bytes)
 
 
 Formats = tuple[str, str, str]

@@ -13,9 +13,10 @@ from quant_reference import (
 
 pytest.importorskip("cuda.core")
 
-from daemon.kernels import quant_gemm
+from daemon.kernels import gemm_tiles, quant_gemm
+from daemon.kernels.gemm_tiles import MIN_CHUNK_STAGES, choose_rings
 from daemon.kernels.quant_activations import CHUNKS, ActivationKernels
-from daemon.kernels.quant_gemm import MIN_CHUNK_STAGES, STORE_HALF, GemmKernels, choose_rings
+from daemon.kernels.quant_gemm import STORE_HALF, GemmKernels
 from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU
 from daemon.kernels.quant_pack import F16, F32, FORMATS, Packer, RawMatrix
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
@@ -34,7 +35,7 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:  # type: ign
 @pytest.mark.parametrize("epilogue", [ADD, SWIGLU, STORE_HALF])
 def test_compiles_with_few_spills_and_no_serialized_products(arch: str, epilogue: int) -> None:
     columns = 256 if arch == "sm_90a" else 128
-    defines = quant_gemm.defines(5, columns, 13440, epilogue, 3)
+    defines = gemm_tiles.defines(5, columns, 13440, epilogue, 3)
     report = Compiler(arch, None).report(quant_gemm.SOURCE, defines)
     assert report.kernels["quant_gemm"].spill_bytes <= 40
     assert not report.serialized_wgmma
@@ -42,7 +43,7 @@ def test_compiles_with_few_spills_and_no_serialized_products(arch: str, epilogue
 
 @pytest.mark.parametrize("limit", [99 * 1024, 163 * 1024, 227 * 1024])
 def test_rings_fit_the_shared_memory_of_every_card(limit: int) -> None:
-    is_hopper, room = limit > 200 * 1024, limit - quant_gemm.STATIC_SHARED_BYTES
+    is_hopper, room = limit > 200 * 1024, limit - gemm_tiles.STATIC_SHARED_BYTES
     for kind in {format.kept_as for format in FORMATS.values()}:
         for columns in (64, 128, 256) if is_hopper else (64, 128):
             rings = choose_rings(room, columns, 4 * kind.tile_bytes, is_hopper)
@@ -53,7 +54,7 @@ def test_rings_fit_the_shared_memory_of_every_card(limit: int) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_floats_compile_with_few_spills_and_no_serialized_products(arch: str) -> None:
     types = (1 << F16.code) + (1 << F32.code)
-    defines = quant_gemm.defines(types, 128, 4 * F32.tile_bytes, STORE_HALF, 2)
+    defines = gemm_tiles.defines(types, 128, 4 * F32.tile_bytes, STORE_HALF, 2)
     report = Compiler(arch, None).report(quant_gemm.SOURCE, defines)
     assert report.kernels["quant_gemm"].spill_bytes <= 40
     assert not report.serialized_wgmma

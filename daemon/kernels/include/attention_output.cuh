@@ -4,6 +4,8 @@
 #include "kv_format.cuh"
 #include "operand.cuh"
 
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+
 // Consecutive tokens of one sequence within one page-sized tile of positions.
 struct QueryTile {
     int first_row, first_token, num_rows, sequence, last_page;
@@ -46,8 +48,8 @@ struct GatedRow {
 #if PROJECTION_F16
         const u32 gates = *reinterpret_cast<const u32*>(
             static_cast<const u16*>(projections) + gate + dim);
-        low *= sigmoid(half_to_float(u16(gates)));
-        high *= sigmoid(half_to_float(u16(gates >> 16)));
+        low *= sigmoid(half_to_float(gates));
+        high *= sigmoid(half_to_float(gates >> 16));
 #else
         const float2 gates =
             *reinterpret_cast<const float2*>(static_cast<const float*>(projections) + gate + dim);

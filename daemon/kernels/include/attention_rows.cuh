@@ -4,14 +4,17 @@
 // and what comes of it joined to what came of those before it, in order. So segments may be one
 // block's work or several blocks', with the same bits.
 #pragma once
+#include "approximations.cuh"
 #include "attention_output.cuh"
+#include "quads.cuh"
+#include "warp.cuh"
 
 // What came of some segments, in global memory: [blocks of 8 dims, then maxima and sums][thread].
 constexpr int HEAD_THREADS = 128;  // that have a head's 64 rows
 constexpr int PARTIAL_VECTORS = 33 * HEAD_THREADS;  // float4; attention_tiles.py knows it too
 
-// What came of some segments, in global memory: [blocks of 8 dims, then maxima and sums][threads]
-// them, joined in the slot, with the next slot for those of the segment at hand.
+// Part of a query tile's keys. Of several segments in all: one, whose sums go to the slot; or all
+// of them, joined in the slot.
 struct QueryItem {
     QueryTile tile;
     int first_segment, end_segment, slot, num_slots;
@@ -60,12 +63,6 @@ struct Join {
         return Join(first, second);
     }
 };
-
-// In the order of load_now: no more is held at a time than there are registers for.
-__device__ __forceinline__ void store_now(float4* at, float4 x) {
-    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(x.x), "f"(x.y),
-                 "f"(x.z), "f"(x.w) : "memory");
-}
 
 struct SoftRows {
     float out[32][4];  // [8-dim block][row g: 2 dims, row g + 8: 2 dims]

@@ -5,7 +5,10 @@
 // are taken in whatever order makes 16-byte shared loads give whole fragments: any order will do
 // for the sum over dims in q·k, and `dim_of_place` says which dim an output is.
 #pragma once
+#include "approximations.cuh"
 #include "kv_format.cuh"
+#include "mma.cuh"
+#include "warp.cuh"
 
 constexpr int STRIP = 16;
 constexpr int OUTPUT_STRIDE = HEAD_DIM + 4;  // heads of a warp's lanes then fall into other banks
@@ -154,14 +157,14 @@ struct StripAttention {
     __device__ __forceinline__ void multiply_scores(int step, const u32 (&a)[4]) {
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
-            mma_16816<K_BF16>(score[tile][step % CHAINS], a, q[tile][step][0], q[tile][step][1]);
+            mma_m16n8k16<K_BF16>(score[tile][step % CHAINS], a, q[tile][step][0], q[tile][step][1]);
         }
     }
 
     __device__ __forceinline__ void multiply_outputs(int block, const u32 (&a)[4]) {
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
-            mma_16816<V_BF16>(out[tile][block], a, share[tile][0], share[tile][1]);
+            mma_m16n8k16<V_BF16>(out[tile][block], a, share[tile][0], share[tile][1]);
         }
     }
 
@@ -170,7 +173,7 @@ struct StripAttention {
 #pragma unroll
         for (int step = 0; step < 16; ++step) {
             u32 a[4];
-            load_matrix(a, base + strip_chunk<KV_BF16>(lane & 15, 2 * step + (lane >> 4)));
+            load_matrices(a, base + strip_chunk<KV_BF16>(lane & 15, 2 * step + (lane >> 4)));
             multiply_scores(step, a);
         }
     }
@@ -258,8 +261,8 @@ struct StripAttention {
             p[i + 2] = exp2_approx(p[i + 2] - best);
             sum[tile][i] = sum[tile][i] * factor[i] + (p[i] + p[i + 2]);
         }
-        share[tile][0] = transpose_matrix(pack_16<V_BF16>(p[0], p[1]));
-        share[tile][1] = transpose_matrix(pack_16<V_BF16>(p[2], p[3]));
+        share[tile][0] = transpose_matrix(pair_of<V_BF16>(p[0], p[1]));
+        share[tile][1] = transpose_matrix(pair_of<V_BF16>(p[2], p[3]));
         // Multiplying by one changes no bit, so the vote is free to skip it.
         if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
@@ -273,7 +276,7 @@ struct StripAttention {
         for (int block = 0; block < 16; ++block) {
             const int token = (lane & 7) + 8 * (lane >> 4), chunk = 2 * block + ((lane >> 3) & 1);
             u32 a[4];
-            load_matrix_transposed(a, base + strip_chunk<KV_BF16>(token, chunk));
+            load_matrices_transposed(a, base + strip_chunk<KV_BF16>(token, chunk));
             multiply_outputs(block, a);
         }
     }

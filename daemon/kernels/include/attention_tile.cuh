@@ -5,6 +5,7 @@
 // the 128-byte swizzle. bf16 pages are copied as they are; other formats become f16.
 #pragma once
 #include "kv_format.cuh"
+#include "warp.cuh"
 
 constexpr int TILE_BYTES = PAGE * HEAD_DIM * 2;
 

@@ -1,11 +1,12 @@
 // Elementwise arithmetic of the gated delta net, shared by its decode and prefill kernels.
 //
-// PROJECTION_F16: projected rows are fp16 (1) or float32 (0). OUTPUT: results are
-// an operand of quantized products (1; operand.cuh) or float32 (0). Rows in slots are float32.
-// Arithmetic and state are float32. Exponentials, reciprocals and roots are approximate (2 ulp),
-// which is far inside the rounding of activations.
+// PROJECTION_F16: projected rows are fp16 (1) or float32 (0). OUTPUT: results are an
+// operand of quantized products (1; operand.cuh) or float32 (0). Rows in slots are float32.
+// Arithmetic and state are float32. Exponentials, reciprocals and roots are approximations
+// (approximations.cuh), far inside the rounding of activations.
 #pragma once
-#include "mma.cuh"
+#include "approximations.cuh"
+#include "half.cuh"
 
 constexpr int HEAD_DIM = 128;  // of keys and of values
 constexpr int CONV_WIDTH = 4;
@@ -27,19 +28,11 @@ typedef float4 Projection4;
 #endif
 
 __device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(Half x) { return half_float(x.bits); }
-
-__device__ __forceinline__ float2 from_half_pair(unsigned pair) {
-    float2 x;
-    asm("{.reg .b16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;}"
-        : "=f"(x.x), "=f"(x.y)
-        : "r"(pair));
-    return x;
-}
+__device__ __forceinline__ float to_float(Half x) { return half_to_float(x.bits); }
 
 __device__ __forceinline__ float4 to_float4(float4 x) { return x; }
 __device__ __forceinline__ float4 to_float4(uint2 x) {
-    const float2 low = from_half_pair(x.x), high = from_half_pair(x.y);
+    const float2 low = half2_to_floats(x.x), high = half2_to_floats(x.y);
     return make_float4(low.x, low.y, high.x, high.y);
 }
 
@@ -57,28 +50,11 @@ __device__ __forceinline__ Projection4 load4_kept(const float* at) {
 #endif
 }
 
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 __device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * LOG2_E); }
 
-// Without the flush to zero, the compiler surrounds these with scaling for denormals.
-__device__ __forceinline__ float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
+__device__ __forceinline__ float sigmoid(float x) {
+    return reciprocal_approx(1.0f + exp_approx(-x));
 }
-
-__device__ __forceinline__ float reciprocal_root(float x) {
-    float y;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp_approx(-x)); }
 
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 

@@ -1,4 +1,5 @@
-// Tiles of fp16 that the delta net's prefill kernels hand to each other, and their matrix products.
+// Tiles of fp16 that the delta net's prefill kernels hand to each other, and how lanes
+// address them.
 //
 // A panel is [64 rows][64 columns] of fp16, 8 KiB, its 16-byte units permuted within each row so
 // that eight rows of one column block fall into different banks; the same bytes lie in global and
@@ -7,6 +8,7 @@
 // are saturated at 65504; eight times less rounding than bf16. Accumulators are float32.
 #pragma once
 #include "delta_math.cuh"
+#include "mma.cuh"
 #include "warp.cuh"
 
 constexpr int CHUNK = 64;
@@ -58,27 +60,6 @@ struct Workspace {
 // Byte offset of 16-byte unit `unit` (0..7) of `row` in a panel.
 __device__ __forceinline__ int panel_offset(int row, int unit) {
     return row * 128 + ((unit ^ (row & 7)) << 4);
-}
-
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address));
-}
-
-__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address));
-}
-
-// c += a b: a [16][16], b [16][8], c [16][8] in the fragment layouts of m16n8k16.
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Lane's row addresses for right operands out of panels: b[k][n] of 16 k by two tiles of 8 n.

@@ -12,6 +12,7 @@
 // WEIGHT_STAGES, CHUNK_STAGES, EPILOGUE (0 store, 1 add to a residual, 2 SwiGLU of paired rows,
 // 3 SiLU, times the rows that were stored before, 4 store in fp16).
 #pragma once
+#include "mma.cuh"
 #include "operand.cuh"
 #include "quant_sums.cuh"
 #include "warp.cuh"
@@ -43,13 +44,13 @@ struct Output {
 // The product of a token's gate and up, as column k of the chunks that the next product reads.
 __device__ __forceinline__ void write_swiglu(
     const Output& out, const Tile& tile, int token, int k, float gate, float up) {
-    const float y = gate / (1.0f + __expf(-gate)) * up;
+    const float y = swiglu(gate, up);
     const int t = k % 256 / 64, e = k % 64;
     const int position = e / 4 * 16 + e % 4 / 2 * 8 + 2 * t + e % 2;
     const long long line = (long long)(k / 256 * 4 + position / 64) * out.lines + token;
     const int unit = (position % 64 / 8) ^ ((token - tile.token) % 8);
     u8* at = out.chunks + line * 128 + unit * 16 + position % 8 * 2;
-    *(u16*)at = float_half(y * ACTIVATION_SCALE);
+    *(u16*)at = float_to_half(y * ACTIVATION_SCALE);
 }
 
 // Whether a lane has the first of its rows, or the second, 8 further.
@@ -153,7 +154,7 @@ __device__ __forceinline__ void write_sums(
 }
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
-#include "pipeline.cuh"
+#include "barriers.cuh"
 #include "wgmma.cuh"
 
 #define GEMM_BOUNDS __launch_bounds__(THREADS, 1)
@@ -211,7 +212,9 @@ typedef float Sums[COLUMNS / 8][4];
 __device__ __forceinline__ void multiply_chunk(
     Sums& sum, const u32 (&a)[4][4], const Rings& rings, Cursor& c, int lane) {
     barrier_wait(rings.chunks_full + c.stage, c.phase);
-    const u64 b = swizzled_operand(shared_address(rings.chunks + c.stage * CHUNK_BYTES));
+    // The mask changes no address, only the order of instructions, in which this is measured.
+    const u32 chunk = shared_address(rings.chunks + c.stage * CHUNK_BYTES) & 0x3ffff;
+    const u64 b = swizzled_operand(chunk);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; step++) wgmma(sum, a[step], b + 2 * step);
@@ -306,13 +309,14 @@ __device__ __forceinline__ void multiply_all(
         for (int i = 0; i < 2 * CHUNK_STAGES; i++)
             barrier_init(rings.chunks_full + i, i < CHUNK_STAGES ? 1 : 8);
         barrier_init_done();
+        publish_shared();
     }
     __syncthreads();
     if (threadIdx.x >= 256) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        shrink_registers<40>();
         if (threadIdx.x == 256) produce(rings, work, x, out.lines);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        grow_registers<232>();
         consume(rings, work, out);
     }
 }

@@ -14,7 +14,7 @@
 // swizzle that wgmma expects. q8_0 and q4_0 have one f16 scale for 32 dims, as in GGUF. In a word
 // of q4_0, dims 0, 2, 4, 6 are the low four nibbles and dims 1, 3, 5, 7 the high four.
 #pragma once
-#include "attention_numeric.cuh"
+#include "half.cuh"
 
 enum KvFormat { KV_BF16 = 0, KV_Q8_0 = 1, KV_FP8 = 2, KV_Q4_0 = 3 };
 
@@ -63,19 +63,19 @@ __device__ __forceinline__ u32 fp8_pair_to_half2(u32 packed) {
 #else
     // e4m3 has exponent bias 7 and f16 has 15: move the bits, then multiply by 2^8.
     u32 wide = __byte_perm(packed, 0, 0x1404);
-    y = half2_mul((wide & 0x80008000u) | ((wide >> 1) & 0x3f803f80u), 0x5c005c00u);
+    y = half2_times((wide & 0x80008000u) | ((wide >> 1) & 0x3f803f80u), 0x5c005c00u);
 #endif
     return y;
 }
 
 // The nibbles at bits 0 and 16 of `x`, stored with 8 added, to two halves times `scale`.
 __device__ __forceinline__ u32 half_nibbles(u32 x, u32 scale) {
-    return half2_mul(half2_sub((x & 0x000f000fu) | 0x64006400u, 0x64086408u), scale);
+    return half2_times(half2_minus((x & 0x000f000fu) | 0x64006400u, 0x64086408u), scale);
 }
 
 // Two bytes of `x`, stored with 128 added, to two halves times `scale`.
 __device__ __forceinline__ u32 half_bytes(u32 x, u32 selector, u32 scale) {
-    return half2_mul(half2_sub(__byte_perm(x, 0x64646464u, selector), 0x64806480u), scale);
+    return half2_times(half2_minus(__byte_perm(x, 0x64646464u, selector), 0x64806480u), scale);
 }
 
 // Bytes 0 and 1, or 2 and 3, of a q8_0 or fp8 row to two halves; fp8 has no scale.
@@ -96,8 +96,8 @@ __device__ __forceinline__ void kv_store_row(u8* block, int token, int lane, con
 template <>
 __device__ __forceinline__ void kv_store_row<KV_BF16>(
     u8* block, int token, int lane, const float (&x)[8]) {
-    uint4 packed = {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
-                    pack_bf16(x[6], x[7])};
+    uint4 packed = {bf16x2_of(x[0], x[1]), bf16x2_of(x[2], x[3]), bf16x2_of(x[4], x[5]),
+                    bf16x2_of(x[6], x[7])};
     *reinterpret_cast<uint4*>(block + kv_chunk_offset<KV_BF16>(token, lane)) = packed;
 }
 

@@ -1,6 +1,7 @@
 // What the two expert kernels of decode share: where tiles lie, and their products with up to 16
 // rows. Macros: TYPES, NUM_PANELS as in quant_gemv; those of weight_ring.cuh.
 #pragma once
+#include "mma.cuh"
 #include "operand.cuh"
 #include "quant_sums.cuh"
 #include "weight_ring.cuh"

@@ -1,6 +1,20 @@
 // Rows of float32 by four columns at a time.
 #pragma once
 
+// Volatile, so that the compiler keeps the loads of a batch together, ahead of their use.
+__device__ __forceinline__ float4 load_now(const void* at) {
+    float4 x;
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(at) : "memory");
+    return x;
+}
+
+// In the order of load_now: no more is held at a time than there are registers for.
+__device__ __forceinline__ void store_now(float4* at, float4 x) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(x.x), "f"(x.y),
+                 "f"(x.z), "f"(x.w) : "memory");
+}
+
 // Columns c to c + 3 of a row, or zeros beyond its end.
 __device__ __forceinline__ float4 quad_of(const float* row, int column, int columns) {
     return column < columns ? *(const float4*)(row + column) : make_float4(0, 0, 0, 0);

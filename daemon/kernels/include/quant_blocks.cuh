@@ -20,7 +20,7 @@
 //              F16 F32: a float a row, a power of two by which sums are multiplied; the same in all
 //              tiles of the row. It brings a row of bf16 or float32 into the range of fp16.
 #pragma once
-#include "mma.cuh"
+#include "half.cuh"
 
 enum QuantType {
     Q4_K = 0, Q5_K = 1, Q6_K = 2, Q8_0 = 3, IQ4_XS = 4, Q4_0 = 5, F16 = 6, F32 = 7, NUM_TYPES = 8
@@ -58,11 +58,11 @@ __device__ __forceinline__ void load_scales(HalfTile& h, const u8* tile, int lan
             const u32 own = shared_4(scales + row * 16 + t * 4);
             const u32 dd = __byte_perm(
                 __byte_perm(all.x, all.y, 0x0073), __byte_perm(all.z, all.w, 0x0073), 0x5410);
-            const float d = half_float(dd), dmin = half_float(dd >> 16);
+            const float d = half_to_float(dd), dmin = half_to_float(dd >> 16);
             h.scale[r][0] = h.scale[r][1] = half2_twice(d * float((own >> (6 * half)) & 63));
             h.minimum[r] = half2_twice(-dmin * float((own >> (12 + 6 * half)) & 63));
         } else if constexpr (type == Q6_K) {
-            const float d = half_float(*(const u16*)(scales + 256 + row * 2));
+            const float d = half_to_float(*(const u16*)(scales + 256 + row * 2));
             const char2 own = *(const char2*)(scales + row * 16 + t * 4 + half * 2);
             h.scale[r][0] = half2_twice(d * float(own.x));
             h.scale[r][1] = half2_twice(d * float(own.y));
@@ -72,7 +72,7 @@ __device__ __forceinline__ void load_scales(HalfTile& h, const u8* tile, int lan
             const u32 bits = ((all.x >> 12) & 0xf) | ((all.x >> 24) & 0xf0) |
                              ((all.y >> 4) & 0xf00) | ((all.y >> 16) & 0xf000);
             const int scale = int((own >> (6 * half)) & 63) - 32;
-            h.scale[r][0] = h.scale[r][1] = half2_twice(half_float(bits) * float(scale));
+            h.scale[r][0] = h.scale[r][1] = half2_twice(half_to_float(bits) * float(scale));
         } else if constexpr (type == Q8_0 || type == Q4_0) {
             const u32 d = *(const u16*)(scales + row * 16 + t * 4 + half * 2);
             h.scale[r][0] = h.scale[r][1] = d | (d << 16);

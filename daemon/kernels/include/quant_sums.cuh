@@ -1,4 +1,4 @@
-// What is left to do to the sums of packed tiles: a row's factor, and its high and low halves.
+// What is left to do to the sums of packed tiles: a row's factor, its high and low halves, SwiGLU.
 //
 // A tile of float32 weights has 8 rows, each twice: rounded to fp16, and the rest. Both halves are
 // multiplied like rows of their own; their sums lie in one lane and are added here. So a matrix of
@@ -38,4 +38,8 @@ __device__ __forceinline__ void close_sums(float (&sum)[4], const Factors& f) {
     } else if constexpr (HAS_FACTORS<type>) {
         sum[0] *= f.first, sum[1] *= f.first, sum[2] *= f.second, sum[3] *= f.second;
     }
+}
+
+__device__ __forceinline__ float swiglu(float gate, float up) {
+    return gate / (1.0f + __expf(-gate)) * up;
 }

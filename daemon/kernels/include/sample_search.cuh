@@ -1,6 +1,8 @@
 // The blocks of one row of logits, and searches over their common order of tokens. See sample.cu.
 #pragma once
-#include "attention_numeric.cuh"
+#include "approximations.cuh"
+#include "numbers.cuh"
+#include "warp.cuh"
 
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / 32;

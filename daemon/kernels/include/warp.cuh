@@ -1,6 +1,7 @@
-// Reductions within a warp and a block, asynchronous copies, and waiting on the previous kernel.
-// Inline PTX from sm_80 on, no toolkit headers. Reduction orders are fixed, whatever the grid.
+// Reductions within a warp, barriers of some warps, asynchronous copies by lanes, and waiting on
+// the previous kernel. sm_80 on. Reduction orders are fixed, whatever the grid.
 #pragma once
+#include "numbers.cuh"
 
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
@@ -16,26 +17,26 @@ __device__ __forceinline__ float warp_max(float value) {
     return value;
 }
 
-// 8 x 8 values of 16 bits across the warp, two of a row in each lane, to their transpose.
-__device__ __forceinline__ unsigned transpose_matrix(unsigned x) {
-    unsigned y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
 // A barrier of some of the block's warps; id 1 to 15, since __syncthreads has 0.
 template <int threads>
 __device__ __forceinline__ void named_barrier(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(threads) : "memory");
 }
 
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
 // 16 bytes from global to shared memory, past L1; complete after commit and wait.
-__device__ __forceinline__ void copy_async_16(unsigned shared, const void* global) {
+__device__ __forceinline__ void copy_async_16(u32 shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global));
+}
+
+// Fills with zeros, and reads nothing, where there is nothing to copy.
+__device__ __forceinline__ void copy_async_16_or_zero(u32 shared, const void* global, bool exists) {
+    const int bytes = exists ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+                 "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void copy_async_commit() {

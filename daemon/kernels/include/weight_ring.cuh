@@ -3,10 +3,9 @@
 // Macros: SLOTS and SLOT_BYTES (of a warp's ring), BULK_COPIES (1: the copy engine, sm_90 on; 0:
 // cp.async, where a turn without a copy is counted too).
 #pragma once
-#include "mma.cuh"
 #include "warp.cuh"
 #if BULK_COPIES
-#include "pipeline.cuh"
+#include "barriers.cuh"
 #endif
 
 struct Ring {
@@ -26,6 +25,7 @@ __device__ __forceinline__ void start_ring(Ring& ring, int lane) {
     if (lane == 0) {
         for (int s = 0; s < SLOTS; s++) barrier_init(ring.full + s, 1);
         barrier_init_done();
+        publish_shared();
     }
     __syncwarp();
 }
