@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon.cache.checkpoint_reader import read_page, read_state
-from daemon.cache.index_loader import load_index
+from daemon.cache.contents import StoreContents, read_contents
+from daemon.cache.damage import Damage
 from daemon.cache.prefix_index import PrefixIndex
 from daemon.cache.records import FORMAT_VERSION, DamagedRecord, StateHeader
-from daemon.cache.session_catalogue import read_records
 from daemon.cache.sessions import (
     Ancestors,
     SessionRow,
@@ -30,8 +30,8 @@ from daemon.cache.sessions import (
     session_row,
     stored_states,
 )
-from daemon.cache.store import Store
-from daemon.cache.write_ledger import WriteStats, read_ledger, write_stats
+from daemon.cache.store import Reader, Store
+from daemon.cache.write_ledger import WriteStats, write_stats
 from daemon.config import default_cache_folder
 from daemon.errors import QwendError, UnknownSession
 
@@ -51,7 +51,7 @@ class ModelRow(Struct, frozen=True, kw_only=True):
 class DamagedRow(Struct, frozen=True, kw_only=True):
     """A record that is not what was written; the daemon will drop it when it meets it."""
 
-    kind: str
+    table: str
     key: str
     problem: str
 
@@ -59,8 +59,8 @@ class DamagedRow(Struct, frozen=True, kw_only=True):
 class StoreView(Struct, frozen=True, kw_only=True):
     """All that is shown, and with --json the document itself. Bytes are on disk.
 
-    `num_stale` records cannot be reached and go when the daemon opens the store next. `damaged` is
-    None when payloads were not read.
+    `num_stale` records cannot be reached and go when the daemon opens the store next. `damaged` are
+    among payloads too only if these were read, `with_payloads`.
     """
 
     path: str
@@ -73,7 +73,8 @@ class StoreView(Struct, frozen=True, kw_only=True):
     writes: WriteStats
     models: tuple[ModelRow, ...]
     sessions: tuple[SessionRow, ...]
-    damaged: tuple[DamagedRow, ...] | None
+    damaged: tuple[DamagedRow, ...]
+    with_payloads: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,8 +112,7 @@ def read_store(path: Path, *, verify: bool) -> StoreView | None:
     if store is None:
         return None
     try:
-        damaged = tuple(_damaged_rows(store)) if verify else None
-        return _view(store, damaged)
+        return _view(store, verify)
     finally:
         store.close()
 
@@ -124,8 +124,10 @@ def show(view: StoreView, output: Console, *, now_us: int) -> None:
         output.print(_session_table(view, now_us))
     if view.num_stale:
         output.print(f"{view.num_stale} unreachable records go when the daemon starts next.")
-    if view.damaged is not None:
-        output.print(_damage_table(view.damaged) if view.damaged else "All records are sound.")
+    if view.damaged:
+        output.print(_damage_table(view.damaged))
+    elif view.with_payloads:
+        output.print("All records are sound.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,12 +168,11 @@ def _shared(is_default: bool) -> argparse.ArgumentParser:
     return flags
 
 
-def _view(store: Store, damaged: tuple[DamagedRow, ...] | None) -> StoreView:
+def _view(store: Store, verify: bool) -> StoreView:
     with store.reading() as reader:
-        loaded = load_index(reader)
-        names = reader.models()
-        records = read_records(reader.headers("sessions"))
-        ledger = read_ledger(reader.headers("writes"))
+        contents = read_contents(reader)
+    loaded = contents.loaded
+    damaged = [*contents.damaged, *(_damaged_payloads(store, contents) if verify else ())]
     states = stored_states(loaded.index, lambda _: False)
     per_model = Counter(state.header.fingerprint for state in states)
     return StoreView(
@@ -182,16 +183,22 @@ def _view(store: Store, damaged: tuple[DamagedRow, ...] | None) -> StoreView:
         num_checkpoints=len(states),
         num_pages=loaded.index.num_pages,
         num_stale=len(loaded.stale_pages) + len(loaded.stale_states),
-        writes=write_stats(ledger, time.time_ns() // 1000, None),
+        writes=write_stats(contents.writes, time.time_ns() // 1000, None),
         models=tuple(
-            ModelRow(fingerprint=model.hex(), name=names.get(model, ""), num_checkpoints=count)
+            ModelRow(
+                fingerprint=model.hex(), name=contents.models.get(model, ""), num_checkpoints=count
+            )
             for model, count in per_model.most_common()
         ),
         sessions=tuple(
             session_row(group, _ancestors(loaded.index))
-            for group in session_groups(states, records)
+            for group in session_groups(states, contents.sessions)
         ),
-        damaged=damaged,
+        damaged=tuple(
+            DamagedRow(table=each.table, key=each.key.hex(), problem=each.problem)
+            for each in damaged
+        ),
+        with_payloads=verify,
     )
 
 
@@ -203,12 +210,12 @@ def _ancestors(index: PrefixIndex) -> Ancestors:
     return find
 
 
-def _damaged_rows(store: Store) -> Iterator[DamagedRow]:
-    """Check record by record, each in its own view, so that a running daemon can reuse space."""
-    for kind, read in (("page", read_page), ("state", read_state)):
-        table = f"{kind}s"
+def _damaged_payloads(store: Store, contents: StoreContents) -> Iterator[Damage]:
+    """Check payload by payload, each in its own view, so that a running daemon can reuse space."""
+    known = {(damage.table, damage.key) for damage in contents.damaged}
+    for table, read in (("pages", read_page), ("states", read_state)):
         with store.reading() as reader:
-            keys = [key for key, _ in reader.headers(table)]
+            keys = [key for key, _ in reader.records(table) if (table, key) not in known]
         for key in keys:
             with store.reading() as reader:
                 if reader.header(table, key) is None:
@@ -216,7 +223,7 @@ def _damaged_rows(store: Store) -> Iterator[DamagedRow]:
                 try:
                     read(reader, key)
                 except DamagedRecord as error:
-                    yield DamagedRow(kind=kind, key=key.hex(), problem=str(error))
+                    yield Damage(Reader.payload_table(table), key, str(error))
 
 
 def _totals(view: StoreView) -> Text:
@@ -306,7 +313,7 @@ def _checkpoint_table(session: SessionRow, now_us: int) -> Table:
 
 
 def _damage_table(rows: Sequence[DamagedRow]) -> Table:
-    table = Table("record", "key", "problem", title="Damaged", title_justify="left")
+    table = Table("table", "key", "problem", title="Damaged", title_justify="left")
     for row in rows:
-        table.add_row(row.kind, row.key, row.problem)
+        table.add_row(row.table, row.key, row.problem)
     return table

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from daemon.cache.contents import read_contents
 from daemon.cache.copier import Allocate, plain_buffer
-from daemon.cache.learned_cuts import CUTS_KEY, LearnedCuts
+from daemon.cache.learned_cuts import LearnedCuts
 from daemon.cache.policy import Sizes
 from daemon.cache.prefix_hash import PrefixChain
 from daemon.cache.sampled_text import SampledText
@@ -107,12 +108,10 @@ class CheckpointCache:
         self._fingerprint = fingerprint
         self._now_us = now_us
         with store.reading() as reader:
-            sampled = list(reader.headers("sampled"))
-            sessions = list(reader.headers("sessions"))
-            cuts = reader.meta(CUTS_KEY)
-            names = reader.models()
+            contents = read_contents(reader)
         self._transfer = Transfer(
             store,
+            contents,
             max_bytes=limits.checkpoint_bytes,
             queue_bytes=limits.queue_bytes,
             memory_bytes=limits.memory_bytes,
@@ -123,20 +122,20 @@ class CheckpointCache:
         self.expect(1, 1)
         self._transfer.name_model(fingerprint, model_name)
         self.sampled = SampledText(
-            sampled,
+            contents.sampled,
             fingerprint=fingerprint,
             max_bytes=limits.sampled_bytes,
             write=self._transfer.write_sampled,
         )
-        self.cuts = LearnedCuts(cuts, write=self._transfer.write_meta)
+        self.cuts = LearnedCuts(contents.cuts, write=self._transfer.write_meta)
         self.catalogue = SessionCatalogue(
             self._transfer,
             self.sampled,
             self.cuts,
-            sessions,
+            contents.sessions,
             max_bytes=limits.checkpoint_bytes,
             fingerprints=[fingerprint],
-            names={**names, fingerprint: model_name},
+            names={**contents.models, fingerprint: model_name},
         )
 
     @classmethod
@@ -250,7 +249,7 @@ class CheckpointCache:
             num_written=counts.num_written,
             written_bytes=counts.written_bytes,
             num_dropped=counts.num_dropped,
-            num_damaged=counts.num_damaged + self.cuts.num_damaged,
+            num_damaged=counts.num_damaged,
             num_evicted=counts.num_evicted,
             num_superseded=counts.num_superseded,
             writes=write_stats(counts.writes, self._now_us(), self._limits.daily_bytes),

@@ -4,13 +4,10 @@ Owns the record of these places, of which `meta` has one for all models; README.
 a table. Knows no text. Any thread may call it; the transfer thread writes it to disk.
 """
 
-import logging
 import struct
 from collections.abc import Callable, Mapping, Sequence
 
-from daemon.cache.records import FORMAT_VERSION, DamagedRecord, sealed, unsealed
-
-logger = logging.getLogger(__name__)
+from daemon.cache.records import RECORD_VERSION, DamagedRecord, sealed, unsealed
 
 CUTS_KEY = b"cuts"
 MAX_CUTS = 64
@@ -26,24 +23,16 @@ class LearnedCuts:
     """Distances in characters, the latest learned last.
 
     Args:
-        record: what the store holds, None: nothing; a damaged one is deleted.
+        known: what the store holds.
         write: where changes go.
 
     Attributes:
         known: the distances; replaced, never changed.
-        num_damaged: records that could not be read.
     """
 
-    def __init__(self, record: bytes | None, *, write: Write) -> None:
-        self.known: tuple[int, ...] = ()
-        self.num_damaged = 0
+    def __init__(self, known: tuple[int, ...], *, write: Write) -> None:
+        self.known = known
         self._write = write
-        try:
-            self.known = () if record is None else decode_cuts(record)
-        except DamagedRecord as error:
-            logger.warning("What was learned of clients' cuts is dropped: %s.", error)
-            self.num_damaged = 1
-            self.forget()
 
     def keep(self, cuts: tuple[int, ...]) -> None:
         """Know these instead; written later, unless only their order is new."""
@@ -61,7 +50,7 @@ class LearnedCuts:
 def encode_cuts(cuts: Sequence[int]) -> bytes:
     """Distances as a record."""
     assert len(cuts) <= MAX_CUTS
-    return sealed(struct.pack(f"<4sHH{len(cuts)}I", _MAGIC, FORMAT_VERSION, len(cuts), *cuts))
+    return sealed(struct.pack(f"<4sHH{len(cuts)}I", _MAGIC, RECORD_VERSION, len(cuts), *cuts))
 
 
 def decode_cuts(record: bytes) -> tuple[int, ...]:

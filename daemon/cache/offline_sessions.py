@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from daemon.cache.learned_cuts import CUTS_KEY, LearnedCuts
+from daemon.cache.contents import read_contents
+from daemon.cache.learned_cuts import LearnedCuts
 from daemon.cache.sampled_text import SampledText
 from daemon.cache.session_catalogue import SessionCatalogue
 from daemon.cache.store import DATA_FILE, LOCK_FILE, Store
@@ -58,25 +59,22 @@ def offline_catalogue(
     map_bytes = data.stat().st_size + 2 * import_bytes + _ROOM_BYTES
     store = Store.open_for_writing(path, map_bytes)
     with store.reading() as reader:
-        sampled = list(reader.headers("sampled"))
-        sessions = list(reader.headers("sessions"))
-        cuts = reader.meta(CUTS_KEY)
-        names = reader.models()
-    transfer = Transfer(store, max_bytes=sys.maxsize, queue_bytes=_QUEUE_BYTES)
+        contents = read_contents(reader)
+    transfer = Transfer(store, contents, max_bytes=sys.maxsize, queue_bytes=_QUEUE_BYTES)
     try:
         yield SessionCatalogue(
             transfer,
             SampledText(
-                sampled,
+                contents.sampled,
                 fingerprint=_NO_MODEL,
                 max_bytes=sys.maxsize,
                 write=transfer.write_sampled,
             ),
-            LearnedCuts(cuts, write=transfer.write_meta),
-            sessions,
+            LearnedCuts(contents.cuts, write=transfer.write_meta),
+            contents.sessions,
             max_bytes=budget_bytes,
-            fingerprints=list(names),
-            names=names,
+            fingerprints=list(contents.models),
+            names=contents.models,
         )
     finally:
         transfer.close()

@@ -26,7 +26,15 @@ from msgspec import Struct
 
 from daemon.checkpoint import PAGE_TOKENS, Birth, HostBytes, Reason
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Of the store: its tables, and what they hold."""
+
+LAST_BARE_VERSION = 2
+"""Of stores up to it, `uses`, `models` and the version itself have no checksum."""
+
+RECORD_VERSION = 2
+"""Of the records that begin with a magic: it stands in each, in exported sessions too."""
+
 HASH_BYTES = 16
 VARIANT_BYTES = 8
 PAGE_KEY_BYTES = HASH_BYTES + VARIANT_BYTES
@@ -42,6 +50,7 @@ _PAGE = struct.Struct("<4sHH16s8s16s8s16sIIQQQ256s")
 _STATE = struct.Struct("<4sHBB16s8s16sQIIQQQ")
 _SAMPLED = struct.Struct("<4sHH16s16sQQQII")
 _USE = struct.Struct("<Qd")
+_VERSION_BYTES = 4
 _SUM = struct.Struct("<Q")
 _BIRTH_CODES: dict[Birth, int] = {"prompt": 0, "decode": 1}
 _REASON_CODES: dict[Reason, int] = {
@@ -151,7 +160,7 @@ def encode_page(page: PageHeader) -> bytes:
     """A page's header as bytes."""
     fields = _PAGE.pack(
         b"qwKV",
-        FORMAT_VERSION,
+        RECORD_VERSION,
         0,
         page.hash,
         page.variant,
@@ -198,7 +207,7 @@ def encode_state(state: StateHeader) -> bytes:
     assert len(session) <= MAX_SESSION_BYTES
     fields = _STATE.pack(
         b"qwST",
-        FORMAT_VERSION,
+        RECORD_VERSION,
         _BIRTH_CODES[state.born],
         _REASON_CODES[state.reason],
         state.hash,
@@ -250,7 +259,7 @@ def encode_sampled(reply: SampledReply) -> bytes:
     """A sampled reply as bytes."""
     fields = _SAMPLED.pack(
         b"qwSR",
-        FORMAT_VERSION,
+        RECORD_VERSION,
         0,
         reply.hash,
         reply.fingerprint,
@@ -291,17 +300,66 @@ def sampled_bytes(record: bytes) -> bytes:
     return record[_SAMPLED.size : -_SUM.size]
 
 
-def encode_use(use: Use) -> bytes:
+def encode_use(key: bytes, use: Use) -> bytes:
     """A use as bytes."""
-    return _USE.pack(use.used_us, use.heat)
+    return bound(key, _USE.pack(use.used_us, use.heat))
 
 
-def decode_use(record: HostBytes) -> Use | None:
-    """Read a use; None when it makes no sense, which costs nothing but the order of eviction."""
-    if len(record) != _USE.size:
-        return None
-    used_us, heat = _USE.unpack(record)
-    return Use(used_us=used_us, heat=heat) if 0.0 < heat < MAX_HEAT else None
+def decode_use(key: bytes, record: bytes) -> Use:
+    """Read a use.
+
+    Raises:
+        DamagedRecord: it is not whole, belongs to another key, or makes no sense.
+    """
+    content = _unbound(key, record)
+    used_us, heat = _USE.unpack(content) if len(content) == _USE.size else (0, 0.0)
+    if not 0.0 < heat < MAX_HEAT:
+        raise DamagedRecord("a use that nobody counted")
+    return Use(used_us=used_us, heat=heat)
+
+
+def encode_model(fingerprint: bytes, name: str) -> bytes:
+    """A model's name as bytes."""
+    return bound(fingerprint, name.encode(errors="replace"))
+
+
+def decode_model(fingerprint: bytes, record: bytes) -> str:
+    """Read a model's name.
+
+    Raises:
+        DamagedRecord: it is not whole, or belongs to another key.
+    """
+    return _unbound(fingerprint, record).decode(errors="replace")
+
+
+def encode_version(key: bytes, version: int) -> bytes:
+    """The store's version as bytes."""
+    return bound(key, version.to_bytes(_VERSION_BYTES, "little"))
+
+
+def decode_version(key: bytes, record: bytes) -> int:
+    """Read the store's version.
+
+    Raises:
+        DamagedRecord: it is not whole.
+    """
+    is_bare = len(record) == _VERSION_BYTES
+    version = int.from_bytes(record if is_bare else _unbound(key, record), "little")
+    if is_bare and version > LAST_BARE_VERSION:
+        raise DamagedRecord("a version without a checksum")
+    return version
+
+
+def bound(key: bytes, content: bytes) -> bytes:
+    """A record with a checksum over its key and itself."""
+    return content + _SUM.pack(checksum(key + content))
+
+
+def _unbound(key: bytes, record: bytes) -> bytes:
+    content, seal = record[: -_SUM.size], record[-_SUM.size :]
+    if _SUM.pack(checksum(key + content)) != seal:
+        raise DamagedRecord("a record whose checksum does not match")
+    return content
 
 
 def sealed(content: bytes) -> bytes:
@@ -319,7 +377,7 @@ def unsealed(record: HostBytes, magic: bytes, min_bytes: int) -> bytes:
     content, seal = record[: -_SUM.size], record[-_SUM.size :]
     if len(content) < min_bytes or _SUM.pack(checksum(content)) != seal:
         raise DamagedRecord("a record whose checksum does not match")
-    if content[:4] != magic or int.from_bytes(content[4:6], "little") != FORMAT_VERSION:
+    if content[:4] != magic or int.from_bytes(content[4:6], "little") != RECORD_VERSION:
         raise DamagedRecord("a record of another kind or version")
     return content
 

@@ -7,13 +7,12 @@ its hash and length. Any thread may call it; the transfer thread writes it to di
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import xxhash
 
 from daemon.cache.prefix_hash import TOKEN_BYTES
 from daemon.cache.records import (
-    DamagedRecord,
     SampledReply,
     decode_sampled,
     encode_sampled,
@@ -25,12 +24,25 @@ _TEXT_SUM_SEED = 1
 Write = Callable[[Mapping[bytes, bytes | None]], None]
 """Takes records by key to write, None to delete; returns at once."""
 
+AgedRecord = tuple[int, bytes]
+"""When a reply was sampled, microseconds since 1970, and its record: token ids take less room so
+than as numbers."""
+
+
+def decode_aged(key: bytes, record: bytes) -> AgedRecord:
+    """Check a record, and leave it as it is.
+
+    Raises:
+        DamagedRecord: see `decode_sampled`.
+    """
+    return decode_sampled(key, record).created_us, record
+
 
 class SampledText:
     """Remembers what was sampled, for all models of a store; recalls for one.
 
     Args:
-        records: what the store holds, (key, record); damaged ones are deleted.
+        records: what the store holds, by key.
         fingerprint: 16 bytes that name the model.
         max_bytes: of all records.
         write: where changes go.
@@ -38,7 +50,7 @@ class SampledText:
 
     def __init__(
         self,
-        records: Iterable[tuple[bytes, bytes]],
+        records: Mapping[bytes, AgedRecord],
         *,
         fingerprint: bytes,
         max_bytes: int,
@@ -51,7 +63,7 @@ class SampledText:
         self._records: OrderedDict[bytes, bytes] = OrderedDict()
         self._num_bytes = 0
         changes: dict[bytes, bytes | None] = {}
-        for _, key, record in sorted(_readable(records, changes)):
+        for key, (_, record) in sorted(records.items(), key=lambda item: item[1]):
             self._put(key, record)
         self._evict(changes)
         if changes:
@@ -132,19 +144,6 @@ def _stands_in(tokens: bytes, timelines: Sequence[bytes]) -> bool:
         if at >= 0:
             return True
     return False
-
-
-def _readable(
-    records: Iterable[tuple[bytes, bytes]], changes: dict[bytes, bytes | None]
-) -> list[tuple[int, bytes, bytes]]:
-    """(time, key, record) of the sound records; damaged ones are marked for deletion."""
-    readable = []
-    for key, record in records:
-        try:
-            readable.append((decode_sampled(key, record).created_us, key, record))
-        except DamagedRecord:
-            changes[key] = None
-    return readable
 
 
 def _encoded(text: str) -> bytes:

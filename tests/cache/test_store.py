@@ -1,12 +1,20 @@
 import os
+import struct
 from pathlib import Path
 
 import lmdb
 import pytest
 
 from daemon.cache import store as store_module
-from daemon.cache.records import FORMAT_VERSION, DamagedRecord, Use
-from daemon.cache.store import CHUNK_BYTES, DATA_FILE, Store, WriteBatch, footprint
+from daemon.cache.records import (
+    FORMAT_VERSION,
+    LAST_BARE_VERSION,
+    DamagedRecord,
+    Use,
+    decode_model,
+    decode_use,
+)
+from daemon.cache.store import CHUNK_BYTES, DATA_FILE, VERSION_KEY, Store, WriteBatch, footprint
 from daemon.errors import ConfigError, StoreError, StoreFull, StoreInUse, StoreVersionError
 
 PAGE = b"p" * 24
@@ -51,8 +59,10 @@ def test_deleting_takes_payload_and_use_along_and_no_neighbour(tmp_path: Path) -
         store.write(WriteBatch(put_state=(key, b"header", payload), uses={key: USE}))
     store.write(WriteBatch(delete_states=[STATE]))
     with store.reading() as reader:
-        assert [key for key, _ in reader.headers("states")] == [neighbour]
-        assert reader.uses() == {neighbour: USE}
+        assert [key for key, _ in reader.records("states")] == [neighbour]
+        assert [(key, decode_use(key, use)) for key, use in reader.records("uses")] == [
+            (neighbour, USE)
+        ]
         assert reader.payload("states", neighbour, 2 * CHUNK_BYTES) == bytes(2 * CHUNK_BYTES)
         with pytest.raises(DamagedRecord):
             reader.payload("states", STATE, 1)
@@ -89,7 +99,7 @@ def test_too_much_for_the_map_changes_nothing(tmp_path: Path) -> None:
         )
     with store.reading() as reader:
         assert reader.payload("states", STATE, 4) == b"kept"
-        assert list(reader.headers("pages")) == []
+        assert list(reader.records("pages")) == []
     assert (tmp_path / DATA_FILE).stat().st_size <= 4 << 20
     store.close()
 
@@ -137,6 +147,32 @@ def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             open_(tmp_path)
     monkeypatch.setattr(store_module, "FORMAT_VERSION", FORMAT_VERSION + 1)
     open_store(tmp_path).close()
+
+
+def test_an_older_store_is_brought_up_to_date_by_a_writer(tmp_path: Path) -> None:
+    """Its uses, models' names and version had no checksum; a reader is told what to do."""
+    store = open_store(tmp_path)
+    store.write(WriteBatch(put_state=(STATE, b"header", b"1")))
+    store.close()
+    with lmdb.open(str(tmp_path), max_dbs=11) as env:
+        for table, key, value in (
+            (b"uses", STATE, struct.pack("<Qd", 7, 1.5)),
+            (b"models", b"fingerprint", "tïny".encode()),
+            (b"meta", VERSION_KEY, LAST_BARE_VERSION.to_bytes(4, "little")),
+        ):
+            with env.begin(write=True, db=env.open_db(table, create=False)) as txn:
+                txn.put(key, value)
+    with pytest.raises(StoreVersionError, match="qwend serve"):
+        Store.open_for_reading(tmp_path)
+    for _ in range(2):
+        open_store(tmp_path).close()
+    reopened = Store.open_for_reading(tmp_path)
+    assert reopened is not None
+    with reopened.reading() as reader:
+        assert dict(reader.records("states")) == {STATE: b"header"}
+        (use,), (name,) = reader.records("uses"), reader.records("models")
+        assert (decode_use(*use), decode_model(*name)) == (USE, "tïny")
+    reopened.close()
 
 
 def test_somebody_elses_database_is_refused_and_left_alone(tmp_path: Path) -> None:

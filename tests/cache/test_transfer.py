@@ -302,7 +302,7 @@ def test_a_record_dropped_while_it_is_written_is_deleted_after(rig: Rig) -> None
     rig.store.gate.set()
     cache.flush()
     with rig.store.reading() as reader:
-        assert list(reader.headers("pages")) == list(reader.headers("states")) == []
+        assert list(reader.records("pages")) == list(reader.records("states")) == []
 
 
 def test_what_loads_is_not_evicted(rig: Rig) -> None:

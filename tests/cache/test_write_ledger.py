@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from cache_harness import (
     MODEL,
     PAGE_BYTES,
@@ -14,20 +15,23 @@ from cache_harness import (
 
 from daemon.cache.checkpoint_cache import CacheLimits, CheckpointCache
 from daemon.cache.policy import Candidate, Sizes, is_worth_writing
+from daemon.cache.records import DamagedRecord, sealed
 from daemon.cache.store import Store, footprint
-from daemon.cache.write_ledger import KEPT_DAYS, WriteLedger, Writes, read_ledger, write_stats
+from daemon.cache.write_ledger import KEPT_DAYS, WriteLedger, Writes, decode_writes, write_stats
 
 DAY_US = 86_400 * 1_000_000
 
 
 def test_sums_by_day_and_session_are_read_back_and_old_ones_go() -> None:
-    ledger = WriteLedger((), None)
+    ledger = WriteLedger({}, None)
     records = ledger.add(5, "a", Writes(10, 40, 1))
     records |= ledger.add(6, "a", Writes(10, 40, 1))
     records |= ledger.add(DAY_US, "ü", Writes(1, 1, 1))
     assert ledger.sums == {(0, "a"): Writes(20, 80, 2), (1, "ü"): Writes(1, 1, 1)}
-    assert read_ledger((k, r) for k, r in records.items() if r) == ledger.sums
-    assert read_ledger([(b"", b""), (b"1234", b"x" * 40)]) == {}
+    assert dict(decode_writes(k, r) for k, r in records.items() if r) == ledger.sums
+    for record in (b"", b"x" * 40, sealed(b"qwWL\2\0" + b"x" * 99)):
+        with pytest.raises(DamagedRecord):
+            decode_writes(b"1234", record)
     stats = write_stats(ledger.sums, DAY_US, 100)
     assert (stats.today_bytes, stats.by_day) == (1, {"1970-01-01": 20, "1970-01-02": 1})
     assert stats.sharing == 81 / 21

@@ -64,7 +64,7 @@ def test_json(cache: CheckpointCache, tmp_path: Path, capsys: pytest.CaptureFixt
         (64, "system", "prompt"),
         (192, "reply", "decode"),
     ]
-    assert view["damaged"] is None
+    assert (view["damaged"], view["with_payloads"]) == ([], False)
     assert 0 < view["num_bytes"] <= view["file_bytes"] * 2
 
 
@@ -84,6 +84,28 @@ def test_verify(cache: CheckpointCache, tmp_path: Path, capsys: pytest.CaptureFi
     assert key[:24].hex()[:20] in shown.replace("\n", "")
     assert run(tmp_path, "--verify", "--json") == 1
     assert len(json.loads(capsys.readouterr().out)["damaged"]) == 1
+
+
+def test_damage_shows_without_reading_payloads(
+    cache: CheckpointCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.catalogue.change("work \x1b[31m", title="named", is_pinned=False)
+    cache.close()
+    for table in (b"sessions", b"models", b"writes"):
+        with (
+            lmdb.open(str(tmp_path), max_dbs=11) as env,
+            env.begin(write=True, db=env.open_db(table)) as txn,
+        ):
+            key, value = next(iter(txn.cursor()))
+            txn.put(key, value[:-1] + bytes((value[-1] ^ 1,)))
+    assert run(tmp_path, "--json") == 1
+    view = json.loads(capsys.readouterr().out)
+    assert [row["table"] for row in view["damaged"]] == ["sessions", "writes", "models"]
+    assert (view["models"][0]["name"], view["sessions"][0]["title"]) == ("", "")
+    assert run(tmp_path) == 1
+    shown = capsys.readouterr().out
+    assert "2 checkpoints and 3 KV pages" in shown
+    assert "checksum does not match" in " ".join(shown.split())
 
 
 def test_while_it_runs(cache: CheckpointCache, tmp_path: Path) -> None:
