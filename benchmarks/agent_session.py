@@ -13,8 +13,6 @@ one: so only the evaluation of prompts is compared, and the scripted answer is n
 
 import argparse
 import json
-import os
-import platform
 import re
 import subprocess
 import sys
@@ -32,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.agent_conversation import Message, Request, session
+from benchmarks.surroundings import surroundings
 from daemon.api.openai_chat_messages import ChatMessage, to_messages
 from daemon.assemble import embedded_model
 from daemon.engine.weights.gguf import open_gguf
@@ -222,15 +221,6 @@ def table(rows: Sequence[Row]) -> Table:
 def _common(one: Sequence[Message] | Sequence[int], other: Sequence[Any]) -> int:
     size = min(len(one), len(other))
     return next((i for i in range(size) if one[i] != other[i]), size)
-
-
-def surroundings() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"date": date, "commit": commit, "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,7 +5,6 @@ Owns loading, timing by the wall clock around a synchronised device, and the res
 
 import argparse
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.surroundings import surroundings
 from daemon.checkpoint import PAGE_TOKENS
 from daemon.config import kernel_cache_folder
 from daemon.engine.backends.cuda_backend import CudaBackend
@@ -103,20 +103,15 @@ def parser(name: str) -> argparse.ArgumentParser:
 
 def write_results(name: str, model: GpuModel, path: Path, rows: list[dict[str, Any]]) -> None:
     """Keep rows with card, date, driver and commit; print where."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     record = {
         "benchmark": name,
-        "date": time.strftime("%Y-%m-%d"),
-        "card": model.device.name,
-        "commit": commit,
+        **surroundings(),
         "model": path.name,
         "weights_bytes": path.stat().st_size,
         "load_s": round(model.load_s, 2),
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"{name}-{record['date']}-{path.stem}.json"
+    target = RESULTS / f"{name}-{time.strftime('%Y%m%d')}-{path.stem}.json"
     target.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {target}")

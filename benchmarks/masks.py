@@ -10,9 +10,6 @@ consume the token and to compute the next mask, which is hidden as long as a ste
 import argparse
 import importlib.util
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -22,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.surroundings import surroundings
 from daemon.text.constrainer import Constrainer, Thinking
 from daemon.text.constraint import ReplyConstraint
 from daemon.text.messages import ToolSpec
@@ -155,13 +153,8 @@ def _tokenizer() -> Tokenizer:
 
 def _save(result: dict[str, Any]) -> None:
     now = datetime.now(UTC)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    about = {"date": now.isoformat(timespec="seconds"), "commit": commit.stdout.strip()}
-    about |= {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     path = RESULTS / f"masks-{now:%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(about | result, indent=2) + "\n")
+    path.write_text(json.dumps(surroundings() | result, indent=2) + "\n")
     print(path)
 
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from benchmarks.surroundings import surroundings
 from daemon.assemble import embedded_model
 from daemon.checkpoint import PAGE_TOKENS
 from daemon.engine.backends.numpy_backend import NumpyBackend
@@ -177,18 +177,13 @@ def measure(model: Model, rounds: int) -> dict[str, Any]:
     }
 
 
-def surroundings(path: Path) -> dict[str, Any]:
+def conditions(path: Path) -> dict[str, Any]:
     """What the figures depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
+        **surroundings(),
         "model": path.name,
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "load": round(os.getloadavg()[0], 2),
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
@@ -226,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-save", action="store_true", help="print only")
     arguments = parser.parse_args(argv)
     path = arguments.model or embedded_model()
-    figures = surroundings(path) | measure(load(path), arguments.rounds)
+    figures = conditions(path) | measure(load(path), arguments.rounds)
     print(table(figures))
     if not arguments.no_save:
         target = RESULTS / f"numpy_speed-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"

@@ -20,7 +20,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.agent_session import RESULTS, Server, own_qwend, surroundings
+from benchmarks.agent_session import RESULTS, Server, own_qwend
+from benchmarks.surroundings import surroundings
 from daemon.assemble import embedded_model
 from daemon.engine.weights.gguf import open_gguf
 from daemon.text.tokenizer import Tokenizer

@@ -29,9 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from scripted_app import spell_reply
 
-from benchmarks.agent_session import RESULTS, surroundings
+from benchmarks.agent_session import RESULTS
 from benchmarks.forced_engine import Asked, ForcedEngine
 from benchmarks.new_tokens import NewTokens, RecordingBuilder
+from benchmarks.surroundings import surroundings
 from daemon.api.app import create_app
 from daemon.assemble import Daemon, assemble, embedded_model
 from daemon.config import (
@@ -50,6 +51,9 @@ from daemon.text.template import ChatTemplate
 GRID = 64
 SKIPPED_HEADERS = ("content-length", "host", "transfer-encoding", "accept-encoding")
 IDLE_TIMEOUT_S = 600
+
+RESTART_GRACE_S = 120
+"""Sessions that took agents an hour are replayed in seconds: more waits for the disk at the end."""
 
 
 class Row(Struct, frozen=True):
@@ -279,6 +283,7 @@ def _daemon(model: Path, store: Path, arguments: argparse.Namespace) -> Daemon:
                 budget_bytes=parse_bytes(arguments.cache_size),
                 interval_tokens=arguments.checkpoint_interval,
                 memory_bytes=default_cache_memory(),
+                stop_grace_s=RESTART_GRACE_S,
             ),
             server=ServerConfig(allowed_hosts=("qwend",)),
         )

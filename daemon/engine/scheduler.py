@@ -305,7 +305,7 @@ class Scheduler:
         if pages is None:
             self.places.pages.give_back(known)
             return False
-        if sequence.is_kept:
+        if not sequence.is_idle_work:
             self.places.inner.visit(sequence.timeline.name, sequence.cached_limit)
         sequence.branch = branch
         sequence.pages = known + pages

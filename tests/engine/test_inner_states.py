@@ -10,7 +10,7 @@ from tape_harness import TapeHarness, small_limits
 from tape_model import continuation
 
 from daemon.checkpoint import Boundary, Reason
-from daemon.engine.memory.inner_states import InnerState, InnerStates, inside, worth
+from daemon.engine.memory.inner_states import AGE, InnerState, InnerStates, inside, worth
 from daemon.engine.memory.residents import Branch
 from daemon.engine.requests import Event, Finished, GenerationRequest, Started
 
@@ -113,7 +113,7 @@ def test_when_there_are_too_many_they_thin_out() -> None:
     assert max(b - a for a, b in zip(places, places[1:], strict=False)) <= 256
 
 
-def test_heads_outlive_sections_and_the_last_conversation_older_ones() -> None:
+def test_heads_outlive_sections_and_new_conversations_those_left_long_ago() -> None:
     harness = harness_of(num_inner_slots=4, captures=1)
     old, new = prompt(600), prompt(600, seed=9)
     ask(harness, old, range(64, 320, 64))
@@ -121,6 +121,8 @@ def test_heads_outlive_sections_and_the_last_conversation_older_ones() -> None:
     assert ask(harness, edited(old, 300)).num_cached_tokens >= 128
     harness = harness_of(num_inner_slots=4, captures=1)
     ask(harness, old, range(64, 320, 64))
+    for number in range(8 * AGE):
+        ask(harness, prompt(10, seed=20 + number))
     ask(harness, new, range(64, 320, 64))
     assert ask(harness, edited(new, 300)).num_cached_tokens == 256
     assert ask(harness, edited(old, 300)).num_cached_tokens == 0

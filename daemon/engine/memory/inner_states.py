@@ -16,6 +16,10 @@ from daemon.engine.memory.residents import Branch, may_go_on
 WEIGHT: dict[Reason, float] = {"head": 4.0, "section": 1.0}
 """How much likelier a prompt parts from an earlier one there."""
 
+AGE = 16
+"""After so many requests that went other ways, a state is worth half: as many as a sub-agent takes.
+"""
+
 NameOf = Callable[[int], bytes]
 """What a timeline calls its first so many tokens."""
 
@@ -43,9 +47,9 @@ class InnerState(Struct, eq=False):
 
 
 def worth(reason: Reason, num_saved: int, age: int) -> float:
-    """The tokens that a state saves, times how likely it is used `age` prompts after the last one
+    """The tokens that a state saves, times how likely it is used `age` requests after the last one
     that went by it."""
-    return WEIGHT[reason] * num_saved / (1 + age) ** 2
+    return WEIGHT[reason] * num_saved / (1 + age / AGE)
 
 
 def inside(boundaries: Iterable[Boundary]) -> dict[int, Reason]:
@@ -87,7 +91,7 @@ class InnerStates:
         return max(fitting, key=lambda state: state.position, default=None)
 
     def visit(self, name_of: NameOf, num_tokens: int) -> None:
-        """A prompt of so many tokens goes this way: those on it stay longer than others."""
+        """A request of so many tokens goes this way: those on it stay longer than others."""
         self._num_visits += 1
         for state in self._on_the_way(name_of, num_tokens):
             state.last_visit = self._num_visits
