@@ -16,28 +16,21 @@ from daemon.kernels.moe_pack import (
     GatedExperts,
     GateUpStep,
     gate_up_steps,
-    types_and_tile,
+    kinds_of,
 )
 from daemon.kernels.moe_route import MoeSizes, RouteLists
-from daemon.kernels.quant_gemv import (
-    MAX_TOKENS,
-    PANEL_TOKENS,
-    ROOMY_SHARED_BYTES,
-    WITHOUT_COPY_ENGINE,
-)
-from daemon.kernels.quant_pack import BLOCK_COLUMNS
+from daemon.kernels.quant_gemv import MAX_TOKENS, PANEL_TOKENS
+from daemon.kernels.quant_pack import BLOCK_COLUMNS, types_and_tile
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.kernel import Kernel, Module
+from daemon.kernels.weight_ring import STATIC_SHARED_BYTES, most_warps, ring_defines
 
 GATE_UP_SOURCE = Path(__file__).with_name("moe_gate_up.cu")
 DOWN_SOURCE = Path(__file__).with_name("moe_down.cu")
 GATE_UP_PARAMETERS = ("pointer",) * 6 + ("int32",) * 11
 DOWN_PARAMETERS = ("pointer",) * 7 + ("int32",) * 10
-STATIC_SHARED_BYTES = 3072
-"""Barriers, and what the driver keeps of a block."""
-
 ITEM_ROWS = 16
 """Of the output, that a block of moe_down makes at a time."""
 SUM_STRIDE = 20
@@ -78,7 +71,7 @@ class MoeDecode:
         self._device = device
         self._compiler = compiler
         self._sizes = sizes
-        self._warps = 16 if device.shared_bytes_per_block > ROOMY_SHARED_BYTES else 8
+        self._warps = most_warps(device.shared_bytes_per_block)
         self._hidden_blocks = -(-max_width // BLOCK_COLUMNS)
         slots = sizes.max_slots
         hidden = (slots, MAX_TOKENS, self._hidden_blocks * BLOCK_COLUMNS)
@@ -108,7 +101,7 @@ class MoeDecode:
     ) -> None:
         num_panels = -(-num_rows // PANEL_TOKENS)
         blocks = self._sizes.columns // BLOCK_COLUMNS
-        types, slot_bytes = types_and_tile(step.routed, step.shared)
+        types, slot_bytes = types_and_tile(kinds_of(step.routed, step.shared))
         team = self._team(blocks, slot_bytes)
         room = gate_up_room(team, num_panels, self._sizes)
         slots = self._slots(slot_bytes, team.num_warps, room)
@@ -135,7 +128,7 @@ class MoeDecode:
         num_rows, columns = residual.shape
         num_panels = -(-num_rows // PANEL_TOKENS)
         blocks = max(routed.blocks, shared.blocks if shared else 0)
-        types, slot_bytes = types_and_tile(routed, shared)
+        types, slot_bytes = types_and_tile(kinds_of(routed, shared))
         room = down_room(num_panels, blocks, self._sizes)
         warps = self._warps if self._slots(slot_bytes, self._warps, room) > 0 else self._warps // 2
         slots = self._slots(slot_bytes, warps, room)
@@ -176,8 +169,7 @@ class MoeDecode:
     ) -> Kernel:
         key = (types, num_panels, slots, slot_bytes, *team, epilogue)
         if key not in self._kernels:
-            bulk = int(self._compiler.arch not in WITHOUT_COPY_ENGINE)
-            macros = gate_up_defines(*key[:4], team, epilogue, bulk)
+            macros = gate_up_defines(*key[:4], team, epilogue, self._compiler.arch)
             self._kernels[key] = self._compiled(GATE_UP_SOURCE, macros, GATE_UP_PARAMETERS)
         return self._kernels[key]
 
@@ -186,8 +178,7 @@ class MoeDecode:
     ) -> Kernel:
         key = (types, num_panels, slots, slot_bytes, blocks, warps)
         if key not in self._kernels:
-            bulk = int(self._compiler.arch not in WITHOUT_COPY_ENGINE)
-            macros = down_defines(*key, self._sizes.num_used, bulk)
+            macros = down_defines(*key, self._sizes.num_used, self._compiler.arch)
             self._kernels[key] = self._compiled(DOWN_SOURCE, macros, DOWN_PARAMETERS)
         return self._kernels[key]
 
@@ -222,19 +213,17 @@ def down_room(num_panels: int, blocks: int, sizes: MoeSizes) -> int:
 
 
 def gate_up_defines(
-    types: int, num_panels: int, slots: int, slot_bytes: int, team: Team, epilogue: int, bulk: int
+    types: int, num_panels: int, slots: int, slot_bytes: int, team: Team, epilogue: int, arch: str
 ) -> dict[str, int]:
     """The macros of a variant of moe_gate_up."""
     return {
         "TYPES": types,
         "NUM_PANELS": num_panels,
-        "SLOTS": slots,
-        "SLOT_BYTES": slot_bytes,
         "TEAM": team.warps,
         "TEAMS": team.teams,
         "TURNS": team.turns,
         "EPILOGUE": epilogue,
-        "BULK_COPIES": bulk,
+        **ring_defines(slots, slot_bytes, arch),
     }
 
 
@@ -246,16 +235,14 @@ def down_defines(
     blocks: int,
     warps: int,
     used: int,
-    bulk: int,
+    arch: str,
 ) -> dict[str, int]:
     """The macros of a variant of moe_down."""
     return {
         "TYPES": types,
         "NUM_PANELS": num_panels,
-        "SLOTS": slots,
-        "SLOT_BYTES": slot_bytes,
         "BLOCKS": blocks,
         "WARPS": warps,
         "USED": used,
-        "BULK_COPIES": bulk,
+        **ring_defines(slots, slot_bytes, arch),
     }

@@ -148,7 +148,6 @@ def gate_up_steps(routed: GatedExperts, shared: GatedExperts | None) -> list[Gat
     return steps + ([step(STORE, False, 1), step(GATE, False, 0)] if False in pairing else [])
 
 
-def types_and_tile(*matrices: ExpertMatrix | None) -> tuple[int, int]:
-    """The bit mask of the matrices' types, and the bytes of their largest tile."""
-    kinds = {matrix.kind for matrix in matrices if matrix is not None}
-    return sum(1 << kind.code for kind in kinds), max(kind.tile_bytes for kind in kinds)
+def kinds_of(*matrices: ExpertMatrix | None) -> set[QuantType]:
+    """The types of those matrices that there are."""
+    return {matrix.kind for matrix in matrices if matrix is not None}

@@ -13,10 +13,11 @@ from daemon.kernels.moe_pack import (
     ExpertMatrix,
     GatedExperts,
     gate_up_steps,
-    types_and_tile,
+    kinds_of,
 )
 from daemon.kernels.moe_route import MoeSizes, RowLines
 from daemon.kernels.quant_gemv import STORE
+from daemon.kernels.quant_pack import types_and_tile
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
@@ -107,7 +108,7 @@ class MoePrefill:
         out: DeviceArray,
         chunks: DeviceArray | None,
     ) -> None:
-        types, tile_bytes = types_and_tile(*matrices)
+        types, tile_bytes = types_and_tile(kinds_of(*matrices))
         columns = self._tile_columns(rows, epilogue, 4 * tile_bytes)
         self._products.launch(
             Variant(types, columns, 4 * tile_bytes, epilogue),

@@ -13,7 +13,7 @@ import numpy as np
 from daemon.kernels.gemm_tiles import TileKernels, Variant
 from daemon.kernels.quant_activations import padded_tokens
 from daemon.kernels.quant_gemv import ADD, STORE, SWIGLU, stripes_of
-from daemon.kernels.quant_pack import BLOCK_COLUMNS, PackedMatrix
+from daemon.kernels.quant_pack import BLOCK_COLUMNS, PackedMatrix, types_and_tile
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
@@ -59,10 +59,8 @@ class GemmKernels:
         # A pair of stripes makes a Hopper tile: the last one may be read twice, written once.
         stripes += [stripes[-1]._replace(num_rows=0)] * (len(stripes) % 2)
         table = self._device.to_device(np.array(stripes, STRIPE).view(np.uint8))
-        kinds = {segment.kind for segment in matrix.segments}
-        types = sum(1 << kind.code for kind in kinds)
-        unit_bytes = 4 * max(kind.tile_bytes for kind in kinds)
-        return GemmPlan(matrix, table, len(stripes), types, unit_bytes)
+        types, tile_bytes = types_and_tile(segment.kind for segment in matrix.segments)
+        return GemmPlan(matrix, table, len(stripes), types, 4 * tile_bytes)
 
     def multiply(
         self, plan: GemmPlan, chunks: DeviceArray, num_tokens: int, out: DeviceArray, epilogue: int

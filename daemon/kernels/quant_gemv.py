@@ -20,17 +20,16 @@ from daemon.kernels.quant_pack import (
     PackedMatrix,
     QuantType,
     Segment,
+    types_and_tile,
 )
 from daemon.kernels.runtime.compiler import Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
 from daemon.kernels.runtime.kernel import Kernel, Module
+from daemon.kernels.weight_ring import STATIC_SHARED_BYTES, most_warps, ring_defines
 
 SOURCE = Path(__file__).with_suffix(".cu")
 PARAMETERS = ("pointer",) * 5 + ("int32",) * 4
-ROOMY_SHARED_BYTES = 200 * 1024
-"""Cards with as much have four teams a multiprocessor, others two."""
-
 MAX_RING_BYTES = 144 * 1024
 LISTS_BYTES = 8 * 1024
 """Room for what a block is dealt."""
@@ -38,12 +37,6 @@ LISTS_BYTES = 8 * 1024
 MAX_TOKENS = 16
 PANEL_TOKENS = 8
 TEAM_WARPS = 4
-STATIC_SHARED_BYTES = 3072
-"""Barriers, and what the driver keeps of a block."""
-
-WITHOUT_COPY_ENGINE = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
-"""Plain sm_90 leaves Hopper's own instructions out: tests run the portable code with it."""
-
 AWAITED_BYTE = 0xFF
 """Four of them are a sum that no block has written yet."""
 
@@ -97,8 +90,8 @@ class GemvShape(NamedTuple):
 
 
 def choose_shape(shared_bytes_per_block: int) -> GemvShape:
-    """Four teams a multiprocessor where its shared memory keeps a ring for each."""
-    warps = 16 if shared_bytes_per_block >= ROOMY_SHARED_BYTES else 8
+    """As many teams a multiprocessor as its shared memory keeps rings for."""
+    warps = most_warps(shared_bytes_per_block)
     sums = _sums_bytes(warps // TEAM_WARPS, MAX_TOKENS)
     room = shared_bytes_per_block - STATIC_SHARED_BYTES - LISTS_BYTES - sums
     return GemvShape(warps, 1, min(MAX_RING_BYTES, room))
@@ -137,7 +130,8 @@ class GemvKernels:
         assert 0 < num_tokens <= MAX_TOKENS
         num_panels = -(-num_tokens // PANEL_TOKENS)
         matrix = plan.matrix
-        shape, (types, slot_bytes) = self._shape, _types_and_slot(matrix)
+        shape = self._shape
+        types, slot_bytes = types_and_tile(segment.kind for segment in matrix.segments)
         slots = max(1, shape.ring_bytes // (shape.warps * slot_bytes))
         kernel = self._kernel((types, num_panels, slots, slot_bytes), epilogue)
         stride = matrix.rows // 2 if epilogue == SWIGLU else matrix.rows
@@ -189,10 +183,8 @@ def defines(
         "BLOCKS_PER_SM": shape.blocks_per_sm,
         "TYPES": types,
         "NUM_PANELS": num_panels,
-        "SLOTS": slots,
-        "SLOT_BYTES": slot_bytes,
         "EPILOGUE": epilogue,
-        "BULK_COPIES": int(arch not in WITHOUT_COPY_ENGINE),
+        **ring_defines(slots, slot_bytes, arch),
     }
 
 
@@ -208,12 +200,6 @@ def shared_bytes(
 def _sums_bytes(teams: int, tokens: int) -> int:
     """Of two pieces of each team."""
     return 2 * teams * tokens * STRIPE_ROWS * 4
-
-
-def _types_and_slot(matrix: PackedMatrix) -> tuple[int, int]:
-    kinds = {segment.kind for segment in matrix.segments}
-    types = sum(1 << kind.code for kind in kinds)
-    return types, max(kind.tile_bytes for kind in kinds)
 
 
 class Dealt(NamedTuple):

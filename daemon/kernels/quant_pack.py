@@ -6,7 +6,7 @@ layout itself is described in include/quant_blocks.cuh. The device's thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +36,12 @@ class QuantType(NamedTuple):
     code: int
     tile_bytes: int
     stripe_rows: int = STRIPE_ROWS
+
+
+def types_and_tile(kinds: Iterable[QuantType]) -> tuple[int, int]:
+    """The bit mask of some types, and the bytes of their largest tile."""
+    some = set(kinds)
+    return sum(1 << kind.code for kind in some), max(kind.tile_bytes for kind in some)
 
 
 class FileFormat(NamedTuple):

@@ -25,7 +25,7 @@ from daemon.kernels.moe_pack import (
     pack_stacked,
 )
 from daemon.kernels.moe_route import MoeRoute, MoeSizes, RouteLists, RowLines
-from daemon.kernels.quant_gemv import STORE, SWIGLU, WITHOUT_COPY_ENGINE
+from daemon.kernels.quant_gemv import STORE, SWIGLU
 from daemon.kernels.quant_pack import F16, F32, Q4_K, Q6_K, Packer, QuantType, RawMatrix
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler, Cubin
 from daemon.kernels.runtime.device import Device
@@ -95,14 +95,14 @@ def test_what_lies_apart_takes_two_launches() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("types", "panels", "slot"), [(72, 1, 8256), (200, 2, 8256), (5, 2, 3360)])
 def test_decode_compiles_with_few_spills(arch: str, types: int, panels: int, slot: int) -> None:
-    bulk, warps = int(arch not in WITHOUT_COPY_ENGINE), 8 if arch in ("sm_86", "sm_89") else 16
+    warps = 8 if arch in ("sm_86", "sm_89") else 16
     compiler = Compiler(arch, None)
     team = choose_team(8, warps)
     for epilogue in (SWIGLU, GATE) if panels == 1 else (SWIGLU,):
-        defines = moe_decode.gate_up_defines(types, panels, 3, slot, team, epilogue, bulk)
+        defines = moe_decode.gate_up_defines(types, panels, 3, slot, team, epilogue, arch)
         report = compiler.report(moe_decode.GATE_UP_SOURCE, defines)
         assert report.kernels["moe_gate_up"].spill_bytes <= 32
-    defines = moe_decode.down_defines(types, panels, 3, slot, 2, warps, 8, bulk)
+    defines = moe_decode.down_defines(types, panels, 3, slot, 2, warps, 8, arch)
     report = compiler.report(moe_decode.DOWN_SOURCE, defines)
     assert report.kernels["moe_down"].spill_bytes <= 32
 

@@ -30,6 +30,7 @@ from daemon.kernels.quant_pack import (
 from daemon.kernels.runtime.compiler import ARCHITECTURES, Compiler
 from daemon.kernels.runtime.device import Device
 from daemon.kernels.runtime.device_array import DeviceArray, ElementType
+from daemon.kernels.weight_ring import STATIC_SHARED_BYTES
 
 TOLERANCE = 1e-3
 """Of the norm: weights and activations are rounded to fp16, sums are float32."""
@@ -131,7 +132,7 @@ def test_a_block_fits_the_shared_memory_of_every_card(limit: int, kind: QuantTyp
     head = deal(fake_matrix(2048, [(kind, 248_320)]), 82, shape.teams)
     slots = max(1, shape.ring_bytes // (shape.warps * kind.tile_bytes))
     needed = quant_gemv.shared_bytes(shape, slots, kind.tile_bytes, 2, head.pieces.shape[2])
-    assert needed + quant_gemv.STATIC_SHARED_BYTES <= limit
+    assert needed + STATIC_SHARED_BYTES <= limit
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
