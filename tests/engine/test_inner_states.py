@@ -179,3 +179,25 @@ def test_any_edits_give_the_right_replies_and_the_nearest_place(data: st.DataObj
         assert len(harness.scheduler.places.inner) <= num_inner_slots
     harness.scheduler.places.forget_all()
     harness.assert_all_places_are_free()
+
+
+def test_who_comes_when_the_split_is_passed_goes_on_from_the_place_before_it() -> None:
+    harness = harness_of(num_inner_slots=20)
+    tokens, events, late = prompt(900), list[Event](), list[Event]()
+    boundaries = tuple(Boundary(place, "section") for place in range(64, 832, 64))
+    harness.engine.add(
+        GenerationRequest(id="a", tokens=tuple(tokens), boundaries=boundaries, max_tokens=2),
+        events.append,
+    )
+    while harness.engine.sequences["a"].num_evaluated < 640:
+        harness.step()
+    follower = edited(tokens, 500)
+    harness.engine.add(GenerationRequest(id="b", tokens=tuple(follower), max_tokens=2), late.append)
+    harness.step()
+    assert "a" in harness.engine.sequences, "the other one still runs"
+    harness.run()
+    started = late[0]
+    assert isinstance(started, Started)
+    assert started.num_cached_tokens == 448
+    assert isinstance(late[-1], Finished)
+    assert list(late[-1].tokens) == continuation(follower, 2)
