@@ -213,7 +213,7 @@ class SessionCatalogue:
 
         Raises:
             UnknownSession, InvalidRequest: see `row`.
-            SessionFileError: a record is damaged.
+            SessionFileError: a record is damaged; it is dropped.
         """
         self._transfer.flush()
         group = self._group(name)
@@ -229,7 +229,9 @@ class SessionCatalogue:
 
     def _pieces(self, head: SessionHead, branches: list[Branch]) -> Iterator[bytes]:
         with self._transfer.holding([branch.state.key for branch in branches]):
-            yield from session_bytes(head, branches, self._transfer.reading)
+            yield from session_bytes(
+                head, branches, self._transfer.reading, self._transfer.drop_damaged
+            )
 
     def take_in(self, path: Path, session: str | None) -> SessionRow:
         """Import an exported session, under its own name or another.

@@ -75,10 +75,16 @@ class Checkpoint(Struct, frozen=True):
 
 
 def session_bytes(
-    head: SessionHead, branches: Sequence[Branch], reading: Reading
+    head: SessionHead,
+    branches: Sequence[Branch],
+    reading: Reading,
+    drop: Callable[[bytes, DamagedRecord], None],
 ) -> Iterator[bytes]:
     """The file, piece by piece. Each record is read in a view of its own, so that a slow export
     keeps no space from being used again.
+
+    Args:
+        drop: told the key of a state that proved damaged, or one of its pages did.
 
     Raises:
         SessionFileError: a record of the store is damaged; the file ends early then, and nobody
@@ -86,7 +92,7 @@ def session_bytes(
     """
     digest = xxhash.xxh3_128()
     try:
-        for piece in _content(head, branches, reading):
+        for piece in _content(head, branches, reading, drop):
             digest.update(piece)
             yield piece
     except DamagedRecord as error:
@@ -95,20 +101,34 @@ def session_bytes(
     yield b"qwSZ" + digest.digest()
 
 
-def _content(head: SessionHead, branches: Iterable[Branch], reading: Reading) -> Iterator[bytes]:
+def _content(
+    head: SessionHead,
+    branches: Iterable[Branch],
+    reading: Reading,
+    drop: Callable[[bytes, DamagedRecord], None],
+) -> Iterator[bytes]:
     yield _encode_head(head)
     written: set[bytes] = set()
     for branch in branches:
-        for key in branch.chain:
-            if key in written:
-                continue
-            written.add(key)
-            with reading() as reader:
-                page, payload = read_page(reader, key)
-            yield from _record(b"P", encode_page(page), payload)
+        try:
+            yield from _checkpoint(branch, written, reading)
+        except DamagedRecord as error:
+            drop(branch.state.key, error)
+            raise
+
+
+def _checkpoint(branch: Branch, written: set[bytes], reading: Reading) -> Iterator[bytes]:
+    """A state after those of its pages that are not written yet."""
+    for key in branch.chain:
+        if key in written:
+            continue
+        written.add(key)
         with reading() as reader:
-            state, payload = read_state(reader, branch.state.key)
-        yield from _record(b"S", encode_state(state), payload)
+            page, payload = read_page(reader, key)
+        yield from _record(b"P", encode_page(page), payload)
+    with reading() as reader:
+        state, payload = read_state(reader, branch.state.key)
+    yield from _record(b"S", encode_state(state), payload)
 
 
 def _record(kind: bytes, header: bytes, payload: bytes) -> Iterator[bytes]:

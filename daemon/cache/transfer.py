@@ -74,7 +74,7 @@ class Transfer:
         limits = Limits(max_bytes, queue_bytes, memory_bytes, write_delay_us)
         ledger = WriteLedger(contents.writes, daily_bytes)
         self._holdings = Holdings(contents.loaded, limits, ledger, now_us)
-        self._drop_damaged(contents.damaged)
+        self._drop_at_once(contents.damaged)
         self._num_hurrying = 0
         self._is_closing = False
         self._is_late = False
@@ -87,7 +87,7 @@ class Transfer:
         self._writer.daemon = True
         self._writer.start()
 
-    def _drop_damaged(self, damaged: Sequence[Damage]) -> None:
+    def _drop_at_once(self, damaged: Sequence[Damage]) -> None:
         self._holdings.pending.drop(damaged)
         if damaged:
             logger.warning("Damaged records are dropped: %s.", summary(damaged))
@@ -226,6 +226,13 @@ class Transfer:
     def reading(self) -> AbstractContextManager[Reader]:
         """One consistent view of what is on disk."""
         return self._store.reading()
+
+    def drop_damaged(self, key: bytes, error: DamagedRecord) -> None:
+        """Drop a state that could not be read, unless it went meanwhile or is not on disk yet."""
+        with self._lock:
+            is_stored = self._holdings.index.state(key) and not self._holdings.queue.state(key)
+        if is_stored:
+            self._drop_unusable(key, error)
 
     @contextmanager
     def holding(self, keys: Sequence[bytes]) -> Iterator[None]:

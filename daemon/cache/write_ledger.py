@@ -1,7 +1,7 @@
 """What has been written to disk, by day and session, and how much of today's allowance is left.
 
 Owns the sums, kept for so many days, and their records: key = day u32 big-endian · session utf-8,
-value = magic "qwWL" · version u16 · checksum of the key u16 (0: unknown) · written u64 · whole u64
+value = magic "qwWL" · version u16 · checksum of the key u16 · written u64 · whole u64
 · checkpoints u64 · checksum u64, little-endian.
 Not thread-safe: `transfer` guards it.
 """
@@ -111,7 +111,7 @@ def decode_writes(key: bytes, record: bytes) -> tuple[LedgerKey, Writes]:
     """
     content = unsealed(record, _MAGIC, _SUMS.size)
     _, _, key_sum, *counts = _SUMS.unpack_from(content)
-    if key_sum not in (0, _key_sum(key)) or len(content) != _SUMS.size:
+    if key_sum != _key_sum(key) or len(content) != _SUMS.size:
         raise DamagedRecord("sums under another key or of another length")
     return _decode_key(key), Writes(*counts)
 
@@ -147,7 +147,7 @@ def _decode_key(key: bytes) -> LedgerKey:
 
 
 def _key_sum(key: bytes) -> int:
-    """Of the key, which the record's own checksum leaves out; never 0."""
+    """Of the key, which the record's own checksum leaves out."""
     return checksum(key) % 0xFFFF + 1
 
 

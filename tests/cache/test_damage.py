@@ -20,7 +20,7 @@ from daemon.cache.learned_cuts import CUTS_KEY
 from daemon.cache.offline_sessions import offline_catalogue
 from daemon.cache.pending_changes import PendingChanges
 from daemon.cache.store import DATA_FILE
-from daemon.errors import StoreError
+from daemon.errors import SessionFileError, StoreError
 
 TABLES = (
     "pages", "states", "page_payloads", "state_payloads",
@@ -107,6 +107,22 @@ def test_offline_too_damage_is_told_and_goes(
     (told,) = [record.getMessage() for record in caplog.records]
     assert all(f"{name}: 1, " in told for name in tables - {"page_payloads", "state_payloads"})
     assert damaged_tables(path) <= {"page_payloads", "state_payloads"}
+
+
+@pytest.mark.parametrize("table", ["page_payloads", "state_payloads"])
+def test_an_export_that_meets_damage_ends_and_drops_it(
+    written: tuple[Path, Simulated], table: str, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(written[0], tmp_path / "store"))
+    flip(path, table, lambda _: 0, in_key=False)
+    cache = open_cache(path)
+    before = cache.stats().num_checkpoints
+    with pytest.raises(SessionFileError, match="cannot be exported"):
+        list(cache.catalogue.export("session"))
+    assert cache.stats().num_damaged == 1
+    assert cache.stats().num_checkpoints < before
+    cache.close()
+    assert damaged_tables(path) == set()
 
 
 def test_what_must_go_goes_with_the_next_transaction_that_succeeds(tmp_path: Path) -> None:
