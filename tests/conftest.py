@@ -6,6 +6,7 @@ No property test looks at the time that an example takes.
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -32,3 +33,7 @@ def fake_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
 
     yield install_fake_driver(monkeypatch)
     gc.collect()
+    for thread in threading.enumerate():
+        if thread.name == "pinning":
+            # One that has only just begun would call the real driver.
+            thread.join(5)

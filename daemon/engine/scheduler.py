@@ -336,7 +336,7 @@ class Scheduler:
         ]
         resident = self.places.residents.find(sequence.tokens, limit, self.strict)
         if resident is not None:
-            self.places.residents.touch(resident)
+            self.places.residents.touch(resident, self.places.inner.num_visits)
             fitting.append(resident)
         inner = self.places.inner.find(sequence.timeline.name, limit, self.strict)
         if inner is not None:
@@ -351,7 +351,8 @@ class Scheduler:
         """A part of a sequence stays, with the slot of its state."""
         branch = sequence.branch_at(position, slot, born, "resident")
         limit = self.limits.max_residents if sequence.is_kept else MAX_AUDITED
-        resident = Resident(sequence.tokens[:position], branch)
+        last_visit = self.places.inner.num_visits
+        resident = Resident(sequence.tokens[:position], branch, last_visit)
         self.places.stay(self._residents_of(sequence), resident, limit)
 
     def _inner_captures(self, sequence: Sequence, start: int, end: int) -> list[Capture]:

@@ -76,7 +76,7 @@ def test_half_of_what_is_left_is_for_states_inside_messages() -> None:
     def count(spare_bytes: int) -> int:
         return plan_with(everything + spare_bytes, needs, demand).num_inner_slots
 
-    assert [count(2 * 33 * states) for states in (15, 16, 100, 129)] == [0, 16, 100, 128]
+    assert [count(2 * 33 * states) for states in (15, 16, 100, 257)] == [0, 16, 100, 256]
     assert count(-1) == 0
     plan = plan_with(everything + 2 * 33 * 20, needs, demand)
     assert plan.room == Room(demand.most_pages, 20)

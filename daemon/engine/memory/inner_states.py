@@ -13,12 +13,11 @@ from msgspec import Struct
 from daemon.checkpoint import PAGE_TOKENS, Birth, Boundary, Reason
 from daemon.engine.memory.residents import Branch, may_go_on
 
-WEIGHT: dict[Reason, float] = {"head": 4.0, "section": 1.0}
+WEIGHT: dict[Reason, float] = {"head": 16.0, "section": 1.0}
 """How much likelier a prompt parts from an earlier one there."""
 
-AGE = 16
-"""After so many requests that went other ways, a state is worth half: as many as a sub-agent takes.
-"""
+AGE = 4
+"""After so many requests that went other ways, a state is worth half."""
 
 NameOf = Callable[[int], bytes]
 """What a timeline calls its first so many tokens."""
@@ -62,11 +61,15 @@ def inside(boundaries: Iterable[Boundary]) -> dict[int, Reason]:
 
 
 class InnerStates:
-    """At most as many as the scheduler has slots for."""
+    """At most as many as the scheduler has slots for.
+
+    Attributes:
+        num_visits: requests that were told of.
+    """
 
     def __init__(self) -> None:
+        self.num_visits = 0
         self._states: dict[bytes, InnerState] = {}
-        self._num_visits = 0
 
     def __len__(self) -> int:
         return len(self._states)
@@ -92,16 +95,16 @@ class InnerStates:
 
     def visit(self, name_of: NameOf, num_tokens: int) -> None:
         """A request of so many tokens goes this way: those on it stay longer than others."""
-        self._num_visits += 1
+        self.num_visits += 1
         for state in self._on_the_way(name_of, num_tokens):
-            state.last_visit = self._num_visits
+            state.last_visit = self.num_visits
 
     def add(
         self, name: bytes, branch: Branch, reason: Reason, before: InnerState | None
     ) -> InnerState:
         """Add one of tokens that none has yet."""
         assert name not in self._states
-        state = InnerState(name, branch, reason, before, self._num_visits)
+        state = InnerState(name, branch, reason, before, self.num_visits)
         self._states[name] = state
         return state
 
@@ -120,13 +123,9 @@ class InnerStates:
             return None
         return self._take(least)
 
-    def take_oldest(self, spare_newest: bool = False) -> Branch | None:
-        """Take out the last of those that a prompt went by longest ago; `spare_newest`: unless it
-        was the last one."""
-        oldest = min(self._states.values(), key=lambda s: (s.last_visit, -s.position), default=None)
-        if oldest is None or (spare_newest and oldest.last_visit == self._num_visits):
-            return None
-        return self._take(oldest)
+    def oldest(self) -> InnerState | None:
+        """The last of those that a request went by longest ago."""
+        return min(self._states.values(), key=lambda s: (s.last_visit, -s.position), default=None)
 
     def take_all(self) -> Iterator[Branch]:
         """Take out every one."""
@@ -134,7 +133,7 @@ class InnerStates:
             yield self._states.popitem()[1].branch
 
     def _worth(self, state: InnerState) -> float:
-        return worth(state.reason, state.num_saved, self._num_visits - state.last_visit)
+        return worth(state.reason, state.num_saved, self.num_visits - state.last_visit)
 
     def _on_the_way(self, name_of: NameOf, limit: int) -> list[InnerState]:
         return [

@@ -23,7 +23,7 @@ MARGIN_BYTES = 256 * 2**20
 INNER_SHARE = 2
 """States inside messages take at most 1/2 of what is free when all else has its place."""
 
-MIN_INNER_STATES, MAX_INNER_STATES = 16, 128
+MIN_INNER_STATES, MAX_INNER_STATES = 16, 256
 """Fewer than a tool result's beginning has pages help nobody."""
 
 

@@ -1,7 +1,7 @@
 """Pages and slots of the device: free, or taken by what stays there until others need them.
 
-Owns both free lists and what stays. Whoever needs a place gets it in an order of rising loss: first
-states inside messages, then ended sequences, the longest unused first. Engine thread only.
+Owns both free lists and what stays. Whoever needs pages gets those of what was used longest ago,
+ended sequences or states inside messages. Engine thread only.
 """
 
 from daemon.checkpoint import Reason
@@ -36,7 +36,7 @@ class Places:
     ) -> tuple[int, ...] | None:
         """Free pages, in place of what stays if need be; `spare_newest`: but for the newest."""
         while (pages := self.pages.take(count, after, spared)) is None:
-            if not self._free_inner(spare_newest) and not self._free_resident(spare_newest):
+            if not self._free_oldest(spare_newest):
                 return None
         return pages
 
@@ -92,19 +92,30 @@ class Places:
         self.pages.give_back(branch.pages)
         self.slots.give_back(branch.slot)
 
-    def _free_inner(self, spare_newest: bool) -> bool:
-        branch = self.inner.take_oldest(spare_newest)
+    def _free_resident(self) -> bool:
+        """The newest goes last, as in `_free_oldest`."""
+        branch = self.residents.take_oldest(spare_newest=True) or self.audited.take_oldest()
+        return self._free_any(branch or self.residents.take_oldest())
+
+    def _free_oldest(self, spare_newest: bool) -> bool:
+        """What the last request used goes last: after what audits have done, which takes longer to
+        do again than a checkpoint to be restored."""
+        branch = self._take_stale() or self.audited.take_oldest()
+        if branch is None and not spare_newest:
+            inner = self.inner.oldest()
+            branch = self.inner.take(inner.name) if inner else self.residents.take_oldest()
+        return self._free_any(branch)
+
+    def _take_stale(self) -> Branch | None:
+        """What was used longest ago, but for the newest ended sequence, and for states that the
+        last request went by."""
+        inner, resident = self.inner.oldest(), self.residents.oldest()
+        if inner is not None and inner.last_visit < self.inner.num_visits:
+            if resident is None or inner.last_visit <= resident.last_visit:
+                return self.inner.take(inner.name)
+        return None if resident is None else self.residents.take(resident.branch)
+
+    def _free_any(self, branch: Branch | None) -> bool:
         if branch is not None:
             self.free(branch)
         return branch is not None
-
-    def _free_resident(self, spare_newest: bool = False) -> bool:
-        """The newest goes last: after what audits have done, which takes longer to do again than
-        a checkpoint to be restored."""
-        branch = self.residents.take_oldest(spare_newest=True) or self.audited.take_oldest()
-        if branch is None and not spare_newest:
-            branch = self.residents.take_oldest()
-        if branch is None:
-            return False
-        self.free(branch)
-        return True

@@ -33,11 +33,13 @@ class Branch(Struct, frozen=True, kw_only=True):
         return len(self.pages) * PAGE_TOKENS
 
 
-class Resident(Struct, frozen=True):
-    """A branch that belongs to no sequence, and its tokens."""
+class Resident(Struct):
+    """A branch that belongs to no sequence, and its tokens; the number of the last request that had
+    come when it was used."""
 
     tokens: list[int]
     branch: Branch
+    last_visit: int
 
 
 class Residents:
@@ -65,9 +67,11 @@ class Residents:
         best = max(fitting, key=lambda resident: resident.branch.position, default=None)
         return None if best is None else best.branch
 
-    def touch(self, branch: Branch) -> None:
+    def touch(self, branch: Branch, visit: int) -> None:
         """It is used now."""
         found = [resident for resident in self._residents if resident.branch is branch]
+        for resident in found:
+            resident.last_visit = visit
         self._residents = [r for r in self._residents if r.branch is not branch] + found
 
     def take(self, branch: Branch) -> Branch | None:
@@ -75,6 +79,10 @@ class Residents:
         found = [resident for resident in self._residents if resident.branch is branch]
         self._residents = [r for r in self._residents if r.branch is not branch]
         return found[0].branch if found else None
+
+    def oldest(self) -> Resident | None:
+        """The one used longest ago, unless it is the only one."""
+        return self._residents[0] if len(self._residents) > 1 else None
 
     def take_oldest(self, spare_newest: bool = False) -> Branch | None:
         """Take out the one used longest ago, whose places somebody needs."""
