@@ -240,7 +240,7 @@ class Scheduler:
     def give_back(self, captures: Iterable[Capture]) -> None:
         """Free the slots of captures that have been read."""
         for capture in captures:
-            self.places.slots.give_back(capture.slot)
+            self.places.give_back(capture.slot)
 
     def _prefill_span(self, sequence: Sequence, limit: int) -> Span:
         """At most `limit` tokens; ends before a position to capture for which no slot is free."""
@@ -368,7 +368,7 @@ class Scheduler:
         for position in positions:
             if not inner.has(name_of(position), sequence.born):
                 value = worth(sequence.inside[position], position - last, age=0)
-                slot = self.places.find_inner_slot(value, len(captures))
+                slot = self.places.find_inner_slot(value)
                 if slot is None:
                     continue
                 captures.append(Capture(position, slot))
@@ -399,7 +399,7 @@ class Scheduler:
         self.places.pages.give_back(sequence.pages)
         sequence.pages = ()
         for slot in {sequence.slot, sequence.mark_slot} - {-1}:
-            self.places.slots.give_back(slot)
+            self.places.give_back(slot)
         sequence.slot = sequence.mark_slot = -1
 
 

@@ -29,10 +29,9 @@ def harness_of(num_inner_slots: int, **limits: int) -> TapeHarness:
     return TapeHarness(allowed, MemoryStore(interval=FAR))
 
 
-def ask(
+def add(
     harness: TapeHarness, tokens: list[int], heads: range = range(0), reason: Reason = "head"
-) -> Started:
-    """A prompt with pages in the head of a tool's result, evaluated and answered rightly."""
+) -> list[Event]:
     events: list[Event] = []
     harness.replies.append(events)
     request = GenerationRequest(
@@ -42,6 +41,14 @@ def ask(
         max_tokens=2,
     )
     harness.engine.add(request, events.append)
+    return events
+
+
+def ask(
+    harness: TapeHarness, tokens: list[int], heads: range = range(0), reason: Reason = "head"
+) -> Started:
+    """A prompt with pages in the head of a tool's result, evaluated and answered rightly."""
+    events = add(harness, tokens, heads, reason)
     harness.run()
     started, last = events[0], events[-1]
     assert isinstance(started, Started)
@@ -161,13 +168,27 @@ def test_places_inside_are_whole_pages_of_two_reasons() -> None:
     assert inside(boundaries) == {128: "section", 192: "head"}
 
 
+def test_prompts_of_one_step_share_the_slots() -> None:
+    harness = harness_of(num_inner_slots=4, prefill_tokens=1024)
+    prompts = [prompt(500, seed) for seed in range(3)]
+    replies = [add(harness, tokens, range(64, 448, 64)) for tokens in prompts]
+    for _ in range(4):
+        harness.step()
+        assert len(harness.scheduler.places.inner) <= 4
+    harness.run()
+    for tokens, events in zip(prompts, replies, strict=True):
+        assert isinstance(events[-1], Finished)
+        assert list(events[-1].tokens) == continuation(tokens, 2)
+
+
 @settings(max_examples=40)
 @given(data=st.data())
-def test_any_edits_give_the_right_replies_and_the_nearest_place(data: st.DataObject) -> None:
+def test_any_edits_side_by_side_give_the_right_replies(data: st.DataObject) -> None:
     num_inner_slots = data.draw(st.integers(0, 12), label="slots")
     num_pages = data.draw(st.integers(17, 60), label="pages")
     harness = harness_of(num_inner_slots, num_pages=num_pages)
     conversations = [prompt(700, seed) for seed in range(2)]
+    asked: list[tuple[list[int], list[Event]]] = []
     for _ in range(data.draw(st.integers(2, 8), label="requests")):
         tokens = data.draw(st.sampled_from(conversations))
         if data.draw(st.booleans(), label="edit"):
@@ -175,8 +196,15 @@ def test_any_edits_give_the_right_replies_and_the_nearest_place(data: st.DataObj
             conversations.append(tokens)
         first = data.draw(st.integers(1, 12))
         heads = range(first * 64, len(tokens) // 64 * 64, 64)
-        ask(harness, tokens, heads, data.draw(st.sampled_from(["head", "section"])))
-        assert len(harness.scheduler.places.inner) <= num_inner_slots
+        reason: Reason = data.draw(st.sampled_from(["head", "section"]))
+        asked.append((tokens, add(harness, tokens, heads, reason)))
+        for _ in range(data.draw(st.integers(0, 30), label="steps")):
+            harness.step()
+            assert len(harness.scheduler.places.inner) <= num_inner_slots
+    harness.run()
+    for tokens, events in asked:
+        assert isinstance(events[-1], Finished)
+        assert list(events[-1].tokens) == continuation(tokens, 2)
     harness.scheduler.places.forget_all()
     harness.assert_all_places_are_free()
 

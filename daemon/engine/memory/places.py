@@ -30,6 +30,7 @@ class Places:
         self.audited = Residents()
         self.inner = InnerStates()
         self.num_inner_slots = num_inner_slots
+        self._lent: set[int] = set()
 
     def find_pages(
         self, count: int, after: tuple[int, ...] = (), spared: int = 0, spare_newest: bool = False
@@ -47,15 +48,23 @@ class Places:
                 return None
         return slot
 
-    def find_inner_slot(self, worth: float, num_taken: int) -> int | None:
+    def find_inner_slot(self, worth: float) -> int | None:
         """A slot for a state inside a message, if it is worth as much as another that has one; see
-        `InnerStates`. `num_taken` are in use of which `inner` does not know yet."""
-        if len(self.inner) + num_taken >= self.num_inner_slots:
+        `InnerStates`. It is lent until `stay_inside` or `give_back`."""
+        if len(self.inner) + len(self._lent) >= self.num_inner_slots:
             lesser = self.inner.take_lesser(worth)
             if lesser is None:
                 return None
             self.free(lesser)
-        return self.slots.take()
+        slot = self.slots.take()
+        if slot is not None:
+            self._lent.add(slot)
+        return slot
+
+    def give_back(self, slot: int) -> None:
+        """Free a slot that was found."""
+        self._lent.discard(slot)
+        self.slots.give_back(slot)
 
     def stay(self, residents: Residents, resident: Resident, limit: int) -> None:
         """Let one stay among at most `limit` of its kind; its slot is its own, its pages shared."""
@@ -69,6 +78,7 @@ class Places:
     ) -> InnerState:
         """Let a state inside a message stay, in place of one of the same tokens; its slot is its
         own, its pages shared."""
+        self._lent.remove(branch.slot)
         self.pages.share(branch.pages)
         if (old := self.inner.take(name)) is not None:
             self.free(old)
