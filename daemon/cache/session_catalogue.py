@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 
 from daemon.cache.learned_cuts import LearnedCuts
-from daemon.cache.records import DamagedRecord, StateHeader
+from daemon.cache.record_source import RecordSource
+from daemon.cache.records import StateHeader
 from daemon.cache.sampled_text import SampledText
 from daemon.cache.session_file import SessionFile, SessionHead, session_bytes
 from daemon.cache.session_records import (
@@ -24,8 +25,6 @@ from daemon.cache.session_records import (
 )
 from daemon.cache.sessions import SessionGroup, SessionRow, session_groups, session_row
 from daemon.cache.shelf import Branch
-from daemon.cache.store import Reader
-from daemon.cache.stored_prompts import read_tokens
 from daemon.cache.transfer import Transfer
 from daemon.cache.write_queue import QueuedPage, QueuedState
 from daemon.errors import InvalidRequest, SessionFileError, UnknownSession
@@ -59,6 +58,7 @@ class SessionCatalogue:
         names: Mapping[bytes, str],
     ) -> None:
         self._transfer = transfer
+        self._source = RecordSource(transfer)
         self._sampled = sampled
         self._cuts = cuts
         self._max_bytes = max_bytes
@@ -176,8 +176,7 @@ class SessionCatalogue:
         self._transfer.flush()
         group = self._group(name)
         row = session_row(group, self._ancestors)
-        with self._transfer.reading() as reader:
-            stored = [_tokens(reader, branch) for branch in self._branches(group)]
+        stored = [self._source.tokens(branch.chain) for branch in self._branches(group)]
         kept = self._shared_keys(group)
         keys = [state.header.key for state in group.states]
         self._transfer.wipe(key for key in keys if key not in kept)
@@ -209,13 +208,13 @@ class SessionCatalogue:
     # ── export and import ─────────────────────────────────────────────────────────────────────
 
     def export(self, name: str) -> Iterator[bytes]:
-        """A session as a file, piece by piece; see `session_file`.
+        """A session as a file, piece by piece: all that a request could go on from, written yet or
+        not; see `session_file`.
 
         Raises:
             UnknownSession, InvalidRequest: see `row`.
             SessionFileError: a record is damaged; it is dropped.
         """
-        self._transfer.flush()
         group = self._group(name)
         record = group.record
         head = SessionHead(
@@ -225,12 +224,12 @@ class SessionCatalogue:
             title=record.title,
             created_us=_now_us(),
         )
-        return self._pieces(head, self._branches(group))
+        return self._pieces(head, group)
 
-    def _pieces(self, head: SessionHead, branches: list[Branch]) -> Iterator[bytes]:
-        with self._transfer.holding([branch.state.key for branch in branches]):
+    def _pieces(self, head: SessionHead, group: SessionGroup) -> Iterator[bytes]:
+        with self._transfer.holding(self._keys(group)):
             yield from session_bytes(
-                head, branches, self._transfer.reading, self._transfer.drop_damaged
+                head, self._branches(group), self._source, self._transfer.drop_damaged
             )
 
     def take_in(self, path: Path, session: str | None) -> SessionRow:
@@ -288,17 +287,15 @@ class SessionCatalogue:
             raise InvalidRequest(f"Several models have a session {name!r}; give its id.", "session")
         return named[0]
 
+    def _keys(self, group: SessionGroup) -> list[bytes]:
+        """Of the states of a session and all on the way to them."""
+        own = [state.header.key for state in group.states]
+        before = [other.key for key in own for other in reversed(self._ancestors(key))]
+        return list(dict.fromkeys([*before, *own]))
+
     def _branches(self, group: SessionGroup) -> list[Branch]:
         """The states of a session and all on the way to them, the first position first."""
-        keys = {
-            key: None
-            for state in group.states
-            for key in (
-                *reversed([_key(other) for other in self._ancestors(state.header.key)]),
-                state.header.key,
-            )
-        }
-        found = [self._branch(key) for key in keys]
+        found = [self._branch(key) for key in self._keys(group)]
         return sorted(filter(None, found), key=lambda branch: branch.state.position)
 
     def _check_pin(self, group: SessionGroup) -> None:
@@ -350,18 +347,6 @@ def _protection(
     if not names:
         return lambda _: False
     return lambda state: (state.fingerprint, state.session) in names or state.key in keys
-
-
-def _tokens(reader: Reader, branch: Branch) -> bytes:
-    """What can be read of a branch's token ids."""
-    try:
-        return read_tokens(reader, branch.chain)
-    except DamagedRecord:
-        return b""
-
-
-def _key(state: StateHeader) -> bytes:
-    return state.key
 
 
 def _now_us() -> int:

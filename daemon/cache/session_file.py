@@ -15,7 +15,6 @@ of its pages.
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +22,7 @@ import msgspec
 import xxhash
 from msgspec import Struct
 
-from daemon.cache.checkpoint_reader import read_page, read_state
+from daemon.cache.record_source import RecordSource
 from daemon.cache.records import (
     RECORD_VERSION,
     DamagedRecord,
@@ -37,7 +36,7 @@ from daemon.cache.records import (
     sealed,
 )
 from daemon.cache.shelf import Branch
-from daemon.cache.store import Reader
+from daemon.checkpoint import HostBytes
 from daemon.errors import SessionFileError
 
 FILE_VERSION = 1
@@ -48,10 +47,6 @@ _DIGEST_BYTES = 16
 _END_BYTES = 4 + _DIGEST_BYTES
 _READ_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 4096
-
-
-Reading = Callable[[], AbstractContextManager[Reader]]
-"""Opens one consistent view of the store."""
 
 
 class SessionHead(Struct, frozen=True, kw_only=True):
@@ -77,11 +72,10 @@ class Checkpoint(Struct, frozen=True):
 def session_bytes(
     head: SessionHead,
     branches: Sequence[Branch],
-    reading: Reading,
+    records: RecordSource,
     drop: Callable[[bytes, DamagedRecord], None],
 ) -> Iterator[bytes]:
-    """The file, piece by piece. Each record is read in a view of its own, so that a slow export
-    keeps no space from being used again.
+    """The file, piece by piece.
 
     Args:
         drop: told the key of a state that proved damaged, or one of its pages did.
@@ -92,7 +86,7 @@ def session_bytes(
     """
     digest = xxhash.xxh3_128()
     try:
-        for piece in _content(head, branches, reading, drop):
+        for piece in _content(head, branches, records, drop):
             digest.update(piece)
             yield piece
     except DamagedRecord as error:
@@ -104,36 +98,34 @@ def session_bytes(
 def _content(
     head: SessionHead,
     branches: Iterable[Branch],
-    reading: Reading,
+    records: RecordSource,
     drop: Callable[[bytes, DamagedRecord], None],
 ) -> Iterator[bytes]:
     yield _encode_head(head)
     written: set[bytes] = set()
     for branch in branches:
         try:
-            yield from _checkpoint(branch, written, reading)
+            yield from _checkpoint(branch, written, records)
         except DamagedRecord as error:
             drop(branch.state.key, error)
             raise
 
 
-def _checkpoint(branch: Branch, written: set[bytes], reading: Reading) -> Iterator[bytes]:
+def _checkpoint(branch: Branch, written: set[bytes], records: RecordSource) -> Iterator[bytes]:
     """A state after those of its pages that are not written yet."""
     for key in branch.chain:
         if key in written:
             continue
         written.add(key)
-        with reading() as reader:
-            page, payload = read_page(reader, key)
+        page, payload = records.page(key)
         yield from _record(b"P", encode_page(page), payload)
-    with reading() as reader:
-        state, payload = read_state(reader, branch.state.key)
+    state, payload = records.state(branch.state.key)
     yield from _record(b"S", encode_state(state), payload)
 
 
-def _record(kind: bytes, header: bytes, payload: bytes) -> Iterator[bytes]:
+def _record(kind: bytes, header: bytes, payload: HostBytes) -> Iterator[bytes]:
     yield _RECORD.pack(kind, len(header)) + header
-    yield payload
+    yield bytes(payload)
 
 
 def _encode_head(head: SessionHead) -> bytes:

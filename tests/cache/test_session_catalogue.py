@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from cache_harness import MODEL, Simulated, open_cache, prompt
+from cache_harness import MODEL, Simulated, open_cache, prompt, saved_prompt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -235,3 +235,37 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     content = export(cache, "one", folder / "file").read_bytes()
     cache.close()
     return content
+
+
+def test_an_export_holds_what_was_never_written(tmp_path: Path) -> None:
+    here = open_cache(tmp_path / "here", daily_bytes=1)
+    saved_prompt(here, 2, first=1)
+    here.flush()
+    sequence = talk(here, "one")
+    sequence.save(128, "section")
+    sequence.decode(list(range(100)))
+    sequence.save(320, "reply")
+    here.flush()
+    assert here.stats().num_written == 1
+    path = export(here, "one", tmp_path / "file")
+    assert here.stats().num_written == 1
+    here.close()
+    there = open_cache(tmp_path / "there")
+    row = there.catalogue.take_in(path, None)
+    assert [kept.position for kept in row.checkpoints] == [64, 128, 256, 320]
+    again = Simulated(there, sequence.tokens)
+    found = again.resume()
+    assert found is not None
+    assert (found.position, found.born, again.pages) == (320, "decode", sequence.pages)
+    there.close()
+
+
+def test_a_wipe_takes_the_replies_of_what_was_never_written(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path, daily_bytes=1)
+    saved_prompt(cache, 2, first=1)
+    cache.flush()
+    secret = talk(cache, "secret", first=9)
+    cache.sampled.remember([("said", tuple(secret.tokens[70:90]))])
+    cache.catalogue.wipe("secret")
+    assert cache.sampled.recall("said") is None
+    cache.close()
