@@ -104,6 +104,7 @@ class Generation:
         self._finished: Finished | None = None
         self._finish = "cancelled"
         self._closed = False
+        self.is_revoked = False
         self._course = PlanCourse(draft, owner.plans)
         self._arrived_s, self._last_sign_s = arrived_s, self._loop.time()
 
@@ -111,6 +112,11 @@ class Generation:
     def has_begun(self) -> bool:
         """Whether its evaluation has begun."""
         return self._mailbox.began_s is not None
+
+    @property
+    def session(self) -> str:
+        """Whose request it is."""
+        return self._asked.session
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
@@ -171,6 +177,11 @@ class Generation:
     def cancel(self) -> None:
         """Stop the engine's work; does no harm when it has ended."""
         self._service.engine.cancel(self.id)
+
+    def revoke(self) -> None:
+        """Remember nothing of it when it has ended: its session is wiped."""
+        self.is_revoked = True
+        self._course.revoke()
 
     def close(self) -> None:
         """Cancel what still runs, and record how the request ended. Idempotent."""
@@ -267,8 +278,9 @@ class Generation:
         if finished.reason == "cancelled" and not reply.is_cut:
             raise EngineStopped("The request was cancelled by the server.")
         ended = self._ended(finished)
-        await self._owner.on_prompt_thread(self._remember, ended, finished)
-        self._owner.soon_on_prompt_thread(prepare_next, self._service, ended)
+        if not self.is_revoked:
+            await self._owner.on_prompt_thread(self._remember, ended, finished)
+            self._owner.soon_on_prompt_thread(prepare_next, self._service, ended)
         reason: EndReason = "length" if finished.reason == "length" else "stop"
         if reason == "stop" and reply.num_calls:
             reason = "tool_calls"

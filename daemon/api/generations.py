@@ -119,6 +119,12 @@ class Generations:
         """Have something done when a session is wiped, by its name."""
         self._forgetting.append(forget)
 
+    def revoke(self, session: str) -> None:
+        """Remember nothing of the requests of a session that are being answered."""
+        for generation in self._live:
+            if generation.session == session:
+                generation.revoke()
+
     def forget(self, session: str) -> None:
         """Forget what is remembered of a session's requests; encoded frames of all sessions go."""
         self.plans.forget(session)

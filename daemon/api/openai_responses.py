@@ -62,7 +62,7 @@ class Responses:
         )
 
         def keep(done: ResponseObject) -> None:
-            if ask.asked.store is not False:
+            if ask.asked.store is not False and not generation.is_revoked:
                 self._keep(done, (*history, *ask.messages), ask, num_bytes)
 
         writer = ResponseWriter(

@@ -60,11 +60,16 @@ class PlanCourse:
         self._plans = plans
         self._found = draft.reach.found
         self._followed_s: float | None = None
+        self._is_revoked = False
         self.plan = plan_of(draft, self._found, "waiting", plans.token_s)
+
+    def revoke(self) -> None:
+        """Keep it for the answer alone: nobody else may ask for it any more."""
+        self._is_revoked = True
 
     def begin(self) -> None:
         """The engine has taken the request."""
-        self._plans.put(self.plan)
+        self._put()
 
     def restored(self, found: Found | None, followed_ms: float | None) -> None:
         """Evaluation goes on from a checkpoint, for which it may have waited, or from token 0."""
@@ -81,4 +86,8 @@ class PlanCourse:
 
     def _renew(self, status: Status, token_s: float) -> None:
         self.plan = plan_of(self._draft, self._found, status, token_s, self._followed_s)
-        self._plans.put(self.plan)
+        self._put()
+
+    def _put(self) -> None:
+        if not self._is_revoked:
+            self._plans.put(self.plan)

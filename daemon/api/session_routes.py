@@ -76,6 +76,7 @@ class SessionRoutes:
         row = await run_in_threadpool(self._sessions.row, _name(request))
         session: str = msgspec.to_builtins(row)["session"]
         timelines = self._service.history.timelines(session)
+        self._generations.revoke(session)
         wiped = await run_in_threadpool(self._sessions.wipe, _name(request), timelines)
         self._generations.forget(session)
         return _json({"wiped": wiped})

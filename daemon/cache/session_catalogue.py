@@ -173,6 +173,9 @@ class SessionCatalogue:
         Raises:
             UnknownSession, InvalidRequest: see `row`.
         """
+        group = self._group(name)
+        owner = group.record.fingerprint, group.record.session
+        self._transfer.revoke(*owner)
         self._transfer.flush()
         group = self._group(name)
         row = session_row(group, self._ancestors)
@@ -185,6 +188,8 @@ class SessionCatalogue:
         if not self._groups():
             self._cuts.forget()
         self._transfer.flush()
+        # What was handed to the engine before may have begun since.
+        self._transfer.revoke(*owner)
         return row
 
     def _bury(self, record: SessionRecord, is_hidden: bool) -> None:

@@ -58,6 +58,7 @@ class StoredTimeline:
         self._sizes = sizes
         self._spares: bytes | None = None
         self._now_us = now_us
+        self._num_revoked = transfer.num_revoked(fingerprint, session)
         self._start_run(0, ON_GRID, "prompt")
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -133,7 +134,10 @@ class StoredTimeline:
         return range(num_present, num_pages)
 
     def save(self, snapshot: Snapshot, reason: Reason) -> None:
-        """Queue for writing; findable at once, never waits."""
+        """Queue for writing; findable at once, never waits. Nothing is kept of a session that was
+        wiped meanwhile."""
+        if self._transfer.num_revoked(self._fingerprint, self._session) != self._num_revoked:
+            return
         num_pages = snapshot.position // PAGE_TOKENS
         assert snapshot.position == num_pages * PAGE_TOKENS > 0
         assert snapshot.born == "decode" or snapshot.num_grid_pages == num_pages

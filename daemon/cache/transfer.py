@@ -8,6 +8,7 @@ I/O. Knows keys and bytes, no tokens and no tensors.
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -70,6 +71,7 @@ class Transfer:
         self._store = store
         self._queue_bytes = queue_bytes
         self.num_wipes = 0
+        self._num_revoked: Counter[tuple[bytes, str]] = Counter()
         self._lock = threading.Condition()
         limits = Limits(max_bytes, queue_bytes, memory_bytes, write_delay_us)
         ledger = WriteLedger(contents.writes, daily_bytes)
@@ -217,6 +219,17 @@ class Transfer:
             for key in keys:
                 self._holdings.forget(self._holdings.index.remove_state(key), cause)
             self._lock.notify_all()
+
+    def revoke(self, fingerprint: bytes, session: str) -> None:
+        """Take no more of what has begun in a session: what is still evaluated for it would bring
+        back what is wiped."""
+        with self._lock:
+            self._num_revoked[fingerprint, session] += 1
+
+    def num_revoked(self, fingerprint: bytes, session: str) -> int:
+        """How often a session was revoked."""
+        with self._lock:
+            return self._num_revoked[fingerprint, session]
 
     @property
     def folder(self) -> Path:

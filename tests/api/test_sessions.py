@@ -10,6 +10,7 @@ import httpx
 import msgspec
 import pytest
 from cache.cache_harness import MODEL, open_cache, prompt
+from fakes import Script
 from http_harness import ApiHarness
 
 from daemon.api.app import create_app
@@ -121,6 +122,29 @@ def test_a_wipe_forgets_prompts_and_plans(api: ApiHarness) -> None:
     call(api, "DELETE", "/side")
     assert len(api.service.history) == 0
     assert api.app.state.generations.plans.latest(9) == []
+
+
+def test_a_request_that_is_answered_meanwhile_leaves_nothing(
+    make_api: MakeApi, cache: CheckpointCache
+) -> None:
+    harness = make_api(Script(tokens=(5, 6, 7), hold_s=0.1))
+    service = msgspec.structs.replace(harness.service, sessions=cache.catalogue)
+    api = ApiHarness(create_app(service), service, harness.engine, harness.replies)
+
+    async def wipe_meanwhile() -> list[httpx.Response]:
+        async with api.client() as client:
+            body = {"input": "secret", "prompt_cache_key": "side"}
+            answer = asyncio.create_task(client.post("/v1/responses", json=body))
+            while not api.engine.requests:
+                await asyncio.sleep(0.001)
+            wiped = await client.delete("/v1/cache/sessions/side")
+            answered = await answer
+            stored = await client.get(f"/v1/responses/{answered.json()['id']}")
+            return [wiped, answered, stored]
+
+    assert [answer.status_code for answer in asyncio.run(wipe_meanwhile())] == [200, 200, 404]
+    assert len(api.engine.requests) == 1
+    assert (len(api.service.history), api.app.state.generations.plans.latest(9)) == (0, [])
 
 
 def test_without_a_store_there_are_none(make_api: MakeApi) -> None:

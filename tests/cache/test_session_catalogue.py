@@ -269,3 +269,18 @@ def test_a_wipe_takes_the_replies_of_what_was_never_written(tmp_path: Path) -> N
     cache.catalogue.wipe("secret")
     assert cache.sampled.recall("said") is None
     cache.close()
+
+
+def test_what_has_begun_before_a_wipe_brings_nothing_back(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    running = talk(cache, "secret")
+    other = Simulated(cache, running.tokens, "other")
+    cache.catalogue.wipe("secret")
+    running.decode(list(range(100)))
+    running.save(320, "reply")
+    assert cache.catalogue.rows() == ()
+    other.prefill()
+    other.save(128, "prompt")
+    talk(cache, "secret", first=3)
+    assert {row.session for row in cache.catalogue.rows()} == {"other", "secret"}
+    cache.close()
