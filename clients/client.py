@@ -140,7 +140,11 @@ class Client:
     def import_session(self, path: Path, session: str | None = None) -> dict[str, Any]:
         """Send an exported session; what it is there."""
         query = {"session": session} if session else {}
-        with path.open("rb") as file:
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise ClientError(f"{path}: {error.strerror}.") from error
+        with file:
             return self._send("POST", "/v1/cache/sessions/import", params=query, content=file)
 
     def export(self, name: str) -> Generator[bytes]:

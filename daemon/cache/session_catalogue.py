@@ -132,14 +132,20 @@ class SessionCatalogue:
         `position` (None: its last); it stays when the other is wiped.
 
         Raises:
-            UnknownSession: see `row`; or there is no checkpoint so early.
-            InvalidRequest: the name is taken or empty.
+            UnknownSession: see `row`.
+            InvalidRequest: see `row`; the name is taken or empty, or there is no checkpoint so
+                early.
         """
         group = self._group(name)
         limit = group.states[-1].header.position if position is None else position
         fitting = [state.header for state in group.states if state.header.position <= limit]
         if not fitting:
-            raise UnknownSession(f"Session {name!r} has no checkpoint at or before {limit} tokens.")
+            first = group.states[0].header.position
+            raise InvalidRequest(
+                f"Session {name!r} has no checkpoint at or before {limit:,} tokens; its first is at "
+                f"{first:,}.",
+                "position",
+            )
         fingerprint = group.record.fingerprint
         session = clipped(session)
         if not session:
@@ -238,7 +244,8 @@ class SessionCatalogue:
             )
 
     def take_in(self, path: Path, session: str | None) -> SessionRow:
-        """Import an exported session, under its own name or another.
+        """Import an exported session, under its own name or another; one of that name keeps its
+        title, its pin and its parent.
 
         Raises:
             SessionFileError: it is damaged, of another version or of another model; nothing of it
@@ -258,9 +265,11 @@ class SessionCatalogue:
                 last = state
         if last is None or self._branch(last.key) is None:
             raise SessionFileError("The session does not fit the checkpoints' budget.")
-        record = self._new(head.fingerprint, name)
-        record = msgspec.structs.replace(record, title=clipped(head.title), state_key=last.key)
-        self._put(record)
+        with self._lock:
+            known = self._records.get(session_key(head.fingerprint, name))
+        record = self._new(head.fingerprint, name) if known is None else known
+        title = record.title or clipped(head.title)
+        self._put(msgspec.structs.replace(record, title=title, state_key=last.key, wiped_us=0))
         self._transfer.flush()
         return self.row(session_id(head.fingerprint, name))
 

@@ -142,7 +142,7 @@ def test_a_fork_needs_a_name_of_its_own(tmp_path: Path, session: str, position: 
     talk(cache, "one")
     with pytest.raises(InvalidRequest):
         cache.catalogue.fork("one", session, position=position, title="")
-    with pytest.raises(UnknownSession):
+    with pytest.raises(InvalidRequest, match=r"before 63 tokens; its first is at 64\."):
         cache.catalogue.fork("one", "two", position=63, title="")
     cache.close()
 
@@ -190,6 +190,19 @@ def test_a_session_moves_to_another_machine(tmp_path: Path) -> None:
     assert decoded.pages == sequence.pages
     here.close()
     there.close()
+
+
+def test_an_import_changes_nothing_that_people_said(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "store")
+    talk(cache, "one")
+    path = export(cache, "one", tmp_path / "file")
+    cache.catalogue.change("one", title="Mine", is_pinned=True)
+    row = cache.catalogue.take_in(path, None)
+    assert (row.title, row.is_pinned, len(row.checkpoints)) == ("Mine", True, 2)
+    cache.catalogue.fork("one", "two", position=None, title="")
+    cache.catalogue.wipe("one")
+    assert cache.catalogue.take_in(path, None).num_tokens == 256
+    cache.close()
 
 
 def test_another_models_session_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from cache.cache_harness import open_cache, saved_prompt
 
+from clients.client import Client, ClientError
 from clients.inspect_cache import main, read_store
 
 
@@ -88,3 +89,8 @@ def test_the_table_shows_titles_pins_and_parents(
     shown = capsys.readouterr().out
     for piece in (name, "Fix the parser", "pinned", f"from {name}"):
         assert piece in shown
+
+
+def test_a_file_that_is_not_there_is_told_before_it_is_sent(tmp_path: Path) -> None:
+    with Client("http://127.0.0.1:9") as client, pytest.raises(ClientError, match="No such file"):
+        client.import_session(tmp_path / "nothing")
