@@ -43,6 +43,7 @@ class Messages:
             generation.num_prompt_tokens,
             shows_thinking=ask.shows_thinking,
             diagnoses=ask.diagnoses,
+            follows=ask.follows,
         )
         headers = ignored_header(ask.ignored) | {"request-id": f"req_{generation.id}"}
         return answer(generation, writer, stream=ask.stream, headers=headers)

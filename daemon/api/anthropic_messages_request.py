@@ -152,7 +152,7 @@ class MessagesAsk(Struct, frozen=True, kw_only=True):
     """A request in our own terms. `ignored` is what means nothing to us.
 
     `shows_thinking` False leaves its text to the signatures; `diagnoses` adds why the prompt was
-    not reused.
+    not reused, `follows` that the client names the message before.
     """
 
     model: str | None
@@ -161,6 +161,7 @@ class MessagesAsk(Struct, frozen=True, kw_only=True):
     stream: bool
     shows_thinking: bool
     diagnoses: bool
+    follows: bool
     ignored: tuple[str, ...]
 
 
@@ -205,6 +206,7 @@ def read_ask(
         stream=bool(asked.stream),
         shows_thinking=thinking.display != "omitted",
         diagnoses=asked.diagnostics is not None,
+        follows=bool(asked.diagnostics and asked.diagnostics.previous_message_id),
         ignored=ignored + passed_over,
     )
 

@@ -116,6 +116,7 @@ class MessageWriter:
         *,
         shows_thinking: bool = True,
         diagnoses: bool = False,
+        follows: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._id = message_id
@@ -123,6 +124,7 @@ class MessageWriter:
         self._num_prompt = num_prompt_tokens
         self._shows_thinking = shows_thinking
         self._diagnoses = diagnoses
+        self._follows = follows
         self._clock = clock
         self._sent_s = clock()
         self._encoder = msgspec.json.Encoder()
@@ -157,7 +159,7 @@ class MessageWriter:
         }
         closing = {"delta": delta, "usage": _usage(outcome)}
         if self._diagnoses:
-            closing["diagnostics"] = _diagnostics(outcome.plan)
+            closing["diagnostics"] = self._diagnostics(outcome.plan)
         return b"".join(
             (
                 *self._start(None),
@@ -181,9 +183,16 @@ class MessageWriter:
             stop_reason=_stop_reason(outcome),
             stop_sequence=outcome.stop or None,
             usage=_usage(outcome),
-            diagnostics=_diagnostics(outcome.plan) if self._diagnoses else UNSET,
+            diagnostics=self._diagnostics(outcome.plan) if self._diagnoses else UNSET,
         )
         return self._encoder.encode(message)
+
+    def _diagnostics(self, plan: CachePlan) -> DiagnosticsOut:
+        reason = anthropic_miss_reason(plan)
+        # Who names no earlier message, as in a first turn, misses none.
+        if reason is None or (plan.cause == "never_seen" and not self._follows):
+            return DiagnosticsOut(None)
+        return DiagnosticsOut(MissReason(*reason))
 
     def _start(self, progress: PromptProgress | None) -> Iterator[bytes]:
         if self._started:
@@ -282,8 +291,3 @@ def _usage(outcome: Outcome) -> UsageOut:
         outcome.num_reply_tokens,
         OutputDetails(outcome.num_reasoning_tokens),
     )
-
-
-def _diagnostics(plan: CachePlan) -> DiagnosticsOut:
-    reason = anthropic_miss_reason(plan)
-    return DiagnosticsOut(MissReason(*reason) if reason is not None else None)

@@ -180,17 +180,22 @@ def plan_of(
     status: Status,
     token_s: float,
     followed_s: float | None = None,
+    num_done: int | None = None,
 ) -> CachePlan:
     """The plan of a request that restores `found`.
 
     Args:
         token_s: seconds to evaluate one token of a prompt.
         followed_s: seconds that it waited for a request in flight to come as far as `found`.
+        num_done: tokens that were evaluated before it was ended; None: all.
     """
     restored = found.position if found else 0
-    num_evaluated = draft.num_prompt - restored
-    num_new = min(draft.nearest.num_new if draft.nearest else num_evaluated, num_evaluated)
-    num_lost = num_evaluated - num_new
+    num_whole = draft.num_prompt - restored
+    num_evaluated = num_whole if num_done is None else min(num_done, num_whole)
+    # What is lost comes first: it is what both prompts begin with.
+    num_new = min(draft.nearest.num_new if draft.nearest else num_whole, num_whole)
+    num_lost = min(num_whole - num_new, num_evaluated)
+    num_new = num_evaluated - num_lost
     if num_lost <= _unavoidable(draft):
         num_new, num_lost = num_evaluated, 0
     cause = _cause(draft, restored, num_lost)
@@ -325,7 +330,8 @@ def _summary(plan: CachePlan, draft: Draft) -> str:
     where = ""
     if draft.difference is not None and plan.cause == draft.difference.change:
         where = f" from {_place(draft.difference)} on (token {draft.difference.position:,})"
-    lost = f"{plan.lost_tokens:,} evaluated again{where}: {_SAYINGS[plan.cause]}"
+    again = "" if plan.cause in ("cancelled", "still_running") else " again"
+    lost = f"{plan.lost_tokens:,} evaluated{again}{where}: {_SAYINGS[plan.cause]}"
     return f"{said} {lost}."
 
 

@@ -334,6 +334,6 @@ class Generation:
             queue_ms=None if began_s is None else (began_s - self._arrived_s) * 1e3,
             tier=self.plan.restored.tier or "",
             followed=self.plan.restored.followed_s is not None,
-            num_lost_tokens=self.plan.lost_tokens,
+            num_lost_tokens=min(self.plan.lost_tokens, num_done - self._num_cached),
             cause=self.plan.cause or "",
         )

@@ -19,7 +19,7 @@ from daemon.api.request_plans import RequestPlans
 from daemon.api.service import Service
 from daemon.api.session_hint import title_of
 from daemon.api.slots import Slots
-from daemon.errors import EngineStopped
+from daemon.errors import EngineStopped, PromptTooLong
 from daemon.logs import log_text
 from daemon.metrics import Load
 from daemon.text.constrainer import Thinking
@@ -110,9 +110,13 @@ class Generations:
 
         Raises:
             InvalidRequest: the template refuses the messages.
+            PromptTooLong: the context leaves no room for one token.
             EngineStopped: the server is shutting down.
         """
         _, draft = await self.on_prompt_thread(self._prepare, asked)
+        context_length = self._service.engine.info.context_length
+        if draft.num_prompt >= context_length:
+            raise PromptTooLong(draft.num_prompt, context_length)
         return plan_of(draft, draft.reach.found, "dry_run", self.plans.token_s)
 
     def when_forgetting(self, forget: Callable[[str], None]) -> None:

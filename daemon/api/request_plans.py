@@ -82,10 +82,11 @@ class PlanCourse:
         seconds, num_evaluated = record.prompt_ms / 1e3, record.num_evaluated_tokens
         self._plans.measured(num_evaluated, seconds)
         is_measured = seconds > 0 and num_evaluated > 0
-        self._renew(status, seconds / num_evaluated if is_measured else self._plans.token_s)
+        token_s = seconds / num_evaluated if is_measured else self._plans.token_s
+        self._renew(status, token_s, None if status == "ended" else num_evaluated)
 
-    def _renew(self, status: Status, token_s: float) -> None:
-        self.plan = plan_of(self._draft, self._found, status, token_s, self._followed_s)
+    def _renew(self, status: Status, token_s: float, num_done: int | None = None) -> None:
+        self.plan = plan_of(self._draft, self._found, status, token_s, self._followed_s, num_done)
         self._put()
 
     def _put(self) -> None:

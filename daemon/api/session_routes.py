@@ -4,6 +4,7 @@ Owns these routes and what they take. What a session is, the store knows; here i
 Event loop; the store's answers are waited for on a thread of their own.
 """
 
+import logging
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -14,11 +15,14 @@ from msgspec import Meta, Struct
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from daemon.api.generations import Generations
 from daemon.api.request_body import decode_body, read_body
 from daemon.api.service import Service, StoredSessions
-from daemon.errors import UnknownSession
+from daemon.errors import QwendError, UnknownSession
+
+logger = logging.getLogger(__name__)
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 
@@ -43,6 +47,18 @@ class SessionList(Struct):
 
     data: object
     object: str = "list"
+
+
+class Download(StreamingResponse):
+    """A file whose making may fail when part of it is sent: the log has a line, and the connection
+    is closed before the body's end, so that nobody takes the file for whole."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, or as much as there is."""
+        try:
+            await super().__call__(scope, receive, send)
+        except QwendError as error:
+            logger.warning("%s", error)
 
 
 class SessionRoutes:
@@ -88,7 +104,7 @@ class SessionRoutes:
         row = await run_in_threadpool(self._sessions.row, name)
         file_name = f"{msgspec.to_builtins(row)['id']}.qwend-session"
         headers = {"content-disposition": f'attachment; filename="{file_name}"'}
-        return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
+        return Download(pieces, media_type="application/octet-stream", headers=headers)
 
     async def take_in(self, request: Request) -> Response:
         """Import the file that is the body; `?session=` gives it another name."""

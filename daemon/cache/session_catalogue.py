@@ -142,8 +142,8 @@ class SessionCatalogue:
         if not fitting:
             first = group.states[0].header.position
             raise InvalidRequest(
-                f"Session {name!r} has no checkpoint at or before {limit:,} tokens; its first is at "
-                f"{first:,}.",
+                f"Session {name!r} has no checkpoint at or before {limit:,} tokens; its first is "
+                f"at {first:,}.",
                 "position",
             )
         fingerprint = group.record.fingerprint

@@ -347,8 +347,10 @@ def test_other_errors_in_anthropics_words(make_api: MakeApi, tokenizer: Tokenize
 
 
 def test_diagnostics_say_why_it_missed(make_api: MakeApi) -> None:
-    reason = whole(make_api("Hi"), diagnostics={})["diagnostics"]["cache_miss_reason"]
-    assert reason is None or reason["type"]
+    first = whole(make_api("Hi"), diagnostics={"previous_message_id": None})["diagnostics"]
+    assert first == {"cache_miss_reason": None}
+    lost = whole(make_api("Hi"), diagnostics={"previous_message_id": "msg_gone"})["diagnostics"]
+    assert lost["cache_miss_reason"]["type"] == "previous_message_not_found"
     closing = streamed(make_api("Hi"), diagnostics={})[-2]
     assert "cache_miss_reason" in closing["diagnostics"]
     assert "diagnostics" not in whole(make_api("Hi"))

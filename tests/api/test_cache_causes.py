@@ -90,6 +90,14 @@ def test_an_earlier_request_that_did_not_come_so_far() -> None:
         assert plan(nearest=nearest(state=state)).cause == "no_checkpoint"
 
 
+def test_a_request_that_was_cancelled_counts_what_it_did() -> None:
+    changed = draft(nearest=nearest(1000, 3000), reach=Reach(None))
+    for num_done, lost, new in ((600, 600, 0), (2000, 1096, 904), (9999, 1096, 3000)):
+        told = plan_of(changed, None, "cancelled", 0.001, num_done=num_done)
+        assert (told.lost_tokens, told.new_tokens) == (lost, new)
+        assert told.evaluated_tokens == lost + new
+
+
 def test_another_model() -> None:
     told = plan(None, nearest=nearest(model="abcdef", state="stored"), reach=Reach(None))
     assert told.cause == "other_model"

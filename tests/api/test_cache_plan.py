@@ -161,6 +161,8 @@ def test_a_dry_run_refuses_what_an_answer_would(make_api: MakeApi) -> None:
     api = make_api()
     assert (plan(api, messages=[])).status_code == 400
     assert (plan(api, messages=USER, model="other")).status_code == 404
+    long = plan(make_api(context_length=64), messages=[{"role": "user", "content": "word " * 80}])
+    assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
     unknown = plan(api, "/v1/cache/plan?dialect=morse", messages=USER)
     assert unknown.json()["error"]["param"] == "dialect"
 
@@ -178,7 +180,9 @@ def test_a_cancelled_request_says_so_to_the_next(make_api: MakeApi) -> None:
     first_id, told = asyncio.run(leave_and_ask())
     assert told.nearest is not None
     assert (told.cause, told.nearest.state) == ("cancelled", "cancelled")
-    assert generations.plans.find(first_id).status == "cancelled"
+    assert "again" not in told.summary
+    left = generations.plans.find(first_id)
+    assert (left.status, left.evaluated_tokens, left.prompt_s) == ("cancelled", 0, 0.0)
 
 
 BODIES: dict[str, dict[str, Any]] = {

@@ -16,6 +16,7 @@ from http_harness import ApiHarness
 from daemon.api.app import create_app
 from daemon.cache.checkpoint_cache import CheckpointCache
 from daemon.checkpoint import Snapshot
+from daemon.errors import SessionFileError
 
 MakeApi = Callable[..., ApiHarness]
 
@@ -145,6 +146,27 @@ def test_a_request_that_is_answered_meanwhile_leaves_nothing(
     assert [answer.status_code for answer in asyncio.run(wipe_meanwhile())] == [200, 200, 404]
     assert len(api.engine.requests) == 1
     assert (len(api.service.history), api.app.state.generations.plans.latest(9)) == (0, [])
+
+
+def test_an_export_that_fails_on_the_way_is_never_taken_for_whole(
+    make_api: MakeApi,
+    cache: CheckpointCache,
+    serve: Callable[[ApiHarness], str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def breaking(name: str) -> Iterator[bytes]:
+        yield b"head"
+        raise SessionFileError(f"{name} cannot be exported.")
+
+    monkeypatch.setattr(cache.catalogue, "export", breaking)
+    harness = make_api()
+    service = msgspec.structs.replace(harness.service, sessions=cache.catalogue)
+    url = serve(ApiHarness(create_app(service), service, harness.engine, harness.replies))
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.get(f"{url}/v1/cache/sessions/side/export")
+    assert "side cannot be exported." in caplog.messages
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_without_a_store_there_are_none(make_api: MakeApi) -> None:
