@@ -196,7 +196,7 @@ class CheckpointCache:
         )
 
     @property
-    def num_revoked(self) -> int:
+    def num_wipes(self) -> int:
         """How often checkpoints were wiped, or found wrong."""
         return self._transfer.num_wipes
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from daemon.cache.checkpoint_reader import DamagedPage, read_page, read_state
 from daemon.cache.records import DamagedRecord, PageHeader, StateHeader, decode_page, with_sum
 from daemon.cache.transfer import Transfer
+from daemon.cache.write_queue import QueuedPage
 from daemon.checkpoint import HostBytes
 
 
@@ -25,8 +26,7 @@ class RecordSource:
         Raises:
             DamagedPage: it is missing or wrong.
         """
-        with self._transfer.looking() as shelf:
-            queued = shelf.queue.page(key)
+        queued = self._queued_page(key)
         if queued is not None:
             return with_sum(queued.header, queued.payload), queued.payload
         with self._transfer.reading() as reader:
@@ -56,8 +56,7 @@ class RecordSource:
         return b"".join(found)
 
     def _page_tokens(self, key: bytes) -> bytes:
-        with self._transfer.looking() as shelf:
-            queued = shelf.queue.page(key)
+        queued = self._queued_page(key)
         if queued is not None:
             return queued.header.tokens
         with self._transfer.reading() as reader:
@@ -65,3 +64,7 @@ class RecordSource:
         if record is None:
             raise DamagedPage(key, "a page without header")
         return decode_page(key, record).tokens
+
+    def _queued_page(self, key: bytes) -> QueuedPage | None:
+        with self._transfer.looking() as shelf:
+            return shelf.queue.page(key)

@@ -54,6 +54,9 @@ class Transfer:
         write_delay_us: how long what is superseded soon, as a rule, waits to be written.
         daily_bytes: that may be written in a day; None: as many as come.
         now_us: the clock, microseconds since 1970.
+
+    Attributes:
+        num_wipes: how often checkpoints were wiped, or found wrong.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ class CheckpointStore(Protocol):
     """Where checkpoints live."""
 
     @property
-    def num_revoked(self) -> int:
+    def num_wipes(self) -> int:
         """How often something was wiped, or proved wrong: then nothing that was made before may be
         gone on from, wherever it lies."""
         ...
@@ -90,7 +90,7 @@ class NoCheckpoints:
     """A store that keeps nothing, for those who ask for none."""
 
     @property
-    def num_revoked(self) -> int:
+    def num_wipes(self) -> int:
         """Nothing is made."""
         return 0
 

@@ -72,7 +72,7 @@ class StepEngine:
         self.restoring = Restoring(model.backend, scheduler, self.saving, strict, self._start, wake)
         self.outbox = Outbox()
         self.keep_every_ms = KEEP_EVERY_MS
-        self._num_revoked = store.num_revoked
+        self._num_wipes = store.num_wipes
         store.expect(*self.backend.snapshot_sizes, self.backend.host_buffer)
 
     # ── commands ──────────────────────────────────────────────────────────────────────────────
@@ -143,8 +143,8 @@ class StepEngine:
     def _admit(self) -> int:
         """Give waiting sequences their places, in place of idle work if need be; counts them."""
         num_admitted = 0
-        if self.store.num_revoked != self._num_revoked:
-            self._num_revoked = self.store.num_revoked
+        if self.store.num_wipes != self._num_wipes:
+            self._num_wipes = self.store.num_wipes
             self.scheduler.places.forget_all()
         while True:
             for sequence in self.scheduler.admit():

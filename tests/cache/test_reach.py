@@ -49,9 +49,9 @@ def test_what_lies_on_the_device_counts_too(tmp_path: Path) -> None:
 def test_wipes_and_discards_revoke_what_was_made(tmp_path: Path) -> None:
     cache = open_cache(tmp_path)
     sequence = saved_prompt(cache, 2)
-    before = cache.num_revoked
+    before = cache.num_wipes
     cache.discard(sequence.tokens)
-    assert cache.num_revoked > before
+    assert cache.num_wipes > before
     cache.close()
 
 

@@ -14,7 +14,7 @@ class MemoryStore:
 
     def __init__(self, interval: int = 1024) -> None:
         self.interval = interval
-        self.num_revoked = 0
+        self.num_wipes = 0
         self.states: dict[tuple[Tokens, Birth], tuple[Snapshot, Reason]] = {}
         self.pages: dict[tuple[Tokens, bool], bytes] = {}
 

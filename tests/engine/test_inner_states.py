@@ -90,7 +90,7 @@ def test_after_a_wipe_nothing_is_gone_on_from() -> None:
     history = prompt(900)
     ask(harness, history, range(64, 832, 64))
     store.states.clear()
-    store.num_revoked += 1
+    store.num_wipes += 1
     assert ask(harness, edited(history, 500)).num_cached_tokens == 0
     harness.scheduler.places.forget_all()
     harness.assert_all_places_are_free()
